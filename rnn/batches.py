@@ -1,0 +1,80 @@
+"""Training text as batches: shuffled windows (the tutorial's way) or contiguous streams.
+
+The order is a pure function of (seed, epoch), so a run can resume inside an epoch from two numbers, on any device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from rnn.config import UserError
+
+
+class Batch(NamedTuple):
+    """One batch, time-major. `inputs_tb` and `targets_tb` have shape (T, B), targets one character ahead."""
+
+    inputs_tb: np.ndarray
+    targets_tb: np.ndarray
+
+
+class ShuffledWindows:
+    """Non-overlapping windows of T + 1 characters, shuffled anew in each epoch; what is left over is dropped.
+
+    Every batch starts from a zero state.
+    """
+
+    def __init__(self, ids: np.ndarray, B: int, T: int, seed: int) -> None:
+        _check_length(ids, B * (T + 1), B, T)
+        windows = len(ids) // (T + 1)
+        self._windows = ids[:windows * (T + 1)].reshape(windows, T + 1)
+        self._B, self._seed = B, seed
+        self.batches_per_epoch = windows // B
+        self._epoch, self._order = -1, np.empty(0, np.intp)
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        """Batch `index` of epoch `epoch`, both from 0."""
+        if epoch != self._epoch:
+            keys = np.random.Philox(key=[self._seed, 1 + epoch]).random_raw(len(self._windows))
+            self._epoch, self._order = epoch, np.argsort(keys, kind="stable")
+        windows = self._windows[self._order[index * self._B:(index + 1) * self._B]].T
+        return Batch(windows[:-1], windows[1:])
+
+
+class ContiguousStreams:
+    """B equal streams: row b of a batch continues row b of the batch before it, and so does the state."""
+
+    def __init__(self, ids: np.ndarray, B: int, T: int) -> None:
+        _check_length(ids, B * T + 1, B, T)
+        self.batches_per_epoch = (len(ids) - 1) // (B * T)
+        length = self.batches_per_epoch * T
+        self._inputs_bl = ids[:B * length].reshape(B, length)
+        self._targets_bl = ids[1:B * length + 1].reshape(B, length)
+        self._T = T
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        """Batch `index` of any epoch, from 0."""
+        window = slice(index * self._T, (index + 1) * self._T)
+        return Batch(self._inputs_bl[:, window].T, self._targets_bl[:, window].T)
+
+
+def validation_windows(ids: np.ndarray, B: int, T: int) -> list[Batch]:
+    """Validation text as B rows, each read from its start to its end in windows of T; the last may be shorter.
+
+    With n ids and L = (n - 1) // B, inputs are ids[:B*L] and targets ids[1:B*L+1], cut into B rows of L.
+    """
+    length = (len(ids) - 1) // B
+    if length < 1:
+        raise UserError(f"the validation text has {len(ids):,} characters, too few for {B} rows; "
+                        "give more text, a larger --val-fraction, a smaller --batch-size, or --val-fraction 0")
+    inputs_bl = ids[:B * length].reshape(B, length)
+    targets_bl = ids[1:B * length + 1].reshape(B, length)
+    return [Batch(inputs_bl[:, start:start + T].T, targets_bl[:, start:start + T].T)
+            for start in range(0, length, T)]
+
+
+def _check_length(ids: np.ndarray, needed: int, B: int, T: int) -> None:
+    if len(ids) < needed:
+        raise UserError(f"the training text has {len(ids):,} characters, but one batch takes {needed:,} "
+                        f"(--batch-size {B}, --seq-length {T}); give more text or lower one of them")

@@ -1,0 +1,187 @@
+"""Checkpoints: one self-describing safetensors file, written atomically and verified when read.
+
+Parameters stand under PyTorch's names. One metadata key holds a JSON text with sizes, vocabulary, the progress of
+training (in a file that can be resumed) and a SHA-256 of all of it and of every tensor, so that a change of any byte
+is noticed. A file without progress holds the parameters and nothing else, and loads strictly into a PyTorch module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors_numpy
+
+from rnn.config import Sizes, UserError
+from rnn.params import checkpoint_name, parameter_shapes
+from rnn.vocabulary import Vocabulary
+
+METADATA_KEY = "char-gru"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """What `last.safetensors` adds: Adam's moments by parameter name, the carried state (layers, B, H), and progress,
+    a dictionary of JSON values that the training loop fills and reads."""
+
+    m: dict[str, np.ndarray]
+    v: dict[str, np.ndarray]
+    state: np.ndarray
+    progress: dict
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model at rest: params maps each name of `parameter_shapes` to a float32 array."""
+
+    sizes: Sizes
+    vocabulary: Vocabulary
+    params: dict[str, np.ndarray]
+    resumable: Resumable | None = None
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint so that at any moment the path holds either the old file or the new one, whole.
+
+    Raises: OSError if it cannot be written; the old file then still stands.
+    """
+    tensors = _tensors(checkpoint)
+    description = {"format": FORMAT, "sizes": asdict(checkpoint.sizes),
+                   "vocabulary": checkpoint.vocabulary.characters,
+                   "progress": checkpoint.resumable.progress if checkpoint.resumable else None}
+    description["sha256"] = _digest(description, tensors)
+    write_atomically(path, safetensors_numpy.save(tensors, {METADATA_KEY: json.dumps(description)}))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint.
+
+    Raises: UserError, one line, for a file that cannot be read, is no checkpoint, was cut short or altered, or whose
+    tensors are not of the sizes it claims.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        tensors = safetensors_numpy.load(raw)
+        header = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])
+        description = json.loads(header["__metadata__"][METADATA_KEY])
+        recorded = description.pop("sha256")
+        form = description["format"]
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        raise UserError(f"{path} is no checkpoint of char-gru, or is damaged or cut short; "
+                        "name a .safetensors file that train.py wrote") from None
+    if form != FORMAT:
+        raise UserError(f"{path} is a checkpoint of format {form!r:.20}, this version reads {FORMAT}; "
+                        "use the version that wrote it")
+    if recorded != _digest(description, tensors):
+        raise UserError(f"{path} was altered after it was written (its checksum differs); use another checkpoint")
+    try:
+        return _checkpoint(description, tensors)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} holds tensors that do not fit the sizes it claims; use another checkpoint") from None
+
+
+def find_checkpoint(run: Path | None, runs: Path = Path("runs")) -> Path:
+    """The file to generate from: a checkpoint itself, or a run's best one, else its last one; without a name, those of
+    the newest run.
+
+    Raises: UserError if there is none.
+    """
+    folder = newest_run(runs) if run is None else run
+    if not folder.is_dir():
+        return folder
+    for name in ("best.safetensors", "last.safetensors"):
+        if (folder / name).exists():
+            return folder / name
+    raise UserError(f"{folder} holds no checkpoint; name the folder of a run, or train one with train.py")
+
+
+def newest_run(runs: Path = Path("runs")) -> Path:
+    """The run that was saved last.
+
+    Raises: UserError if there is none.
+    """
+    saved = list(runs.glob("*/last.safetensors"))
+    if not saved:
+        raise UserError(f"there is no run under {runs}{os.sep}; train one with train.py, or name a folder")
+    return max(saved, key=lambda path: path.stat().st_mtime_ns).parent
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file's content, durably and all at once.
+
+    Raises: OSError; the old content then still stands.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # a folder cannot be opened, or synced, on every system
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    groups = {"": checkpoint.params}
+    tensors = {}
+    if checkpoint.resumable:
+        groups |= {"adam.m.": checkpoint.resumable.m, "adam.v.": checkpoint.resumable.v}
+        tensors["state"] = np.ascontiguousarray(checkpoint.resumable.state)
+    for prefix, group in groups.items():
+        for name, array in group.items():
+            tensors[prefix + checkpoint_name(name)] = np.ascontiguousarray(array)
+    return tensors
+
+
+def _checkpoint(description: dict, tensors: dict[str, np.ndarray]) -> Checkpoint:
+    sizes = Sizes(**description["sizes"])
+    if not all(type(size) is int and size > 0 for size in asdict(sizes).values()) or sizes.layers > len(tensors):
+        raise ValueError("sizes")
+    vocabulary = Vocabulary(description["vocabulary"])
+    if len(vocabulary) != sizes.V:
+        raise ValueError("vocabulary")
+    shapes = parameter_shapes(sizes)
+
+    def group(prefix: str) -> dict[str, np.ndarray]:
+        arrays = {name: tensors.pop(prefix + checkpoint_name(name)) for name in shapes}
+        if any(array.shape != shapes[name] or array.dtype != np.float32 for name, array in arrays.items()):
+            raise ValueError("shapes")
+        return arrays
+
+    params, resumable = group(""), None
+    if description["progress"] is not None:
+        state = tensors.pop("state")
+        if state.shape != (sizes.layers, *state.shape[1:2], sizes.H) or state.dtype != np.float32:
+            raise ValueError("state")
+        resumable = Resumable(group("adam.m."), group("adam.v."), state, dict(description["progress"]))
+    if tensors:
+        raise ValueError("tensors without a meaning")
+    return Checkpoint(sizes, vocabulary, params, resumable)
+
+
+def _digest(description: dict, tensors: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name in sorted(tensors):
+        array = tensors[name]
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

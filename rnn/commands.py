@@ -1,0 +1,133 @@
+"""The two command lines: options in, exit status out; every error a user can cause is one line on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import tyro
+
+from rnn.config import GenerateConfig, TrainConfig, UserError
+
+USAGE_ERROR = 2
+_TEXT_OPTIONS = ("--prompt", "--stop", "--temperature")
+"""Options whose value may begin with a dash."""
+
+
+def train(arguments: Sequence[str] | None = None) -> int:
+    """`train.py`: train a model. Exit status 0, 1 if training diverged, 2 for bad input, 130 or 143 after a signal."""
+    def command() -> int:
+        from rnn import training
+
+        config = _parse(TrainConfig, arguments, prog="train.py")
+        if config.resume:
+            folder, before = training.resumable_run(config.out)
+            config = replace(_parse(TrainConfig, arguments, prog="train.py", default=before), out=folder, resume=True)
+        try:
+            return training.train(config)
+        except training.Diverged as error:
+            print(f"train.py: training diverged: {error}", file=sys.stderr)
+            return 1
+
+    return _reporting("train.py", command)
+
+
+def generate(arguments: Sequence[str] | None = None) -> int:
+    """`generate.py`: write text. Exit status 0, 2 for bad input, 130 after Ctrl-C."""
+    def command() -> int:
+        config = _parse(GenerateConfig, arguments, prog="generate.py")
+        from rnn.sampler import Generator, new_seed
+
+        prompts = _prompts(config)
+        seed = new_seed() if config.seed is None else config.seed
+        generator = Generator.load(config.run, config.device)
+        rows = [prompt for prompt in prompts for _ in range(config.num_samples)]
+        pieces = generator.stream(
+            rows, config.length, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+            min_p=config.min_p, stop=config.stop, seed=seed, on_unknown=config.on_unknown)
+        if config.seed is None:
+            print(f"--seed {seed}", file=sys.stderr)
+        sys.stdout.reconfigure(errors="replace")
+        _print_texts(rows, pieces)
+        return 0
+
+    return _reporting("generate.py", command)
+
+
+def _parse(config_type: type, arguments: Sequence[str] | None, prog: str, **options):
+    """Options from the command line; a mistake there becomes a UserError of one line."""
+    joined: list[str] = []
+    for argument in sys.argv[1:] if arguments is None else arguments:
+        if joined and joined[-1] in _TEXT_OPTIONS:
+            joined[-1] += "=" + argument
+        else:
+            joined.append(argument)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(config_type, args=joined, prog=prog, config=(tyro.conf.FlagCreatePairsOff,), **options)
+    except SystemExit as stop:
+        if stop.code != USAGE_ERROR:
+            raise
+        said = [line.strip("│ ") for line in complaint.getvalue().splitlines() if line.startswith("│")]
+        raise UserError(f"{' '.join(said[:1]) or complaint.getvalue()}; see {prog} --help") from None
+
+
+def _reporting(prog: str, command: Callable[[], int]) -> int:
+    try:
+        return command()
+    except UserError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        print(f"{prog}: cannot read or write{where}: {error.strerror or error}; what was saved before still stands",
+              file=sys.stderr)
+    except MemoryError:
+        print(f"{prog}: not enough memory; lower --batch-size, --seq-length, --rnn-units or --num-samples",
+              file=sys.stderr)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return USAGE_ERROR
+
+
+def _prompts(config: GenerateConfig) -> list[str]:
+    prompts = [_decoded(sys.stdin.buffer.read(), "stdin") if prompt == "-" else prompt for prompt in config.prompt]
+    if config.prompt_file is not None:
+        try:
+            prompts.append(_decoded(config.prompt_file.read_bytes(), str(config.prompt_file)))
+        except OSError as error:
+            raise UserError(f"cannot read {config.prompt_file}: {error.strerror}") from None
+    return prompts or [""]
+
+
+def _decoded(raw: bytes, source: str) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt of {source} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}; "
+                        "convert it") from None
+
+
+def _print_texts(prompts: list[str], pieces) -> None:
+    """Write all texts one after the other, the first one as it is made, with a line between two."""
+    texts = list(prompts)
+    _write(texts[0])
+    for piece_of_rows in pieces:
+        texts = [text + piece for text, piece in zip(texts, piece_of_rows)]
+        _write(piece_of_rows[0])
+    for text in texts[1:]:
+        _write("\n" + "-" * 10 + "\n" + text)
+    _write("\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

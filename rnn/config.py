@@ -1,0 +1,187 @@
+"""Options of training and generation, the sizes of a model, and the one error that users see.
+
+The dataclasses are the command lines: names, types, defaults and help texts of ``train.py`` and ``generate.py``
+come from here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+class UserError(Exception):
+    """Input that cannot be used. The message is one line: what is wrong, where, and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes that fix every parameter's shape.
+
+    V: vocabulary size with `[UNK]`; E: embedding dimension; H: units of each GRU layer; layers: GRU layers.
+    """
+
+    V: int
+    E: int
+    H: int
+    layers: int = 1
+
+
+def _require(condition: bool, option: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise UserError(f"{option} is {value}, but must be {wanted}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a character-level GRU language model on text and keep everything about the run in one folder.
+
+    Text is UTF-8. Progress goes to stderr, samples of generated text go to stdout.
+    """
+
+    data: tuple[str, ...] = ()
+    """what to learn: shakespeare, python-docs, or files, read one after the other (default: shakespeare)"""
+    out: Path | None = None
+    """folder of the run (default: a new one under runs/)"""
+    epochs: int = 10
+    """passes over the training text"""
+    steps: int | None = None
+    """stop after this many training steps in all, even inside an epoch"""
+    batch_size: int = 64
+    """sequences in a batch"""
+    seq_length: int = 100
+    """characters that a sequence predicts"""
+    embedding_dim: int = 256
+    """numbers that stand for a character"""
+    rnn_units: int = 1024
+    """hidden units of each GRU layer"""
+    layers: int = 1
+    """GRU layers"""
+    dropout: float = 0.0
+    """share of activations dropped between GRU layers"""
+    init: Literal["keras", "pytorch"] = "pytorch"
+    """initial values: as Keras chooses them (the tutorial's) or as PyTorch does"""
+    learning_rate: float = 1e-3
+    """Adam's learning rate (its peak, with a schedule)"""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """learning rate after the warm-up: constant, or falling along a cosine to a tenth"""
+    warmup_steps: int = 0
+    """steps over which the learning rate rises linearly from 0"""
+    clip_norm: float = 0.0
+    """largest global norm of the gradient; 0 does not clip"""
+    val_fraction: float = 0.05
+    """share of the text, from its end, kept for validation"""
+    stateful: bool = False
+    """read the text as contiguous streams and carry the state from batch to batch"""
+    patience: int = 0
+    """stop after this many epochs without a lower validation loss; 0 never does"""
+    save_every: int = 0
+    """also keep a numbered checkpoint every so many epochs; 0 keeps none"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """where to compute; auto takes an NVIDIA GPU if there is one"""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """arithmetic of matrix products; the CPU has fp32 only"""
+    seed: int = 0
+    """seed of initial values, order of sequences, dropout and samples"""
+    encoding: str = "utf-8"
+    """encoding of the files"""
+    resume: bool = False
+    """continue the run in --out (default: the newest under runs/) where it stopped, with its options"""
+
+    def __post_init__(self) -> None:
+        for option in ("epochs", "batch_size", "seq_length", "embedding_dim", "rnn_units", "layers"):
+            value = getattr(self, option)
+            _require(value >= 1, _flag(option), value, "at least 1")
+        for option in ("warmup_steps", "patience", "save_every", "seed"):
+            value = getattr(self, option)
+            _require(value >= 0, _flag(option), value, "at least 0")
+        _require(self.seed < 2**63, "--seed", self.seed, "below 2^63")
+        _require(self.steps is None or self.steps >= 1, "--steps", self.steps, "at least 1")
+        _require(0 <= self.dropout < 1, "--dropout", self.dropout, "in [0, 1)")
+        _require(0 < self.learning_rate < math.inf, "--learning-rate", self.learning_rate, "a number above 0")
+        _require(0 <= self.clip_norm < math.inf, "--clip-norm", self.clip_norm, "a number of at least 0")
+        _require(0 <= self.val_fraction <= 0.5, "--val-fraction", self.val_fraction, "in [0, 0.5]")
+        if self.patience and not self.val_fraction:
+            raise UserError("--patience watches the validation loss; give --val-fraction above 0 as well")
+
+    def saved(self) -> dict:
+        """The options that belong to a run: all but where it lies and whether it was resumed, as JSON values."""
+        options = asdict(self)
+        del options["out"], options["resume"]
+        return options | {"data": list(self.data)}
+
+    @staticmethod
+    def from_saved(options: dict, **others: object) -> TrainConfig:
+        """The inverse of `saved`; `others` gives the options that are not saved."""
+        known = {field.name for field in fields(TrainConfig)}
+        return TrainConfig(**{name: options[name] for name in options if name in known}
+                           | {"data": tuple(options["data"])} | others)
+
+
+CHANGEABLE_ON_RESUME = frozenset({
+    "epochs", "steps", "dropout", "learning_rate", "lr_schedule", "warmup_steps", "clip_norm",
+    "patience", "save_every", "device", "precision",
+})
+"""Options that a resumed run may give anew; all others fix the parameters or the order of the text."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Write text with a trained model, character by character.
+
+    Text goes to stdout as it is made, everything else to stderr.
+    """
+
+    run: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[RUN_OR_CHECKPOINT]")] = None
+    """folder of a run or a .safetensors file (default: the newest run under runs/)"""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """text to continue; - reads it from stdin; give it several times for several texts"""
+    prompt_file: Path | None = None
+    """file with a text to continue"""
+    length: int = 1000
+    """characters to write after each prompt"""
+    temperature: float = 1.0
+    """below 1 safer, above 1 wilder; 0 always takes the most likely character"""
+    top_k: int = 0
+    """choose among the k most likely characters only; 0 among all"""
+    top_p: float = 1.0
+    """choose among the most likely characters that together have at least this probability"""
+    min_p: float = 0.0
+    """choose among characters at least this times as likely as the most likely one"""
+    num_samples: int = 1
+    """texts for each prompt"""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """end a text once this has been written; give it several times for several ends"""
+    seed: int | None = None
+    """the same seed writes the same text (default: a new one, told on stderr)"""
+    on_unknown: Literal["error", "skip", "unk"] = "error"
+    """what to do with characters of the prompt that the model does not know"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """where to compute; auto takes an NVIDIA GPU if there is one"""
+
+    def __post_init__(self) -> None:
+        _require(self.length >= 1, "--length", self.length, "at least 1")
+        _require(self.num_samples >= 1, "--num-samples", self.num_samples, "at least 1")
+        _require(self.seed is None or 0 <= self.seed < 2**63, "--seed", self.seed, "in [0, 2^63)")
+        check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+        if "" in self.stop:
+            raise UserError("--stop is empty; give the text at which to stop, or leave the option out")
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    """Check the options that shape the distribution a character is drawn from.
+
+    Raises: UserError naming the option, its value and what is allowed.
+    """
+    _require(0 <= temperature < math.inf, "--temperature", temperature, "a number of at least 0")
+    _require(top_k >= 0, "--top-k", top_k, "at least 0")
+    _require(0 < top_p <= 1, "--top-p", top_p, "in (0, 1]")
+    _require(0 <= min_p <= 1, "--min-p", min_p, "in [0, 1]")
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")

@@ -1,0 +1,187 @@
+"""Forward and backward pass of the language model, written once on top of an op set.
+
+An op set is `rnn.reference` (NumPy, the CPU) or any module with the same functions. Nothing here asks which one it is
+given: parameters, buffers and states are the op set's arrays, all made when the model is, and a training step is a
+fixed sequence of ops on them with no decision on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from rnn import reference
+from rnn.batches import Batch
+from rnn.config import Sizes
+from rnn.params import flat_size, initial_parameters, named_views
+
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
+
+
+class _Layer(NamedTuple):
+    """Buffers of one GRU layer: its input table, what its passes share, and the dropout of its output."""
+
+    P: object
+    saved: object
+    keep_tb: object
+    dropped_tb: object
+
+
+class LanguageModel:
+    """Embedding, GRU layers and softmax over characters, with Adam, for windows of up to (T, B).
+
+    `train_step` is all that a training loop of your own needs; `params` (a dictionary of arrays by name), `step` and
+    `state` may be read and written between steps.
+
+    Arguments: sizes; T, B, the window; flat_params (flat_size,) float, initial values in the layout of `rnn.params`
+    (default: drawn from `seed`); dropout between layers; clip_norm, the largest global norm of a gradient (0: any);
+    carry_state, whether a step starts from the state in which the step before ended; ops, the op set.
+    """
+
+    def __init__(self, sizes: Sizes, T: int, B: int, flat_params: np.ndarray | None = None, *, dropout: float = 0.0,
+                 clip_norm: float = 0.0, carry_state: bool = False, seed: int = 0, dtype=np.float32,
+                 ops=reference) -> None:
+        if flat_params is None:
+            flat_params = initial_parameters(sizes, "pytorch", seed)
+        self.sizes, self.T, self.B, self.ops = sizes, T, B, ops
+        self.dropout, self.clip_norm, self.carry_state, self.seed = dropout, clip_norm, carry_state, seed
+        self.step = 0
+        V, E, H, layers = sizes.V, sizes.E, sizes.H, sizes.layers
+
+        def filled(shape: tuple[int, ...], value: object, as_dtype=dtype):
+            array = ops.empty(shape, as_dtype)
+            ops.copy_in(array, np.broadcast_to(value, shape))
+            return array
+
+        self._flat, self._grads, self._m, self._v = (
+            filled((flat_size(sizes),), value) for value in (flat_params, 0, 0, 0))
+        self.params, self.grads, self.m, self.v = (
+            named_views(flat, sizes) for flat in (self._flat, self._grads, self._m, self._v))
+        self.state = filled((layers, B, H), 0)
+        self._zero_state = filled((layers, B, H), 0)
+        self._evaluation_state = filled((layers, B, H), 0)
+        self._dstate = ops.empty((layers, B, H), dtype)
+        self._ids_tb = ops.empty((T, B), np.int32)
+        self._targets_tb = ops.empty((T, B), np.int32)
+        self._positions_tb = filled((T, B), np.arange(T * B).reshape(T, B), np.int32)
+        self._layers = [
+            _Layer(P=ops.empty_activations((V if layer == 0 else T * B, 3 * H), dtype),
+                   saved=ops.gru_saved(T, B, H, dtype),
+                   keep_tb=ops.empty_activations((T, B, H), bool) if self._drops(layer) else None,
+                   dropped_tb=ops.empty_activations((T, B, H), dtype) if self._drops(layer) else None)
+            for layer in range(layers)]
+        self._dP = ops.empty((V, 3 * H), dtype)
+        self._dP_upper = ops.empty((T * B, 3 * H), dtype) if layers > 1 else None
+        self._dh_tb = ops.empty_activations((T, B, H), dtype)
+        self._dlogits_tb = ops.empty_activations((T, B, V), dtype)
+        self._loss, self._norm, self._step_size = (filled((1,), 0) for _ in range(3))
+        self._step_number = filled((1,), 0, np.uint64)
+
+    def train_step(self, inputs, targets, learning_rate: float = 1e-3) -> dict:
+        """One step of training: loss, gradients, clipping, Adam.
+
+        If the gradient is not finite, parameters and moments stay as they are.
+
+        Shapes: inputs, targets (T, B), integers in [0, V). Returns `loss`, in nats per character, and `grad_norm`,
+        before clipping; `float()` gives their values.
+        """
+        t = self.step + 1
+        step_size = learning_rate * math.sqrt(1 - BETA_2**t) / (1 - BETA_1**t)
+        self.ops.copy_in(self._ids_tb, inputs)
+        self.ops.copy_in(self._targets_tb, targets)
+        self.ops.copy_in(self._step_size, np.array([step_size]))
+        self.ops.copy_in(self._step_number, np.array([self.step]))
+        self._step_ops()
+        self.step = t
+        return {"loss": self.ops.read_scalar(self._loss), "grad_norm": self.ops.read_scalar(self._norm)}
+
+    def gradients(self, inputs, targets) -> dict:
+        """Loss and gradients of a window from `state`, changing neither the parameters nor the state.
+
+        Shapes: inputs, targets (T, B). Returns `loss`, `dh0` (layers, B, H) and the gradient of every parameter by
+        name, as NumPy arrays.
+        """
+        self.ops.copy_in(self._ids_tb, inputs)
+        self.ops.copy_in(self._targets_tb, targets)
+        self._forward(self.T, self.state, training=True)
+        self._backward()
+        gradients = {name: self.ops.to_host(gradient) for name, gradient in self.grads.items()}
+        return {"loss": float(self.ops.read_scalar(self._loss)), "dh0": self.ops.to_host(self._dstate)} | gradients
+
+    def evaluate(self, windows: Iterable[Batch]) -> float:
+        """Mean loss in nats per character over consecutive windows, read from a zero state without dropout.
+
+        Shapes: each window up to (T, B), B the same in all.
+        """
+        state, total, count = self._evaluation_state, 0.0, 0
+        self.ops.copy(state, self._zero_state)
+        for window in windows:
+            T = len(window.inputs_tb)
+            self.ops.copy_in(self._ids_tb[:T], window.inputs_tb)
+            self.ops.copy_in(self._targets_tb[:T], window.targets_tb)
+            self._forward(T, state, training=False)
+            self._carry(T, state)
+            total += float(self.ops.read_scalar(self._loss)) * window.inputs_tb.size
+            count += window.inputs_tb.size
+        return total / count
+
+    def reset_state(self) -> None:
+        """Start the next step from a zero state."""
+        self.ops.copy(self.state, self._zero_state)
+
+    def _step_ops(self) -> None:
+        self._forward(self.T, self.state if self.carry_state else self._zero_state, training=True)
+        self._backward()
+        self.ops.global_norm(self._grads, self._norm)
+        self.ops.adam(self._flat, self._grads, self._m, self._v, self._norm, self._step_size, self.clip_norm,
+                      BETA_1, BETA_2, EPSILON)
+        if self.carry_state:
+            self._carry(self.T, self.state)
+
+    def _forward(self, T: int, state, training: bool) -> None:
+        ops, params, ids_tb = self.ops, self.params, self._ids_tb[:T]
+        x = params["W_emb"]
+        for layer, buffers in enumerate(self._layers):
+            P = buffers.P[:len(x)]
+            ops.input_table_forward(x, params[f"W_ih.{layer}"], params[f"b_ih.{layer}"], P)
+            ops.gru_forward(P, ids_tb, params[f"W_hh.{layer}"], params[f"b_hh.{layer}"], state[layer], buffers.saved)
+            y_tb = buffers.saved.h_tb[1:T + 1]
+            if training and self._drops(layer):
+                ops.dropout_forward(y_tb, self.dropout, self.seed, layer, self._step_number, buffers.keep_tb,
+                                    buffers.dropped_tb)
+                y_tb = buffers.dropped_tb
+            x, ids_tb = y_tb.reshape(T * self.B, -1), self._positions_tb[:T]
+        ops.cross_entropy_forward(y_tb, params["W_out"], params["b_out"], self._targets_tb[:T], self._loss,
+                                  self._dlogits_tb[:T])
+
+    def _backward(self) -> None:
+        ops, params, grads, dh_tb = self.ops, self.params, self.grads, self._dh_tb
+        ops.cross_entropy_backward(self._dlogits_tb, self._layers[-1].saved.h_tb[1:], params["W_out"], dh_tb,
+                                   grads["W_out"], grads["b_out"])
+        for layer in reversed(range(self.sizes.layers)):
+            buffers = self._layers[layer]
+            if self._drops(layer):
+                ops.dropout_backward(dh_tb, self.dropout, buffers.keep_tb, dh_tb)
+            if layer > 0:
+                below = self._layers[layer - 1]
+                y_tb = below.dropped_tb if self._drops(layer - 1) else below.saved.h_tb[1:]
+                ids_tb, dP, x, dx = self._positions_tb, self._dP_upper, self._rows(y_tb), self._rows(dh_tb)
+            else:
+                ids_tb, dP, x, dx = self._ids_tb, self._dP, params["W_emb"], grads["W_emb"]
+            ops.gru_backward(dh_tb, ids_tb, params[f"W_hh.{layer}"], buffers.saved, dP, grads[f"W_hh.{layer}"],
+                             grads[f"b_hh.{layer}"], self._dstate[layer])
+            ops.input_table_backward(dP, x, params[f"W_ih.{layer}"], dx, grads[f"W_ih.{layer}"],
+                                     grads[f"b_ih.{layer}"])
+
+    def _carry(self, T: int, state) -> None:
+        for layer, buffers in enumerate(self._layers):
+            self.ops.copy(state[layer], buffers.saved.h_tb[T])
+
+    def _drops(self, layer: int) -> bool:
+        return self.dropout > 0 and layer + 1 < self.sizes.layers
+
+    def _rows(self, x_tb):
+        return x_tb.reshape(self.T * self.B, -1)

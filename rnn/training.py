@@ -1,0 +1,349 @@
+"""A training run: the loop over epochs and steps, its folder, signals, and exact resuming.
+
+The folder of a run holds `config.json`; `metrics.jsonl`, a line per step and a line per epoch, without clock times;
+`timing.json`; `last.safetensors`, from which the run resumes bit for bit; `best.safetensors`, the parameters with the
+lowest validation loss; `loss.png`; `samples.txt`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from rnn.batches import ContiguousStreams, ShuffledWindows, validation_windows
+from rnn.checkpoint import Checkpoint, Resumable, load_checkpoint, newest_run, save_checkpoint, write_atomically
+from rnn.config import CHANGEABLE_ON_RESUME, Sizes, TrainConfig, UserError
+from rnn.corpus import Corpus, load_corpus
+from rnn.devices import op_set
+from rnn.model import LanguageModel
+from rnn.params import initial_parameters, parameter_count, parameter_shapes
+from rnn.sampler import Generator
+from rnn.vocabulary import Vocabulary
+
+SAVE_SECONDS = 300
+"""Inside an epoch, the longest time between two checkpoints."""
+
+FLOOR = 0.1
+"""Learning rate at the end of the cosine schedule, as a share of its peak."""
+
+SAMPLE_LENGTH, SAMPLE_TEMPERATURE = 200, 0.8
+
+
+class Diverged(Exception):
+    """The loss, a gradient or a parameter is no longer finite. The last good checkpoint still stands."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands, and all that a resumed one must know beside parameters, moments and state.
+
+    step, epoch and batch are counted from 0 and name what comes next; loss_sum adds up this epoch's losses; metrics
+    and samples are the sizes in bytes of the two files that grow.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    loss_sum: float = 0.0
+    best_loss: float | None = None
+    epochs_without_best: int = 0
+    metrics_bytes: int = 0
+    samples_bytes: int = 0
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """The learning rate of step `step`, counted from 0, of total_steps: linear warm-up, then constant or cosine."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    share = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return config.learning_rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+
+
+def resumable_run(out: Path | None) -> tuple[Path, TrainConfig]:
+    """The folder of the run to resume and the options it ran with.
+
+    Raises: UserError if there is none.
+    """
+    folder = newest_run() if out is None else out
+    checkpoint = load_checkpoint(folder / "last.safetensors")
+    if checkpoint.resumable is None:
+        raise UserError(f"{folder / 'last.safetensors'} has parameters only, nothing to resume from")
+    return folder, TrainConfig.from_saved(checkpoint.resumable.progress["config"], out=folder, resume=True)
+
+
+def train(config: TrainConfig) -> int:
+    """Train as the options say; the exit status: 0, or 128 + the number of the signal that stopped the run.
+
+    Raises: UserError for options or a text that cannot be used; Diverged; OSError if the run cannot be saved.
+    """
+    ops = op_set(config.device, config.precision)
+    checkpoint = load_checkpoint(config.out / "last.safetensors") if config.resume else None
+    if checkpoint:
+        _check_same_run(config, TrainConfig.from_saved(checkpoint.resumable.progress["config"]))
+    corpus = load_corpus(config.data, config.encoding)
+    config = replace(config, data=corpus.source)
+    if checkpoint and checkpoint.resumable.progress["text_sha256"] != corpus.sha256:
+        raise UserError(f"the text of {' '.join(config.data)} is not the one that {config.out} was trained on; "
+                        "bring it back, or start a new run with another --out")
+    return Run(config, corpus, ops, checkpoint).train()
+
+
+class Run:
+    """One training run in its folder."""
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, ops, checkpoint: Checkpoint | None) -> None:
+        self.config = config
+        self.vocabulary = Vocabulary.of(corpus.text)
+        self.text_sha256 = corpus.sha256
+        self.sizes = Sizes(len(self.vocabulary), config.embedding_dim, config.rnn_units, config.layers)
+        T, B = config.seq_length, config.batch_size
+        ids = self.vocabulary.encode(corpus.text)
+        val_length = int(len(ids) * config.val_fraction)
+        train_ids, val_ids = ids[:len(ids) - val_length], ids[len(ids) - val_length:]
+        self.batches = (ContiguousStreams(train_ids, B, T) if config.stateful
+                        else ShuffledWindows(train_ids, B, T, config.seed))
+        self.val_windows = validation_windows(val_ids, B, T) if config.val_fraction else []
+        self.total_steps = config.epochs * self.batches.batches_per_epoch
+        if config.steps is not None:
+            self.total_steps = min(self.total_steps, config.steps)
+        self.folder = config.out if config.out is not None else _free_folder(Path("runs"), corpus.name)
+        if not config.resume:
+            self._make_folder()
+        self.model = LanguageModel(
+            self.sizes, T, B, initial_parameters(self.sizes, config.init, config.seed), dropout=config.dropout,
+            clip_norm=config.clip_norm, carry_state=config.stateful, seed=config.seed, ops=ops)
+        self.progress = Progress()
+        self._signal: int | None = None
+        self._timing: list[dict] = []
+        if checkpoint:
+            self._restore(checkpoint)
+
+    def train(self) -> int:
+        """Run to the end, or to a signal; the exit status."""
+        self._describe()
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._train()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        if self._signal is not None:
+            _say(f"stopped by {signal.Signals(self._signal).name} after step {self.progress.step:,}; "
+                 f"continue with --resume --out {self.folder}")
+            return 128 + self._signal
+        _say(f"{self.folder} holds the run after step {self.progress.step:,}; "
+             f"write text with: python generate.py {self.folder}")
+        return 0
+
+    def _train(self) -> None:
+        if not self.config.resume:
+            self._save()
+        else:
+            self._cut("metrics.jsonl", self.progress.metrics_bytes)
+            self._cut("samples.txt", self.progress.samples_bytes)
+        with np.errstate(all="ignore"):  # a loss that is not finite is reported once, by this loop
+            while not self._finished() and self._signal is None:
+                self._train_epoch()
+
+    def _finished(self) -> bool:
+        patience = self.config.patience
+        return (self.progress.step >= self.total_steps
+                or bool(patience) and self.progress.epochs_without_best >= patience)
+
+    def _train_epoch(self) -> None:
+        progress, count = self.progress, self.batches.batches_per_epoch
+        first_batch, started = progress.batch, time.perf_counter()
+        saved_at = started
+        characters = self.config.batch_size * self.config.seq_length
+        with tqdm(total=count, initial=first_batch, desc=f"epoch {progress.epoch + 1}/{self.config.epochs}",
+                  unit="step", disable=None, dynamic_ncols=True) as bar:
+            while progress.batch < count and progress.step < self.total_steps and self._signal is None:
+                if progress.batch == 0:
+                    self.model.reset_state()
+                loss = self._train_step()
+                now = time.perf_counter()
+                rate = (progress.batch - first_batch) * characters / (now - started)
+                bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} characters/s", refresh=False)
+                bar.update()
+                if now - saved_at > SAVE_SECONDS:
+                    self._save()
+                    saved_at = now
+        self._timing.append({"epoch": progress.epoch + 1, "steps": progress.batch - first_batch,
+                             "seconds": round(time.perf_counter() - started, 3)})
+        if progress.batch == count:
+            self._end_epoch()
+        self._save()
+
+    def _train_step(self) -> float:
+        progress = self.progress
+        batch = self.batches.batch(progress.epoch, progress.batch)
+        result = self.model.train_step(batch.inputs_tb, batch.targets_tb,
+                                       learning_rate(self.config, progress.step, self.total_steps))
+        loss, norm = float(result["loss"]), float(result["grad_norm"])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Diverged(f"step {progress.step + 1:,} has loss {loss} and gradient norm {norm}; "
+                           f"{self.folder} keeps its last good checkpoint; lower --learning-rate or give --clip-norm")
+        progress.step += 1
+        progress.batch += 1
+        progress.loss_sum += loss
+        self._write_metrics({"step": progress.step, "epoch": progress.epoch + 1, "loss": loss})
+        return loss
+
+    def _end_epoch(self) -> None:
+        progress = self.progress
+        train_loss = progress.loss_sum / self.batches.batches_per_epoch
+        val_loss = self.model.evaluate(self.val_windows) if self.val_windows else None
+        self._check_finite(val_loss)
+        epoch = progress.epoch + 1
+        bits = None if val_loss is None else val_loss / math.log(2)
+        self._write_metrics({"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss,
+                             "val_bits_per_char": bits})
+        validation = "" if val_loss is None else f", validation loss {val_loss:.4f}, {bits:.4f} bits per character"
+        _say(f"epoch {epoch}: training loss {train_loss:.4f}{validation}")
+        self._write_sample(epoch)
+        judged = train_loss if val_loss is None else val_loss
+        if progress.best_loss is None or judged < progress.best_loss:
+            progress.best_loss, progress.epochs_without_best = judged, 0
+            save_checkpoint(self.folder / "best.safetensors", self._checkpoint(resumable=False))
+        else:
+            progress.epochs_without_best += 1
+        if self.config.save_every and epoch % self.config.save_every == 0:
+            save_checkpoint(self.folder / f"epoch-{epoch:04d}.safetensors", self._checkpoint(resumable=False))
+        progress.epoch, progress.batch, progress.loss_sum = epoch, 0, 0.0
+        self._draw()
+
+    def _write_sample(self, epoch: int) -> None:
+        generator = Generator(self.sizes, self.vocabulary, self.model.params, self.model.ops)
+        [text] = generator.generate(length=SAMPLE_LENGTH, temperature=SAMPLE_TEMPERATURE,
+                                    seed=self.config.seed + epoch)
+        print(text, flush=True)
+        self.progress.samples_bytes += self._append("samples.txt", f"--- epoch {epoch}\n{text}\n")
+
+    def _write_metrics(self, line: dict) -> None:
+        self.progress.metrics_bytes += self._append("metrics.jsonl", json.dumps(line) + "\n")
+
+    def _append(self, name: str, text: str) -> int:
+        with open(self.folder / name, "ab") as file:
+            return file.write(text.encode())
+
+    def _cut(self, name: str, size: int) -> None:
+        """Take back what was written after the checkpoint that the run resumes from."""
+        path = self.folder / name
+        if path.exists() and path.stat().st_size > size:
+            os.truncate(path, size)
+
+    def _save(self) -> None:
+        self._check_finite()
+        save_checkpoint(self.folder / "last.safetensors", self._checkpoint(resumable=True))
+        config = json.dumps(self.config.saved(), indent=2) + "\n"
+        write_atomically(self.folder / "config.json", config.encode())
+        timing = json.dumps({"epochs": self._timing, "peak_memory_mib": _peak_memory_mib()}, indent=2) + "\n"
+        write_atomically(self.folder / "timing.json", timing.encode())
+
+    def _check_finite(self, val_loss: float | None = None) -> None:
+        finite = all(np.isfinite(self.model.ops.to_host(array)).all() for array in self.model.params.values())
+        if not finite or (val_loss is not None and not math.isfinite(val_loss)):
+            raise Diverged(f"after step {self.progress.step:,} the parameters are no longer usable; {self.folder} "
+                           "keeps its last good checkpoint; lower --learning-rate or give --clip-norm")
+
+    def _checkpoint(self, resumable: bool) -> Checkpoint:
+        def host(arrays: dict) -> dict[str, np.ndarray]:
+            return {name: self.model.ops.to_host(array) for name, array in arrays.items()}
+
+        model, saved = self.model, None
+        if resumable:
+            progress = vars(self.progress) | {"config": self.config.saved(), "text_sha256": self.text_sha256}
+            saved = Resumable(host(model.m), host(model.v), model.ops.to_host(model.state), progress)
+        return Checkpoint(self.sizes, self.vocabulary, host(model.params), saved)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        saved, ops = checkpoint.resumable, self.model.ops
+        if checkpoint.vocabulary != self.vocabulary or saved.state.shape != self.model.state.shape:
+            raise UserError(f"{self.folder} was trained with another text or other sizes; start a new run")
+        for arrays, source in ((self.model.params, checkpoint.params), (self.model.m, saved.m), (self.model.v, saved.v)):
+            for name in parameter_shapes(self.sizes):
+                ops.copy_in(arrays[name], source[name])
+        ops.copy_in(self.model.state, saved.state)
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            self._timing = json.loads((self.folder / "timing.json").read_text())["epochs"]
+        self.progress = Progress(**{name: saved.progress[name] for name in vars(Progress())})
+        self.model.step = self.progress.step
+
+    def _make_folder(self) -> None:
+        if (self.folder / "last.safetensors").exists() or (self.folder / "config.json").exists():
+            raise UserError(f"{self.folder} holds another run; continue it with --resume, or give another --out")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {self.folder}: {error.strerror}; give another --out") from None
+
+    def _describe(self) -> None:
+        shapes = parameter_shapes(self.sizes)
+        for name, shape in shapes.items():
+            _say(f"{name:10} {str(shape):16} {math.prod(shape):>12,}")
+        batch = self.batches.batch(self.progress.epoch, 0)
+        loss = self.model.evaluate([batch])
+        trained = f"after step {self.progress.step:,}" if self.progress.step else "untrained"
+        _say(f"{parameter_count(self.sizes):,} parameters, {self.batches.batches_per_epoch:,} steps per epoch; "
+             f"loss {trained} {loss:.4f}, of a uniform guess ln {self.sizes.V} = {math.log(self.sizes.V):.4f}")
+
+    def _draw(self) -> None:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        steps = [(line["step"], line["loss"]) for line in lines if "step" in line]
+        ends = [(line["epoch"] * self.batches.batches_per_epoch, line["val_loss"]) for line in lines
+                if "step" not in line and line["val_loss"] is not None]
+        figure, axes = pyplot.subplots(figsize=(8, 5))
+        axes.plot(*zip(*steps), linewidth=0.8, label="training")
+        if ends:
+            axes.plot(*zip(*ends), marker="o", label="validation")
+        axes.set(xlabel="step", ylabel="loss (nats per character)")
+        axes.legend()
+        figure.savefig(self.folder / "loss.png")
+        pyplot.close(figure)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+
+
+def _check_same_run(config: TrainConfig, before: TrainConfig) -> None:
+    now, then = config.saved(), before.saved()
+    for option, value in now.items():
+        if option not in CHANGEABLE_ON_RESUME and value != then[option]:
+            raise UserError(f"--{option.replace('_', '-')} is {value}, but {config.out} was trained with "
+                            f"{then[option]}; leave the option out, or start a new run with another --out")
+
+
+def _free_folder(runs: Path, name: str) -> Path:
+    number = 1
+    while (folder := runs / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return folder
+
+
+def _peak_memory_mib() -> float:
+    """Largest memory of this process so far."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)

@@ -1,0 +1,87 @@
+"""Characters and their ids: id 0 is `[UNK]`, ids 1.. are the sorted distinct characters of the training text."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rnn.config import UserError
+
+UNK = "[UNK]"
+_CODE_POINTS = 0x110000
+_CHUNK = 1 << 22
+"""Characters converted at a time, so that a text of any length needs little memory beside its ids."""
+
+
+class Vocabulary:
+    """The characters that a model knows.
+
+    characters: the known characters in the order of their ids, which start at 1; `[UNK]` is not among them.
+    """
+
+    def __init__(self, characters: str) -> None:
+        codes = _code_points(characters)
+        if len(codes) == 0 or (np.diff(codes.astype(np.int64)) <= 0).any():
+            raise ValueError("characters must be at least one, sorted and distinct")
+        self.characters = characters
+        self._codes = np.concatenate([[0xFFFD], codes]).astype("<u4")
+        self._ids = np.zeros(_CODE_POINTS, self.dtype)
+        self._ids[codes] = np.arange(1, len(self), dtype=self.dtype)
+
+    @staticmethod
+    def of(text: str) -> Vocabulary:
+        """The vocabulary of a text that is not empty."""
+        seen = np.zeros(_CODE_POINTS, bool)
+        for start in range(0, len(text), _CHUNK):
+            seen[_code_points(text[start:start + _CHUNK])] = True
+        return Vocabulary(_text(np.flatnonzero(seen).astype("<u4")))
+
+    def __len__(self) -> int:
+        """V, `[UNK]` included."""
+        return len(self.characters) + 1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.characters == other.characters
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest unsigned type that holds every id."""
+        return np.min_scalar_type(len(self) - 1)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, 0 where a character is unknown.
+
+        Shapes: result (len(text),), `dtype`.
+        """
+        ids = np.empty(len(text), self.dtype)
+        for start in range(0, len(text), _CHUNK):
+            self._ids.take(_code_points(text[start:start + _CHUNK]), out=ids[start:start + _CHUNK], mode="clip")
+        return ids
+
+    def encode_prompt(self, text: str, on_unknown: str = "error") -> np.ndarray:
+        """Ids of a prompt; `on_unknown` says what becomes of unknown characters: `error`, `skip` or `unk`.
+
+        Raises: UserError that shows the unknown characters, with `error`.
+        """
+        ids = self.encode(text)
+        if on_unknown == "error" and (ids == 0).any():
+            unknown = sorted({character for character, known in zip(text, ids) if known == 0})
+            shown = " ".join(ascii(character) if not character.isprintable() else repr(character)
+                             for character in unknown)
+            raise UserError(f"the prompt has characters that the model has not learnt: {shown}; "
+                            "leave them out, or give --on-unknown skip or unk")
+        return ids[ids != 0] if on_unknown == "skip" else ids
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of ids; `[UNK]` becomes U+FFFD, the replacement character.
+
+        Shapes: ids (N,), any integer dtype, values in [0, V).
+        """
+        return _text(self._codes[np.asarray(ids, np.intp)])
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def _text(codes: np.ndarray) -> str:
+    return codes.tobytes().decode("utf-32-le", "surrogatepass")
