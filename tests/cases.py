@@ -1,0 +1,43 @@
+"""Models and data for tests: sizes that differ pairwise, nothing symmetric, every parameter away from zero."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from rnn import reference
+from rnn.config import Sizes
+from rnn.model import LanguageModel
+from rnn.params import flat_size, named_views
+
+GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
+
+
+class Case(NamedTuple):
+    """A model's sizes and window, float64 flat parameters, and data: ids and targets (T, B), h0 (layers, B, H)."""
+
+    sizes: Sizes
+    flat_params: np.ndarray
+    inputs_tb: np.ndarray
+    targets_tb: np.ndarray
+    h0: np.ndarray
+
+    def model(self, ops=reference, dtype=np.float64, **options) -> LanguageModel:
+        """The model on an op set, its state set to h0."""
+        T, B = self.inputs_tb.shape
+        model = LanguageModel(self.sizes, T, B, self.flat_params, ops=ops, dtype=dtype, **options)
+        ops.copy_in(model.state, self.h0)
+        return model
+
+
+def random_case(T=3, B=2, E=4, H=5, V=7, layers=1, seed=0, scale=0.5) -> Case:
+    """A case with normally distributed parameters of the given scale."""
+    sizes, rng = Sizes(V, E, H, layers), np.random.default_rng(seed)
+    flat = np.zeros(flat_size(sizes))
+    for view in named_views(flat, sizes).values():
+        view[...] = scale * rng.standard_normal(view.shape)
+    return Case(sizes, flat, rng.integers(0, V, (T, B)), rng.integers(0, V, (T, B)),
+                scale * rng.standard_normal((layers, B, H)))

@@ -1,0 +1,43 @@
+"""The one comparison of the tests: shape, dtype, finiteness, then error against a derived tolerance."""
+
+from __future__ import annotations
+
+import numpy as np
+
+FACTOR = 4
+"""An implementation may err this many times what the float32 reference errs."""
+
+FLOOR = 4
+"""On top of that, this many epsilons of its dtype, relative to the tensor's largest entry."""
+
+
+def assert_close(name: str, actual, exact, reference=None, *, dtype=None) -> None:
+    """Assert that `actual` is `exact` up to rounding.
+
+    exact: the value in float64. reference: the float32 reference's value of the same thing; the error it makes is the
+    measure of how much rounding the computation does. Without it only the floor is allowed. dtype: what `actual` must
+    have (default: float64 if there is no reference, else float32).
+
+    Raises: AssertionError that names the tensor, the worst index and both values.
+    """
+    actual, exact = np.asarray(actual), np.asarray(exact, np.float64)
+    dtype = np.dtype(dtype or (np.float64 if reference is None else np.float32))
+    assert actual.shape == exact.shape, f"{name} has shape {actual.shape}, not {exact.shape}"
+    assert actual.dtype == dtype, f"{name} has dtype {actual.dtype}, not {dtype}"
+    assert np.isfinite(exact).all(), f"{name}: what it is compared with is not finite"
+    if actual.size == 0:
+        return
+    if not np.isfinite(actual).all():
+        worst = np.unravel_index(np.argmin(np.isfinite(actual)), actual.shape)
+        raise AssertionError(f"{name}{_shown(worst)} is {actual[worst]}, not {exact[worst]}")
+    allowed = FLOOR * np.finfo(dtype).eps * np.abs(exact).max()
+    if reference is not None:
+        allowed += FACTOR * np.abs(np.asarray(reference, np.float64) - exact).max()
+    error = np.abs(actual.astype(np.float64) - exact)
+    worst = np.unravel_index(error.argmax(), error.shape)
+    assert error[worst] <= allowed, (f"{name}{_shown(worst)} is {actual[worst]!r}, not {exact[worst]!r}: "
+                                     f"error {error[worst]:.3g}, allowed {allowed:.3g}")
+
+
+def _shown(index: tuple) -> str:
+    return f"[{', '.join(str(int(k)) for k in index)}]"
