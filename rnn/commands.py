@@ -89,8 +89,8 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
         where = f" {error.filename}" if error.filename else ""
         print(f"{prog}: cannot read or write{where}: {error.strerror or error}; what was saved before still stands",
               file=sys.stderr)
-    except MemoryError:
-        print(f"{prog}: not enough memory; lower --batch-size, --seq-length, --rnn-units or --num-samples",
+    except MemoryError as error:
+        print(f"{prog}: not enough memory {error}; lower --batch-size, --seq-length, --rnn-units or --num-samples",
               file=sys.stderr)
     except KeyboardInterrupt:
         print(file=sys.stderr)

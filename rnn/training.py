@@ -77,6 +77,8 @@ def resumable_run(out: Path | None) -> tuple[Path, TrainConfig]:
     Raises: UserError if there is none.
     """
     folder = newest_run() if out is None else out
+    if not (folder / "last.safetensors").exists():
+        raise UserError(f"{folder} holds no run to resume; leave --resume out to start one there")
     checkpoint = load_checkpoint(folder / "last.safetensors")
     if checkpoint.resumable is None:
         raise UserError(f"{folder / 'last.safetensors'} has parameters only, nothing to resume from")
@@ -126,6 +128,8 @@ class Run:
             clip_norm=config.clip_norm, carry_state=config.stateful, seed=config.seed, ops=ops)
         self.progress = Progress()
         self._signal: int | None = None
+        self._unread: tuple[int, dict] | None = None
+        self._loss = math.nan
         self._timing: list[dict] = []
         if checkpoint:
             self._restore(checkpoint)
@@ -172,10 +176,10 @@ class Run:
             while progress.batch < count and progress.step < self.total_steps and self._signal is None:
                 if progress.batch == 0:
                     self.model.reset_state()
-                loss = self._train_step()
+                self._train_step()
                 now = time.perf_counter()
                 rate = (progress.batch - first_batch) * characters / (now - started)
-                bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} characters/s", refresh=False)
+                bar.set_postfix_str(f"loss {self._loss:.4f}, {rate:,.0f} characters/s", refresh=False)
                 bar.update()
                 if now - saved_at > SAVE_SECONDS:
                     self._save()
@@ -186,22 +190,30 @@ class Run:
             self._end_epoch()
         self._save()
 
-    def _train_step(self) -> float:
+    def _train_step(self) -> None:
         progress = self.progress
         batch = self.batches.batch(progress.epoch, progress.batch)
         result = self.model.train_step(batch.inputs_tb, batch.targets_tb,
                                        learning_rate(self.config, progress.step, self.total_steps))
-        loss, norm = float(result["loss"]), float(result["grad_norm"])
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(f"step {progress.step + 1:,} has loss {loss} and gradient norm {norm}; "
-                           f"{self.folder} keeps its last good checkpoint; lower --learning-rate or give --clip-norm")
         progress.step += 1
         progress.batch += 1
-        progress.loss_sum += loss
-        self._write_metrics({"step": progress.step, "epoch": progress.epoch + 1, "loss": loss})
-        return loss
+        self._settle()  # the step before; reading the loss of this one would wait for it to be computed
+        self._unread = (progress.step, result)
+
+    def _settle(self) -> None:
+        """Read and record the loss of the last step, if that has not been done."""
+        if self._unread is None:
+            return
+        (step, result), self._unread = self._unread, None
+        self._loss, norm = float(result["loss"]), float(result["grad_norm"])
+        if not (math.isfinite(self._loss) and math.isfinite(norm)):
+            raise Diverged(f"step {step:,} has loss {self._loss} and gradient norm {norm}; "
+                           f"{self.folder} keeps its last good checkpoint; lower --learning-rate or give --clip-norm")
+        self.progress.loss_sum += self._loss
+        self._write_metrics({"step": step, "epoch": self.progress.epoch + 1, "loss": self._loss})
 
     def _end_epoch(self) -> None:
+        self._settle()
         progress = self.progress
         train_loss = progress.loss_sum / self.batches.batches_per_epoch
         val_loss = self.model.evaluate(self.val_windows) if self.val_windows else None
@@ -245,6 +257,7 @@ class Run:
             os.truncate(path, size)
 
     def _save(self) -> None:
+        self._settle()
         self._check_finite()
         save_checkpoint(self.folder / "last.safetensors", self._checkpoint(resumable=True))
         config = json.dumps(self.config.saved(), indent=2) + "\n"
