@@ -76,17 +76,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
         description = json.loads(header["__metadata__"][METADATA_KEY])
         recorded = description.pop("sha256")
         form = description["format"]
+        digest = _digest(description, tensors)
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise UserError(f"{path} is no checkpoint of char-gru, or is damaged or cut short; "
                         "name a .safetensors file that train.py wrote") from None
     if form != FORMAT:
         raise UserError(f"{path} is a checkpoint of format {form!r:.20}, this version reads {FORMAT}; "
                         "use the version that wrote it")
-    if recorded != _digest(description, tensors):
+    if recorded != digest:
         raise UserError(f"{path} was altered after it was written (its checksum differs); use another checkpoint")
     try:
         return _checkpoint(description, tensors)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} holds tensors that do not fit the sizes it claims; use another checkpoint") from None
 
 
@@ -167,12 +168,14 @@ def _checkpoint(description: dict, tensors: dict[str, np.ndarray]) -> Checkpoint
             raise ValueError("shapes")
         return arrays
 
-    params, resumable = group(""), None
-    if description["progress"] is not None:
+    params, resumable, progress = group(""), None, description["progress"]
+    if progress is not None:
+        if not isinstance(progress, dict):
+            raise ValueError("progress")
         state = tensors.pop("state")
         if state.shape != (sizes.layers, *state.shape[1:2], sizes.H) or state.dtype != np.float32:
             raise ValueError("state")
-        resumable = Resumable(group("adam.m."), group("adam.v."), state, dict(description["progress"]))
+        resumable = Resumable(group("adam.m."), group("adam.v."), state, progress)
     if tensors:
         raise ValueError("tensors without a meaning")
     return Checkpoint(sizes, vocabulary, params, resumable)

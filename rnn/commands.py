@@ -51,7 +51,6 @@ def generate(arguments: Sequence[str] | None = None) -> int:
             min_p=config.min_p, stop=config.stop, seed=seed, on_unknown=config.on_unknown)
         if config.seed is None:
             print(f"--seed {seed}", file=sys.stderr)
-        sys.stdout.reconfigure(errors="replace")
         _print_texts(rows, pieces)
         return 0
 
@@ -78,6 +77,8 @@ def _parse(config_type: type, arguments: Sequence[str] | None, prog: str, **opti
 
 
 def _reporting(prog: str, command: Callable[[], int]) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     try:
         return command()
     except UserError as error:

@@ -240,7 +240,10 @@ class Run:
         generator = Generator(self.sizes, self.vocabulary, self.model.params, self.model.ops)
         [text] = generator.generate(length=SAMPLE_LENGTH, temperature=SAMPLE_TEMPERATURE,
                                     seed=self.config.seed + epoch)
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # nobody reads the samples any more; the run goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self.progress.samples_bytes += self._append("samples.txt", f"--- epoch {epoch}\n{text}\n")
 
     def _write_metrics(self, line: dict) -> None:
