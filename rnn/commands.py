@@ -26,7 +26,9 @@ def train(arguments: Sequence[str] | None = None) -> int:
         config = _parse(TrainConfig, arguments, prog="train.py")
         if config.resume:
             folder, before = training.resumable_run(config.out)
-            config = replace(_parse(TrainConfig, arguments, prog="train.py", default=before), out=folder, resume=True)
+            defaults = replace(before, resume=False, stateful=False)  # tyro would turn a flag that is on into --no-...
+            config = replace(_parse(TrainConfig, arguments, prog="train.py", default=defaults), out=folder, resume=True,
+                             stateful=config.stateful or before.stateful)
         try:
             return training.train(config)
         except training.Diverged as error:

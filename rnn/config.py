@@ -164,8 +164,8 @@ class GenerateConfig:
     """where to compute; auto takes an NVIDIA GPU if there is one"""
 
     def __post_init__(self) -> None:
-        _require(self.length >= 1, "--length", self.length, "at least 1")
-        _require(self.num_samples >= 1, "--num-samples", self.num_samples, "at least 1")
+        _require(1 <= self.length < 2**31, "--length", self.length, "from 1 to 2^31 - 1")
+        _require(1 <= self.num_samples < 2**16, "--num-samples", self.num_samples, "from 1 to 65,535")
         _require(self.seed is None or 0 <= self.seed < 2**63, "--seed", self.seed, "in [0, 2^63)")
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         if "" in self.stop:

@@ -59,15 +59,19 @@ def _read(path: Path, encoding: str) -> str:
     except OSError as error:
         known = "; --data takes files, shakespeare or python-docs" if isinstance(error, FileNotFoundError) else ""
         raise UserError(f"cannot read {path}: {error.strerror}{known}") from None
-    if not raw:
-        raise UserError(f"{path} is empty; give a file with text")
     try:
-        return raw.decode(encoding)
+        text = raw.decode(encoding)
+        text.encode()  # a few encodings give lone surrogates, which are no text
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not {encoding}: byte {raw[error.start]:#04x} at offset {error.start}; "
                         "convert it, or name its encoding with --encoding") from None
+    except UnicodeError as error:
+        raise UserError(f"{path} is not {encoding} ({error}); name its encoding with --encoding") from None
     except LookupError:
         raise UserError(f"--encoding {encoding} is unknown; utf-8, latin-1 and cp1252 are common ones") from None
+    if not text:
+        raise UserError(f"{path} is empty; give a file with text")
+    return text
 
 
 def _shakespeare() -> bytes:

@@ -76,7 +76,11 @@ def initial_parameters(sizes: Sizes, init: str, seed: int) -> np.ndarray:
 
     init `keras`: embeddings uniform(-0.05, 0.05), `W_ih` and `W_out` Glorot uniform, `W_hh` with orthonormal columns,
     biases zero (the tutorial's). init `pytorch`: embeddings normal(0, 1), all else uniform(-1/sqrt(H), 1/sqrt(H)).
+
+    Raises: MemoryError for more parameters than can be addressed.
     """
+    if flat_size(sizes) > np.iinfo(np.intp).max // 8:
+        raise MemoryError(f"for {parameter_count(sizes):,} parameters")
     rng = np.random.Generator(np.random.Philox(key=[seed, 0]))
     flat = np.zeros(flat_size(sizes), np.float32)
     for name, view in named_views(flat, sizes).items():

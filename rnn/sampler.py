@@ -91,10 +91,13 @@ class Generator:
         range.
         """
         check_sampling(temperature, top_k, top_p, min_p)
-        if seed is None:
-            seed = new_seed()
-        rows = len(prompts)
         ids_of_rows = [self._prompt_ids(prompt, on_unknown) for prompt in prompts]
+        return self._pieces(ids_of_rows, length, stop, new_seed() if seed is None else seed,
+                            {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p})
+
+    def _pieces(self, ids_of_rows: list[np.ndarray], length: int, stop: Sequence[str], seed: int,
+                options: dict) -> Iterator[list[str]]:
+        rows = len(ids_of_rows)
         forced_steps = np.array([len(ids) - 1 for ids in ids_of_rows])
         forced_tr = np.full((forced_steps.max() + length, rows), -1, np.int32)
         uniforms_tr = np.zeros(forced_tr.shape, np.float32)
@@ -107,8 +110,7 @@ class Generator:
         tails, open_rows = [""] * rows, set(range(rows))
         overlap = max((len(text) for text in stop), default=1) - 1
         for start in range(0, len(forced_tr), CHUNK):
-            ids_tr = writer.write(forced_tr[start:start + CHUNK], uniforms_tr[start:start + CHUNK],
-                                  temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+            ids_tr = writer.write(forced_tr[start:start + CHUNK], uniforms_tr[start:start + CHUNK], **options)
             pieces = [""] * rows
             for row in sorted(open_rows):
                 first, last = forced_steps[row] - start, forced_steps[row] + length - start

@@ -80,9 +80,10 @@ def resumable_run(out: Path | None) -> tuple[Path, TrainConfig]:
     if not (folder / "last.safetensors").exists():
         raise UserError(f"{folder} holds no run to resume; leave --resume out to start one there")
     checkpoint = load_checkpoint(folder / "last.safetensors")
-    if checkpoint.resumable is None:
-        raise UserError(f"{folder / 'last.safetensors'} has parameters only, nothing to resume from")
-    return folder, TrainConfig.from_saved(checkpoint.resumable.progress["config"], out=folder, resume=True)
+    try:
+        return folder, TrainConfig.from_saved(checkpoint.resumable.progress["config"], out=folder, resume=True)
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{folder / 'last.safetensors'} has nothing to resume from; start a new run") from None
 
 
 def train(config: TrainConfig) -> int:
@@ -121,8 +122,8 @@ class Run:
         if config.steps is not None:
             self.total_steps = min(self.total_steps, config.steps)
         self.folder = config.out if config.out is not None else _free_folder(Path("runs"), corpus.name)
-        if not config.resume:
-            self._make_folder()
+        if not config.resume and any((self.folder / name).exists() for name in ("last.safetensors", "config.json")):
+            raise UserError(f"{self.folder} holds another run; continue it with --resume, or give another --out")
         self.model = LanguageModel(
             self.sizes, T, B, initial_parameters(self.sizes, config.init, config.seed), dropout=config.dropout,
             clip_norm=config.clip_norm, carry_state=config.stateful, seed=config.seed, ops=ops)
@@ -133,6 +134,8 @@ class Run:
         self._timing: list[dict] = []
         if checkpoint:
             self._restore(checkpoint)
+        else:
+            _make_folder(self.folder)
 
     def train(self) -> int:
         """Run to the end, or to a signal; the exit status."""
@@ -297,14 +300,6 @@ class Run:
         self.progress = Progress(**{name: saved.progress[name] for name in vars(Progress())})
         self.model.step = self.progress.step
 
-    def _make_folder(self) -> None:
-        if (self.folder / "last.safetensors").exists() or (self.folder / "config.json").exists():
-            raise UserError(f"{self.folder} holds another run; continue it with --resume, or give another --out")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {self.folder}: {error.strerror}; give another --out") from None
-
     def _describe(self) -> None:
         shapes = parameter_shapes(self.sizes)
         for name, shape in shapes.items():
@@ -351,6 +346,13 @@ def _free_folder(runs: Path, name: str) -> Path:
     while (folder := runs / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
     return folder
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}; give another --out") from None
 
 
 def _peak_memory_mib() -> float:

@@ -1,0 +1,129 @@
+"""The command lines as a user runs them: in a process, a folder and with texts of their own.
+
+Where nothing depends on the process, `train_here` calls the same command inside the tests' process, which saves the
+time that starting one takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rnn import commands
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("--rnn-units", "16", "--embedding-dim", "8", "--batch-size", "4", "--seq-length", "10")
+"""Options of a model that trains at about a step per millisecond."""
+
+STEPS_PER_EPOCH = 8
+"""What `make_text` and TINY give."""
+
+REPRODUCIBLE = ("metrics.jsonl", "samples.txt", "config.json", "last.safetensors", "best.safetensors")
+"""Files of a run that hold no clock times; two equal runs hold equal bytes."""
+
+DEADLINE = 120.0
+"""Seconds after which a process is taken to hang."""
+
+_CLOSED_PROXY = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+
+
+def make_text(path: Path, length: int = 400) -> Path:
+    """Write `length` characters of words, some of them beyond ASCII; the same on every call."""
+    rng, words = random.Random(1), "the quick brown fox jumps over a lazy dög 🦊\n".split(" ")
+    text = " ".join(rng.choice(words) for _ in range(length))[:length]
+    path.write_bytes(text.encode())
+    return path
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a child: downloads fail at once, products use one thread."""
+    kept = {name: value for name, value in os.environ.items() if name.lower() not in ("no_proxy", "all_proxy")}
+    return kept | _CLOSED_PROXY | {"OPENBLAS_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"} | changes
+
+
+def start(program: str, *arguments: object, cwd: Path, environ: dict[str, str] | None = None,
+          **options) -> subprocess.Popen:
+    """Start `train.py` or `generate.py`, or Python code if `program` is none of them; output as bytes in pipes."""
+    called = [str(ROOT / program)] if program in ("train.py", "generate.py") else ["-c", program]
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    return subprocess.Popen([sys.executable, *called, *map(str, arguments)], cwd=cwd,
+                            env=environment(**(environ or {})), **(pipes | options))
+
+
+def finish(process: subprocess.Popen, stdin: bytes = b"") -> subprocess.CompletedProcess:
+    """Wait for a started program's end; stdout and stderr as text."""
+    with process:
+        try:
+            stdout, stderr = process.communicate(stdin, timeout=DEADLINE)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout.decode(), stderr.decode())
+
+
+def run(program: str, *arguments: object, cwd: Path, stdin: bytes = b"", **options) -> subprocess.CompletedProcess:
+    """Run a program to its end."""
+    return finish(start(program, *arguments, cwd=cwd, **options), stdin)
+
+
+@contextlib.contextmanager
+def running(program: str, *arguments: object, cwd: Path, **options) -> Iterator[subprocess.Popen]:
+    """A started program, killed at the end if it still runs."""
+    with start(program, *arguments, cwd=cwd, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Wait until something holds while the process runs.
+
+    Raises: AssertionError if the process ends first or the deadline passes.
+    """
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert process.poll() is None, f"ended too early: {process.stderr.read().decode()}"
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.001)
+
+
+def train(*arguments: object, cwd: Path, status: int = 0, **options) -> Path:
+    """Train to the end, or to another expected exit status, in the folder `run` under cwd; that folder."""
+    result = run("train.py", "--out", "run", *arguments, cwd=cwd, **options)
+    assert result.returncode == status, result.stderr
+    return cwd / "run"
+
+
+def train_here(*arguments: object, cwd: Path, status: int = 0) -> Path:
+    """As `train`, but in this process."""
+    with contextlib.chdir(cwd):
+        assert commands.train(["--out", "run", *map(str, arguments)]) == status
+    return cwd / "run"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The reproducible files of a run that are there."""
+    return {name: (folder / name).read_bytes() for name in REPRODUCIBLE if (folder / name).exists()}
+
+
+def assert_equal_runs(folder: Path, expected: Path) -> None:
+    """Assert that two runs hold equal bytes in every reproducible file."""
+    actual, wanted = contents(folder), contents(expected)
+    assert actual.keys() == wanted.keys()
+    different = [name for name in wanted if actual[name] != wanted[name]]
+    assert not different, f"{', '.join(different)} of {folder} and {expected} differ"
+
+
+def assert_refused(status: int, stdout: str, stderr: str, *parts: str) -> None:
+    """Assert exit status 2, nothing on stdout, and one line on stderr that holds all parts."""
+    assert "Traceback" not in stderr and len(stderr.splitlines()) == 1, stderr
+    assert status == 2
+    assert stdout == ""
+    missing = [part for part in parts if part not in stderr]
+    assert not missing, f"{missing} not in {stderr!r}"

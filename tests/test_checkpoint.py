@@ -1,0 +1,335 @@
+"""Checkpoints come back as they were saved, and nothing else passes for one."""
+
+import errno
+import json
+import os
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import numpy as safetensors_numpy
+
+from rnn import checkpoint as module
+from rnn.checkpoint import (METADATA_KEY, Checkpoint, Resumable, find_checkpoint, load_checkpoint, newest_run,
+                            save_checkpoint, write_atomically)
+from rnn.config import Sizes, UserError
+from rnn.params import checkpoint_name, parameter_shapes
+from rnn.vocabulary import Vocabulary
+from tests.commands import ROOT, running, wait_until
+
+CHARACTERS = "\n\"\\é\u2028🦊"
+SIZES = Sizes(V=len(CHARACTERS) + 1, E=2, H=3)
+PROGRESS = {"step": 7, "loss_sum": 0.1 + 0.2, "best_loss": None, "config": {"data": ["é.txt"], "learning_rate": 1e-7}}
+
+
+def example(sizes: Sizes = SIZES, resumable: bool = True, seed: int = 0) -> Checkpoint:
+    """A checkpoint of random values."""
+    rng = np.random.default_rng(seed)
+
+    def arrays() -> dict[str, np.ndarray]:
+        return {name: rng.standard_normal(shape, np.float32) for name, shape in parameter_shapes(sizes).items()}
+
+    state = rng.standard_normal((sizes.layers, 2, sizes.H), np.float32)
+    return Checkpoint(sizes, Vocabulary(CHARACTERS), arrays(),
+                      Resumable(arrays(), arrays(), state, PROGRESS) if resumable else None)
+
+
+def assert_equal(actual: Checkpoint, expected: Checkpoint) -> None:
+    """Assert that two checkpoints are the same, bit for bit."""
+    assert actual.sizes == expected.sizes
+    assert actual.vocabulary == expected.vocabulary
+    assert (actual.resumable is None) == (expected.resumable is None)
+    groups = [(actual.params, expected.params)]
+    if expected.resumable:
+        assert actual.resumable.progress == expected.resumable.progress
+        groups += [(actual.resumable.m, expected.resumable.m), (actual.resumable.v, expected.resumable.v),
+                   ({"state": actual.resumable.state}, {"state": expected.resumable.state})]
+    for group, wanted in groups:
+        assert group.keys() == wanted.keys()
+        for name, array in wanted.items():
+            assert group[name].dtype == array.dtype and group[name].shape == array.shape
+            assert group[name].tobytes() == array.tobytes(), name
+
+
+class File:
+    """A path whose content lies in memory, since thousands of them are read here."""
+
+    def __init__(self, content: bytes = b"") -> None:
+        self.content = content
+
+    def read_bytes(self) -> bytes:
+        return bytes(self.content)
+
+    def __str__(self) -> str:
+        return "runs/text/last.safetensors"
+
+
+def assert_refused(path, *parts: str) -> None:
+    """Assert that loading gives one line that names the file."""
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(path)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1 and str(path) in message
+    assert all(part in message for part in parts), message
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> bytes:
+    """The bytes of a file that can be resumed."""
+    path = tmp_path_factory.mktemp("saved") / "last.safetensors"
+    save_checkpoint(path, example())
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("resumable", [True, False])
+def test_checkpoint_comes_back_bit_for_bit(tmp_path, layers, resumable):
+    before = example(replace(SIZES, layers=layers), resumable)
+    save_checkpoint(tmp_path / "a.safetensors", before)
+    assert_equal(load_checkpoint(tmp_path / "a.safetensors"), before)
+
+
+def test_arrays_that_are_not_contiguous_come_back_bit_for_bit(tmp_path):
+    before = example()
+    strided = {name: np.repeat(array, 2, axis=-1)[..., ::2] for name, array in before.params.items()}
+    save_checkpoint(tmp_path / "a.safetensors", replace(before, params=strided))
+    assert_equal(load_checkpoint(tmp_path / "a.safetensors"), before)
+
+
+def test_equal_checkpoints_give_equal_bytes(tmp_path):
+    for name in ("a", "b"):
+        save_checkpoint(tmp_path / name, example())
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_file_without_progress_holds_pytorchs_names_in_float32_and_nothing_else(tmp_path):
+    before = example(replace(SIZES, layers=2), resumable=False)
+    save_checkpoint(tmp_path / "best.safetensors", before)
+    tensors = safetensors_numpy.load_file(tmp_path / "best.safetensors")
+    gru = [f"gru.{name}_l{layer}" for layer in (0, 1) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+    assert sorted(tensors) == sorted(["embedding.weight", *gru, "output.weight", "output.bias"])
+    assert {array.dtype for array in tensors.values()} == {np.dtype(np.float32)}
+    for name, array in before.params.items():
+        assert (tensors[checkpoint_name(name)] == array).all()
+
+
+def assert_refused_or_same(raw: bytes) -> None:
+    """Assert that the bytes are refused, or load as what was saved: JSON has several spellings of one text (a tab for
+    a space, E for e, a last digit of a float that rounds to the same)."""
+    try:
+        loaded = load_checkpoint(File(raw))
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert_equal(loaded, example())
+
+
+def test_truncated_file_is_refused_at_every_length(saved):
+    for length in range(len(saved)):
+        assert_refused(File(saved[:length]), "no checkpoint of char-gru, or is damaged or cut short")
+
+
+def test_longer_file_is_refused(saved):
+    assert_refused(File(saved + b"\0"))
+
+
+@pytest.mark.parametrize("bit", [0, 5, 7])
+def test_flipped_bit_is_noticed_at_every_byte(saved, bit):
+    header_end, damaged = 8 + int.from_bytes(saved[:8], "little"), bytearray(saved)
+    for offset in range(len(saved)):
+        damaged[offset] ^= 1 << bit
+        if offset < header_end:
+            assert_refused_or_same(damaged)
+        else:
+            assert_refused(File(damaged), "altered")
+        damaged[offset] ^= 1 << bit
+
+
+@given(data=st.data())
+def test_changed_bytes_are_noticed(saved, data):
+    damaged = bytearray(saved)
+    for offset in data.draw(st.lists(st.integers(0, len(saved) - 1), min_size=1, max_size=3)):
+        damaged[offset] = data.draw(st.integers(0, 255))
+    assert_refused_or_same(damaged)
+
+
+@given(st.binary(max_size=300))
+def test_arbitrary_bytes_are_refused(raw):
+    assert_refused(File(raw), "no checkpoint")
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3))
+
+
+def described(text: str) -> File:
+    """A safetensors file with a tensor and a text under our metadata key."""
+    return File(safetensors_numpy.save({"x": np.zeros(2, np.float32)}, {METADATA_KEY: text}))
+
+
+@settings(max_examples=50)
+@given(JSON)
+def test_any_other_header_is_refused(header):
+    raw = json.dumps(header).encode()
+    assert_refused(File(len(raw).to_bytes(8, "little") + raw))
+
+
+@settings(max_examples=50)
+@given(JSON | st.fixed_dictionaries({"sha256": JSON, "format": st.just(1), "sizes": JSON, "vocabulary": JSON}))
+def test_any_other_description_is_refused(description):
+    assert_refused(described(json.dumps(description)))
+
+
+def test_deeply_nested_description_is_refused_at_any_depth():
+    for depth in [*range(700, 1010), 100_000]:
+        text = '{"sha256": "", "format": 1, "sizes": ' + "[" * depth + "]" * depth + "}"
+        assert_refused(described(text))
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {METADATA_KEY: ""}, {METADATA_KEY: "no JSON"}])
+def test_safetensors_file_of_another_program_is_refused(metadata):
+    raw = safetensors_numpy.save({"embedding.weight": np.zeros((3, 2), np.float32)}, metadata)
+    assert_refused(File(raw), "no checkpoint of char-gru")
+
+
+def forged(saved: bytes, change) -> File:
+    """A file whose description and tensors were changed by someone who knows how to compute the checksum."""
+    tensors = safetensors_numpy.load(saved)
+    header = json.loads(saved[8:8 + int.from_bytes(saved[:8], "little")])
+    description = json.loads(header["__metadata__"][METADATA_KEY])
+    del description["sha256"]
+    change(description, tensors)
+    description["sha256"] = module._digest(description, tensors)
+    return File(safetensors_numpy.save(tensors, {METADATA_KEY: json.dumps(description)}))
+
+
+def test_forged_file_with_no_change_loads(saved):
+    assert_equal(load_checkpoint(forged(saved, lambda description, tensors: None)), example())
+
+
+@pytest.mark.parametrize("value", [0, -1, 1, 4, 2**31, 2**64, 10**30, -10**30, 2.0, 1e300, True, "3", None, [3], {}])
+@pytest.mark.parametrize("name", ["V", "E", "H", "layers"])
+def test_wrong_size_is_refused(saved, name, value):
+    if value is not True and value == vars(SIZES)[name]:
+        value += 1
+    assert_refused(forged(saved, lambda description, tensors: description["sizes"].update({name: value})), "do not fit")
+
+
+@pytest.mark.parametrize("key", ["sizes", "vocabulary", "progress"])
+@pytest.mark.parametrize("value", [5, 1.5, True, "", "abc", "ba", [], ["ab"], [1], [["a", 1]]])
+def test_wrong_part_of_the_description_is_refused(saved, key, value):
+    assert_refused(forged(saved, lambda description, tensors: description.update({key: value})), "do not fit")
+
+
+@pytest.mark.parametrize("key", ["format", "sizes", "vocabulary", "progress"])
+def test_missing_part_of_the_description_is_refused(saved, key):
+    assert_refused(forged(saved, lambda description, tensors: description.pop(key)))
+
+
+def swap(name: str, make):
+    """A change that replaces one tensor."""
+    return lambda description, tensors: tensors.update({name: make(tensors[name])})
+
+
+@pytest.mark.parametrize("change", [
+    swap("output.bias", lambda array: array.astype(np.float64)),
+    swap("output.bias", lambda array: array.view(np.int32)),
+    swap("output.bias", lambda array: array[None]),
+    swap("embedding.weight", lambda array: np.ascontiguousarray(array.T)),
+    swap("adam.m.output.bias", lambda array: array[1:]),
+    swap("adam.v.output.weight", lambda array: array.astype(np.float16)),
+    swap("state", lambda array: array[0]),
+    swap("state", lambda array: np.array(1, np.float32)),
+    swap("state", lambda array: array.astype(np.float64)),
+    lambda description, tensors: tensors.pop("gru.bias_hh_l0"),
+    lambda description, tensors: tensors.pop("adam.v.gru.bias_hh_l0"),
+    lambda description, tensors: tensors.pop("state"),
+    lambda description, tensors: tensors.update(stranger=np.zeros(1, np.float32)),
+    lambda description, tensors: description.update(progress=None),
+])
+def test_tensors_that_do_not_fit_are_refused(saved, change):
+    assert_refused(forged(saved, change), "do not fit")
+
+
+@pytest.mark.parametrize("number", [0, 2, "1", None, [], 10**40])
+def test_file_of_another_format_is_refused_with_its_number(saved, number):
+    file = forged(saved, lambda description, tensors: description.update(format=number))
+    assert_refused(file, f"format {repr(number)[:20]}", "reads 1")
+
+
+def test_missing_file_and_folder_are_refused(tmp_path):
+    assert_refused(tmp_path / "missing.safetensors", "cannot read", "No such file")
+    assert_refused(tmp_path, "Is a directory")
+
+
+def fail(*_) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("function", ["replace", "fsync"])
+def test_failed_write_leaves_the_old_content_and_no_other_file(tmp_path, monkeypatch, function):
+    target = tmp_path / "file"
+    write_atomically(target, b"old")
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(target, b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert target.read_bytes() == b"old"
+
+
+def test_write_replaces_what_a_killed_write_left_behind(tmp_path):
+    (tmp_path / "file.tmp").write_bytes(b"a longer rest of an earlier write")
+    write_atomically(tmp_path / "file", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+SAVE_FOREVER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from rnn.checkpoint import load_checkpoint, save_checkpoint
+checkpoints = [load_checkpoint(Path(name)) for name in "ab"]
+while True:
+    for checkpoint in checkpoints:
+        save_checkpoint(Path("last.safetensors"), checkpoint)
+        print("saved", flush=True)
+"""
+
+
+def test_file_is_whole_whenever_the_writer_is_killed(tmp_path):
+    rng = random.Random(0)
+    for name, seed in (("a", 0), ("b", 1)):
+        save_checkpoint(tmp_path / name, example(replace(SIZES, E=200, H=200), seed=seed))
+    whole = [(tmp_path / name).read_bytes() for name in "ab"]
+    for _ in range(5):
+        with running(SAVE_FOREVER, ROOT, cwd=tmp_path) as writer:
+            for _ in range(rng.randrange(1, 12)):
+                assert writer.stdout.readline() == b"saved\n"
+            wait_until((tmp_path / "last.safetensors.tmp").exists, writer)
+        load_checkpoint(tmp_path / "last.safetensors")
+        assert (tmp_path / "last.safetensors").read_bytes() in whole
+
+
+def test_best_checkpoint_of_the_newest_run_is_found(tmp_path):
+    for number, name in enumerate(["newer", "older"]):
+        folder = tmp_path / name
+        folder.mkdir()
+        save_checkpoint(folder / "last.safetensors", example())
+        os.utime(folder / "last.safetensors", ns=(0, 10**18 - number))
+    assert newest_run(tmp_path).name == "newer"
+    assert find_checkpoint(None, tmp_path) == tmp_path / "newer" / "last.safetensors"
+    save_checkpoint(tmp_path / "newer" / "best.safetensors", example(resumable=False))
+    assert find_checkpoint(None, tmp_path) == tmp_path / "newer" / "best.safetensors"
+    assert find_checkpoint(tmp_path / "older") == tmp_path / "older" / "last.safetensors"
+    assert find_checkpoint(tmp_path / "older" / "last.safetensors") == tmp_path / "older" / "last.safetensors"
+
+
+def test_folder_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="no run under"):
+        find_checkpoint(None, tmp_path)

@@ -1,0 +1,263 @@
+"""`generate.py` as its users run it: what it writes where, what makes two texts equal, and what it refuses."""
+
+import os
+import shutil
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+
+from rnn import commands
+from tests.commands import TINY, assert_refused, make_text, run, running, train
+
+RULE = "\n----------\n"
+"""What stands between two texts."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a trained run called `run`; read it, do not change it."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_text(folder / "text.txt")
+    train("--data", "text.txt", *TINY, "--steps", 16, cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def write(folder, capfd):
+    """Calls the command in this process on that run and gives what it wrote to stdout."""
+    def written(*arguments: object) -> str:
+        with chdir(folder):
+            assert commands.generate(["run", *map(str, arguments)]) == 0
+        return capfd.readouterr().out
+
+    return written
+
+
+@pytest.fixture
+def refused(folder, capfd):
+    """Calls the command in this process, which must refuse, and gives what it said."""
+    def said(*arguments: object) -> str:
+        with chdir(folder):
+            status = commands.generate(list(map(str, arguments)))
+        stdout, stderr = capfd.readouterr()
+        assert_refused(status, stdout, stderr)
+        return stderr
+
+    return said
+
+
+# What is written
+
+def test_prompt_and_as_many_characters_as_asked_for_go_to_stdout(folder):
+    result = run("generate.py", "run", "--prompt", "the fox", "--length", 77, "--seed", 3, cwd=folder)
+    assert result.returncode == 0
+    assert result.stdout.startswith("the fox") and result.stdout.endswith("\n")
+    assert len(result.stdout) == len("the fox") + 77 + 1
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 100])
+def test_shorter_text_is_the_beginning_of_a_longer_one(write, length):
+    longest = write("--prompt", "a ", "--length", 120, "--seed", 5)
+    assert write("--prompt", "a ", "--length", length, "--seed", 5) == longest[:2 + length] + "\n"
+
+
+def test_same_seed_writes_the_same_text_and_another_seed_another(write):
+    assert write("--length", 100, "--seed", 3) == write("--length", 100, "--seed", 3)
+    assert write("--length", 100, "--seed", 3) != write("--length", 100, "--seed", 4)
+
+
+def test_seed_that_was_not_given_is_told_on_stderr_and_writes_the_text_again(folder, capfd):
+    with chdir(folder):
+        assert commands.generate(["run", "--length", "50"]) == 0
+        first, said = capfd.readouterr()
+        assert commands.generate(["run", "--length", "50"]) == 0
+        assert capfd.readouterr().out != first
+        assert commands.generate(["run", "--length", "50", *said.split()]) == 0
+    assert said.startswith("--seed ") and len(said.splitlines()) == 1
+    assert capfd.readouterr() == (first, "")
+
+
+@pytest.mark.parametrize("prompt", ["the ", "the dög 🦊\n", "- ", "--length", "a\r"], ids=ascii)
+def test_prompt_from_stdin_and_from_a_file_are_as_one_on_the_command_line(folder, write, tmp_path, prompt):
+    (tmp_path / "prompt.txt").write_bytes(prompt.encode())
+    options = ("--length", 20, "--seed", 1, "--on-unknown", "unk")
+    expected = write("--prompt", prompt, *options)
+    assert expected.startswith(prompt) and len(expected) == len(prompt) + 21
+    assert write("--prompt-file", tmp_path / "prompt.txt", *options) == expected
+    piped = run("generate.py", "run", "--prompt", "-", *options, cwd=folder, stdin=prompt.encode())
+    assert piped.stdout == expected
+
+
+def test_empty_prompt_starts_at_the_beginning_of_a_line(write):
+    lone, line = (write("--prompt", prompt, "--length", 40, "--seed", 2) for prompt in ("", "\n"))
+    assert "\n" + lone == line
+    assert write("--length", 40, "--seed", 2) == lone
+
+
+def test_texts_of_several_prompts_and_samples_follow_in_order(folder, write, tmp_path):
+    (tmp_path / "prompt.txt").write_text("lazy", "utf-8")
+    written = write("--prompt", "the fox", "--prompt-file", tmp_path / "prompt.txt", "--prompt", "a", "--num-samples", 2,
+                    "--length", 40, "--seed", 1)
+    texts = written.removesuffix("\n").split(RULE)
+    prompts = ["the fox", "the fox", "a", "a", "lazy", "lazy"]
+    assert [text[:len(prompt)] for text, prompt in zip(texts, prompts, strict=True)] == prompts
+    assert [len(text) for text in texts] == [len(prompt) + 40 for prompt in prompts]
+    assert len(set(texts)) == 6
+
+
+def test_text_ends_with_the_first_stop_string(write):
+    longest = write("--length", 200, "--seed", 1).removesuffix("\n")
+    for start in (0, 30, 31, 32, 90):
+        stop = longest[start:start + 3]
+        assert write("--length", 200, "--seed", 1, "--stop", stop) == longest[:longest.index(stop) + 3] + "\n"
+    first, second = longest[40:43], longest[60:63]
+    end = min(longest.index(first), longest.index(second)) + 3
+    assert write("--length", 200, "--seed", 1, "--stop", second, "--stop", first) == longest[:end] + "\n"
+    assert write("--length", 200, "--seed", 1, "--stop", "\x00") == longest + "\n"
+
+
+def test_stop_string_in_the_prompt_does_not_end_the_text(write):
+    assert len(write("--prompt", "the", "--length", 3, "--seed", 1, "--stop", "the")) == 7
+
+
+def test_temperature_zero_takes_the_most_likely_character_whatever_the_seed(write):
+    options = ("--prompt", "the ", "--length", 60)
+    greedy = write(*options, "--temperature", 0)
+    assert greedy == write(*options, "--temperature", 0, "--seed", 9)
+    assert greedy == write(*options, "--top-k", 1, "--seed", 1) == write(*options, "--top-p", 1e-9, "--seed", 2)
+    assert greedy == write(*options, "--min-p", 1, "--seed", 3)
+    assert greedy != write(*options, "--seed", 1)
+
+
+def test_options_that_keep_every_character_change_nothing(write):
+    options = ("--length", 60, "--seed", 1)
+    assert write(*options) == write(*options, "--top-k", 10**6, "--top-p", 1, "--min-p", 0, "--temperature", 1)
+
+
+# Which model is read
+
+def test_run_folder_checkpoint_file_and_newest_run_are_found(folder, write, capfd, tmp_path):
+    expected = write("--length", 50, "--seed", 1)
+    assert write("--length", 50, "--seed", 1, "--device", "cpu") == expected
+    for number, name in enumerate(["newer", "older"]):
+        shutil.copytree(folder / "run", tmp_path / "runs" / name)
+        os.utime(tmp_path / "runs" / name / "last.safetensors", ns=(0, 10**18 - number))
+    (tmp_path / "runs" / "older" / "best.safetensors").write_bytes(b"damaged")
+    with chdir(tmp_path):
+        for where in ((), ("runs/newer",), ("runs/newer/last.safetensors",), ("runs/newer/best.safetensors",)):
+            assert commands.generate([*where, "--length", "50", "--seed", "1"]) == 0
+            assert capfd.readouterr().out == expected
+        assert commands.generate(["runs/older"]) == 2
+
+
+# Characters that the model has not learnt
+
+def test_unknown_characters_of_a_prompt_are_refused_and_shown(refused):
+    said = refused("run", "--prompt", "the Fox\t£", "--seed", 1)
+    assert all(shown in said for shown in ("'F'", "'£'", r"'\t'", "--on-unknown")) and "'x'" not in said
+    assert "'F'" in refused("run", "--prompt", "the Fox")
+
+
+def test_unknown_characters_are_skipped_or_read_as_unk(write):
+    options = ("--length", 40, "--seed", 1, "--on-unknown")
+    skipped = write("--prompt", "the Fox", *options, "skip")
+    assert skipped.removeprefix("the Fox") == write("--prompt", "the ox", *options, "error").removeprefix("the ox")
+    assert len(write("--prompt", "the Fox", *options, "unk")) == 7 + 40 + 1
+    assert write("--prompt", "XYZ", *options, "skip") == "XYZ" + write(*options, "skip")
+
+
+def test_prompt_of_bytes_that_are_no_text_is_treated_as_unknown(folder):
+    arguments = ("generate.py", "run", "--length", 5, "--seed", 1, "--prompt", "a\udcff")
+    result = run(*arguments, cwd=folder)
+    assert_refused(result.returncode, result.stdout, result.stderr, r"\udcff")
+    result = run(*arguments, "--on-unknown", "skip", cwd=folder)
+    assert result.returncode == 0
+    assert result.stdout.startswith("a?") and len(result.stdout) == 2 + 5 + 1
+
+
+# Streams
+
+def test_characters_arrive_while_the_text_is_made(folder):
+    with running("generate.py", "run", "--prompt", "the ", "--length", 300_000, "--seed", 1, cwd=folder) as process:
+        arrived = process.stdout.read(40)
+        assert process.poll() is None
+    assert arrived.startswith(b"the ") and len(arrived) == 40
+
+
+def test_reader_that_has_seen_enough_ends_the_program_quietly(folder):
+    with running("generate.py", "run", "--length", 300_000, "--seed", 1, cwd=folder) as process:
+        assert len(process.stdout.read(5)) == 5
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
+
+
+def test_text_that_stdout_cannot_show_is_written_with_question_marks(folder):
+    result = run("generate.py", "run", "--prompt", "dög 🦊", "--length", 5, "--seed", 1, cwd=folder,
+                 environ={"PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("d?g ?") and len(result.stdout) == 5 + 5 + 1
+
+
+# Bad input
+
+@pytest.mark.parametrize(("option", "value", "part"), [
+    ("--temperature", "-1", "at least 0"), ("--temperature", "nan", "at least 0"), ("--temperature", "inf", "at least 0"),
+    ("--temperature", "warm", "--temperature"),
+    ("--top-p", "0", "in (0, 1]"), ("--top-p", "1.5", "in (0, 1]"), ("--top-p", "nan", "in (0, 1]"),
+    ("--top-k", "-1", "at least 0"),
+    ("--min-p", "-0.1", "in [0, 1]"), ("--min-p", "1.1", "in [0, 1]"), ("--min-p", "nan", "in [0, 1]"),
+    ("--length", "0", "from 1"), ("--length", "-5", "from 1"), ("--length", "many", "--length"),
+    ("--num-samples", "0", "from 1"), ("--num-samples", "65536", "to 65,535"),
+    ("--seed", "-1", "in [0, 2^63)"), ("--seed", str(2**63), "in [0, 2^63)"),
+    ("--stop", "", "is empty"), ("--on-unknown", "guess", "--on-unknown"), ("--device", "tpu", "--device"),
+    ("--no-such-option", "1", "--no-such-option"),
+])
+def test_bad_option_is_refused_with_its_name(refused, option, value, part):
+    said = refused("run", option, value)
+    assert option in said and part in said
+
+
+@pytest.mark.parametrize("length", [10**14, 10**19, 10**30])
+def test_length_beyond_any_memory_is_refused(refused, length):
+    assert "--length" in refused("run", "--length", length, "--seed", 1)
+
+
+def test_bad_command_lines_are_refused_in_a_process_of_their_own(folder):
+    for arguments, part in ((("run", "--prompt"), "--prompt"), (("run", "stray"), "stray"), (("none",), "none")):
+        result = run("generate.py", *arguments, cwd=folder)
+        assert_refused(result.returncode, result.stdout, result.stderr, part)
+
+
+@pytest.mark.parametrize(("raw", "part"), [
+    (None, "No such file"), (b"abc\xff", "not UTF-8: byte 0xff at offset 3")])
+def test_bad_prompt_file_is_refused(refused, tmp_path, raw, part):
+    if raw is not None:
+        (tmp_path / "prompt.txt").write_bytes(raw)
+    assert part in refused("run", "--prompt-file", tmp_path / "prompt.txt")
+
+
+def test_prompt_from_stdin_that_is_not_utf8_is_refused(folder):
+    result = run("generate.py", "run", "--prompt", "-", cwd=folder, stdin=b"the \xe4")
+    assert_refused(result.returncode, result.stdout, result.stderr, "stdin", "0xe4", "offset 4")
+
+
+def test_missing_run_and_missing_checkpoint_are_refused(refused, tmp_path):
+    assert "No such file" in refused(tmp_path / "missing")
+    assert "holds no checkpoint" in refused(tmp_path)
+    assert "no run under runs" in refused()
+
+
+def test_file_that_is_no_whole_checkpoint_is_refused(refused, folder, tmp_path):
+    raw = (folder / "run" / "best.safetensors").read_bytes()
+    for content in (b"", (folder / "text.txt").read_bytes(), raw[:-1], raw[:100]):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        assert "no checkpoint of char-gru, or is damaged" in refused(tmp_path / "model.safetensors")
+
+
+def test_help_names_every_option(tmp_path):
+    result = run("generate.py", "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    assert all(f"--{option}" in result.stdout for option in ("prompt-file", "top-p", "num-samples", "stop", "on-unknown"))

@@ -1,0 +1,457 @@
+"""`train.py` as its users run it: what a run leaves behind, how it ends, and that a resumed one is the same run."""
+
+import importlib.util
+import json
+import random
+import resource
+import shutil
+import signal
+from contextlib import chdir
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rnn import commands
+from rnn.checkpoint import load_checkpoint
+from tests.commands import (REPRODUCIBLE, ROOT, STEPS_PER_EPOCH, TINY, assert_equal_runs, assert_refused, contents,
+                            finish, make_text, run, running, start, train, train_here, wait_until)
+
+TEXT = ("--data", "text.txt", *TINY)
+FINISHED = (*TEXT, "--epochs", 3, "--steps", 20)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with a text of STEPS_PER_EPOCH batches."""
+    make_text(tmp_path / "text.txt")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of two epochs and four steps; read it, do not change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    make_text(folder / "text.txt")
+    return train(*FINISHED, cwd=folder)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def has_a_step(folder: Path):
+    """A condition: the run's first step is done."""
+    return lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > 0
+
+
+# What a run leaves behind
+
+def test_run_folder_holds_the_promised_files_and_no_others(finished):
+    assert {path.name for path in finished.iterdir()} == {*REPRODUCIBLE, "timing.json", "loss.png"}
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert {"epochs", "peak_memory_mib"} == json.loads((finished / "timing.json").read_text()).keys()
+    config = json.loads((finished / "config.json").read_text())
+    assert config["data"] == ["text.txt"]
+    assert (config["rnn_units"], config["steps"], config["seed"]) == (16, 20, 0)
+
+
+def test_metrics_have_a_line_for_every_step_and_every_epoch(finished):
+    lines = metrics(finished)
+    steps = [line for line in lines if "step" in line]
+    epochs = [line for line in lines if "step" not in line]
+    assert all(line.keys() == {"step", "epoch", "loss"} for line in steps)
+    assert all(line.keys() == {"epoch", "train_loss", "val_loss", "val_bits_per_char"} for line in epochs)
+    assert [line["step"] for line in steps] == list(range(1, 21))
+    assert [line["epoch"] for line in steps] == [1] * 8 + [2] * 8 + [3] * 4
+    assert [lines.index(line) for line in epochs] == [STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH + 1]
+    for line in epochs:
+        losses = [step["loss"] for step in steps if step["epoch"] == line["epoch"]]
+        assert line["train_loss"] == pytest.approx(np.mean(losses), rel=1e-12)
+        assert line["val_bits_per_char"] == pytest.approx(line["val_loss"] / np.log(2), rel=1e-12)
+    assert epochs[1]["train_loss"] < epochs[0]["train_loss"] < steps[0]["loss"]
+
+
+def test_best_checkpoint_has_the_parameters_of_the_epoch_with_the_lowest_validation_loss(folder):
+    run_folder = train_here(*TEXT, "--epochs", 3, "--save-every", 1, "--learning-rate", 1, cwd=folder)
+    losses = [line["val_loss"] for line in metrics(run_folder) if "step" not in line]
+    best = int(np.argmin(losses)) + 1
+    assert best < 3, "the last epoch is the best one: the test shows nothing"
+    assert ((run_folder / "best.safetensors").read_bytes()
+            == (run_folder / f"epoch-{best:04d}.safetensors").read_bytes())
+    assert {path.name for path in run_folder.glob("epoch-*")} == {f"epoch-{n:04d}.safetensors" for n in (1, 2, 3)}
+
+
+def test_save_every_keeps_numbered_copies(folder):
+    run_folder = train_here(*TEXT, "--epochs", 3, "--save-every", 2, cwd=folder)
+    assert [path.name for path in run_folder.glob("epoch-*")] == ["epoch-0002.safetensors"]
+    assert load_checkpoint(run_folder / "epoch-0002.safetensors").resumable is None
+
+
+def test_patience_stops_after_epochs_without_a_lower_validation_loss(folder):
+    run_folder = train_here(*TEXT, "--epochs", 9, "--patience", 2, "--learning-rate", 1e-30, cwd=folder)
+    assert metrics(run_folder)[-1]["epoch"] == 3
+
+
+def test_samples_go_to_stdout_and_samples_txt_and_all_else_to_stderr(folder):
+    result = run("train.py", *TEXT, "--epochs", 1, "--out", "run", cwd=folder)
+    samples = (folder / "run" / "samples.txt").read_bytes().decode()
+    assert samples == f"--- epoch 1\n{result.stdout}"
+    assert len(result.stdout) == 201
+    assert "parameters" in result.stderr and "validation loss" in result.stderr
+    assert "\r" not in result.stderr, "a progress bar where no terminal is"
+
+
+def test_text_that_stdout_cannot_show_does_not_stop_the_run(folder):
+    result = run("train.py", *TEXT, "--epochs", 1, "--out", "run", cwd=folder, environ={"PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout) == 201
+
+
+def test_reader_that_closes_stdout_does_not_make_a_stopped_run_look_finished(folder):
+    process = start("train.py", *TEXT, "--epochs", 2, "--out", "run", cwd=folder)
+    process.stdout.close()
+    with process:
+        process.stdin.close()
+        stderr = process.stderr.read().decode()
+    assert "Traceback" not in stderr
+    last = load_checkpoint(folder / "run" / "last.safetensors")
+    assert process.returncode != 0 or last.resumable.progress["step"] == 2 * STEPS_PER_EPOCH
+
+
+def test_run_without_a_name_takes_the_next_free_one_under_runs(folder):
+    with chdir(folder):
+        for expected in ("text", "text-2", "text-3"):
+            assert commands.train([*TEXT, "--steps", "1"]) == 0
+            assert (folder / "runs" / expected / "last.safetensors").exists()
+        assert sorted(path.name for path in (folder / "runs").iterdir()) == ["text", "text-2", "text-3"]
+        assert commands.train(["--resume", "--steps", "2"]) == 0
+    assert [len(metrics(folder / "runs" / name)) for name in ("text", "text-2", "text-3")] == [1, 1, 2]
+
+
+# Equal runs
+
+def test_equal_runs_give_equal_bytes(finished, folder):
+    again = train(*FINISHED, cwd=folder)
+    assert contents(again).keys() == set(REPRODUCIBLE)
+    assert_equal_runs(again, finished)
+
+
+def test_another_seed_gives_another_run(finished, folder):
+    other = contents(train_here(*FINISHED, "--seed", 2**63 - 1, cwd=folder))
+    assert all(other[name] != content for name, content in contents(finished).items())
+
+
+def test_resumed_run_equals_uninterrupted_run(finished, folder):
+    """Stopped inside an epoch, in the next process one step before its end, then at its end."""
+    train(*FINISHED, "--steps", 3, cwd=folder)
+    for steps in (7, 8, 20):
+        assert_part_of(folder / "run", finished)
+        train("--resume", "--steps", steps, cwd=folder)
+    assert_equal_runs(folder / "run", finished)
+
+
+@pytest.mark.parametrize("options", [
+    ("--stateful",),
+    ("--layers", 2, "--dropout", 0.3, "--clip-norm", 0.5, "--init", "keras"),
+    ("--val-fraction", 0, "--warmup-steps", 13),
+], ids=["stateful", "two layers with dropout", "no validation"])
+@pytest.mark.parametrize("stops", [(4,), (9, 11)], ids=str)
+def test_resumed_run_with_options_equals_uninterrupted_run(tmp_path, options, stops):
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    for path in (whole, parts):
+        path.mkdir()
+        make_text(path / "text.txt")
+    expected = train_here(*FINISHED, *options, cwd=whole)
+    train_here(*FINISHED, *options, "--steps", stops[0], cwd=parts)
+    for steps in (*stops[1:], 20):
+        assert_part_of(parts / "run", expected)
+        train_here("--resume", "--steps", steps, cwd=parts)
+    assert_equal_runs(parts / "run", expected)
+
+
+def assert_part_of(part: Path, whole: Path) -> None:
+    """Assert that an unfinished run has written what the whole one wrote first."""
+    for name in ("metrics.jsonl", "samples.txt"):
+        if (part / name).exists():
+            begun, full = (folder.joinpath(name).read_bytes() for folder in (part, whole))
+            assert full.startswith(begun) and len(begun) <= len(full)
+
+
+def test_options_of_the_run_may_be_given_again_when_it_resumes(folder):
+    options = ("--stateful", *TEXT, "--epochs", 3)
+    train_here(*options, "--steps", 3, cwd=folder)
+    train_here("--resume", *options, "--steps", 6, cwd=folder)
+    assert [line["step"] for line in metrics(folder / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, folder):
+    shutil.copytree(finished, folder / "run")
+    train_here("--resume", cwd=folder)
+    assert_equal_runs(folder / "run", finished)
+
+
+# Signals
+
+LONG = ("--epochs", 1, "--steps", 1000)
+"""About two seconds of training on LONG_TEXT characters."""
+LONG_TEXT = 60_000
+COSINE = ("--lr-schedule", "cosine", "--warmup-steps", 3)
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory) -> Path:
+    """A long run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("long")
+    make_text(folder / "text.txt", LONG_TEXT)
+    return train(*TEXT, *LONG, *COSINE, cwd=folder)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_run_stopped_by_a_signal_is_saved_and_resumes_to_the_same_end(tmp_path, long_run, number, status):
+    make_text(tmp_path / "text.txt", LONG_TEXT)
+    with running("train.py", *TEXT, *LONG, *COSINE, "--out", "run", cwd=tmp_path) as process:
+        wait_until(has_a_step(tmp_path / "run"), process)
+        process.send_signal(number)
+        result = finish(process)
+    assert result.returncode == status, result.stderr
+    assert "--resume --out run" in result.stderr and "Traceback" not in result.stderr
+    steps = len(metrics(tmp_path / "run"))
+    assert 1 <= steps < 1000
+    assert load_checkpoint(tmp_path / "run" / "last.safetensors").resumable.progress["step"] == steps
+    train("--resume", cwd=tmp_path)
+    assert_equal_runs(tmp_path / "run", long_run)
+
+
+SAVE_AT_EVERY_STEP = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from rnn import commands, training
+training.SAVE_SECONDS = 0
+sys.exit(commands.train())
+"""
+
+
+def test_killed_run_resumes_to_the_same_end(finished, folder):
+    rng, run_folder = random.Random(0), folder / "run"
+    options = (ROOT, *FINISHED, "--out", "run")
+    for _ in range(3):
+        resume = ["--resume"] if (run_folder / "last.safetensors").exists() else []
+        with running(SAVE_AT_EVERY_STEP, *options, *resume, cwd=folder) as process:
+            wait_until(has_a_step(run_folder), process)
+            lines = len(metrics_bytes(run_folder)) + rng.randrange(4)
+            wait_until(lambda: process.poll() is not None or len(metrics_bytes(run_folder)) >= lines, process)
+        assert process.returncode == -signal.SIGKILL
+        load_checkpoint(run_folder / "last.safetensors")
+    train("--resume", cwd=folder)
+    assert_equal_runs(run_folder, finished)
+
+
+def metrics_bytes(folder: Path) -> list[bytes]:
+    """Lines of the metrics of a run that may be writing one just now."""
+    return (folder / "metrics.jsonl").read_bytes().splitlines()
+
+
+# Failures in the middle of a run
+
+@pytest.mark.parametrize(("name", "share"), [("last.safetensors", 0.5), ("metrics.jsonl", 1.2)])
+def test_full_disk_ends_the_run_and_leaves_one_that_resumes(tmp_path, name, share):
+    whole, parts = (tmp_path / part for part in ("whole", "parts"))
+    for path in (whole, parts):
+        path.mkdir()
+        make_text(path / "text.txt")
+    expected = train_here(*TEXT, "--steps", 7, cwd=whole)
+    last = train_here(*TEXT, "--steps", 3, cwd=parts) / "last.safetensors"
+    before = last.read_bytes()
+    limit = int((parts / "run" / name).stat().st_size * share)
+
+    def fill_disk() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    result = run("train.py", "--resume", "--out", "run", "--steps", 7, cwd=parts, preexec_fn=fill_disk)
+    assert result.returncode == 2
+    [said] = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
+    assert "cannot write" in said or "cannot read or write" in said
+    assert "Traceback" not in result.stderr
+    assert last.read_bytes() == before
+    assert not list(parts.glob("run/*.tmp"))
+    train_here("--resume", "--steps", 7, cwd=parts)
+    assert_equal_runs(parts / "run", expected)
+
+
+@pytest.mark.parametrize(("good", "last"), [(3, 20), (3, 4), (7, 8), (8, 20)], ids=[
+    "inside an epoch", "in the last step", "in the last step of an epoch", "after an epoch"])
+def test_diverging_run_stops_and_keeps_its_last_finite_checkpoint(folder, good, last):
+    run_folder = train_here(*TEXT, "--steps", good, cwd=folder)
+    before = contents(run_folder)["last.safetensors"]
+    result = run("train.py", "--resume", "--out", "run", "--steps", last, "--learning-rate", 1e39, cwd=folder)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("train.py: training diverged: ")
+    assert "--learning-rate" in result.stderr and "Traceback" not in result.stderr
+    assert (run_folder / "last.safetensors").read_bytes() == before
+    train_here("--resume", "--steps", 9, cwd=folder)
+    after = load_checkpoint(run_folder / "last.safetensors")
+    assert after.resumable.progress["step"] == 9
+    assert all(np.isfinite(array).all() for array in after.params.values())
+
+
+def test_infinite_first_step_leaves_the_initial_checkpoint(folder):
+    run_folder = train_here(*TEXT, "--learning-rate", 1e39, cwd=folder, status=1)
+    start_of_run = load_checkpoint(run_folder / "last.safetensors")
+    assert start_of_run.resumable.progress["step"] == 0
+    assert all(np.isfinite(array).all() for array in start_of_run.params.values())
+
+
+# Bad input
+
+def refused(folder: Path, *arguments: object) -> str:
+    """Run a command that must be refused without leaving anything behind; what it said."""
+    before = sorted(folder.rglob("*"))
+    result = run("train.py", *arguments, cwd=folder)
+    assert_refused(result.returncode, result.stdout, result.stderr)
+    assert sorted(folder.rglob("*")) == before
+    return result.stderr
+
+
+def refused_here(folder: Path, capfd, *arguments: object) -> str:
+    """As `refused`, but in this process."""
+    before = sorted(folder.rglob("*"))
+    with chdir(folder):
+        status = commands.train(list(map(str, arguments)))
+    stdout, stderr = capfd.readouterr()
+    assert_refused(status, stdout, stderr)
+    assert sorted(folder.rglob("*")) == before
+    return stderr
+
+
+@pytest.mark.parametrize(("raw", "arguments", "parts"), [
+    (None, (), ("cannot read bad.txt", "No such file")),
+    (b"", (), ("bad.txt is empty",)),
+    (b"abc" * 10, ("--val-fraction", 0), ("30 characters", "6,464", "--batch-size 64", "--seq-length 100")),
+    (b"abc" * 10, ("--val-fraction", 0, "--stateful"), ("30 characters", "6,401")),
+    (b"abc" * 3000, ("--val-fraction", 0.001), ("9 characters", "64 rows", "--val-fraction")),
+    (b"abcd\xe9" * 3000, (), ("bad.txt is not utf-8", "0xe9", "offset 4", "--encoding")),
+])
+def test_bad_text_is_refused(tmp_path, capfd, raw, arguments, parts):
+    if raw is not None:
+        (tmp_path / "bad.txt").write_bytes(raw)
+    said = refused_here(tmp_path, capfd, "--data", "bad.txt", "--out", "run", *arguments)
+    assert all(part in said for part in parts), said
+
+
+BAD_OPTIONS = [
+    *[(option, value, "at least 1")
+      for option in ("epochs", "steps", "batch-size", "seq-length", "embedding-dim", "rnn-units", "layers")
+      for value in ("0", "-1")],
+    *[(option, "-1", "at least 0") for option in ("warmup-steps", "patience", "save-every", "seed", "clip-norm")],
+    *[("val-fraction", value, "in [0, 0.5]") for value in ("-0.01", "0.51", "1", "nan")],
+    *[("dropout", value, "in [0, 1)") for value in ("-0.1", "1", "nan")],
+    *[("learning-rate", value, "above 0") for value in ("0", "-1e-3", "nan", "inf")],
+    ("clip-norm", "nan", "at least 0"), ("seed", str(2**63), "below 2^63"),
+    ("steps", "abc", "--steps"), ("batch-size", "1.5", "--batch-size"), ("steps", "", "--steps"),
+    ("init", "zeros", "--init"), ("device", "tpu", "--device"), ("precision", "fp8", "--precision"),
+    ("precision", "bf16", "needs an NVIDIA GPU"), ("precision", "tf32", "needs an NVIDIA GPU"),
+    ("rnn-unit", "16", "--rnn-unit"), ("encoding", "no-such", "no-such"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "part"), BAD_OPTIONS)
+def test_bad_option_is_refused_with_its_name(folder, capfd, option, value, part):
+    said = refused_here(folder, capfd, *TEXT, "--out", "run", f"--{option}", value)
+    assert f"--{option}" in said and part in said
+
+
+@pytest.mark.parametrize(("option", "value"), [
+    ("--rnn-units", 10**7), ("--rnn-units", 10**10), ("--embedding-dim", 10**14)])
+def test_model_that_fits_no_memory_is_refused(folder, capfd, option, value):
+    assert "not enough memory" in refused_here(folder, capfd, *TEXT, "--out", "run", option, value)
+
+
+@pytest.mark.parametrize("arguments", [("--no-such-option",), ("--steps", "abc"), ("stray",), ("--steps",)])
+def test_bad_command_line_is_refused(folder, arguments):
+    assert arguments[0] in refused(folder, *arguments)
+
+
+def test_options_that_contradict_each_other_are_refused(folder, capfd):
+    said = refused_here(folder, capfd, *TEXT, "--patience", 2, "--val-fraction", 0)
+    assert "--patience" in said and "--val-fraction" in said
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed")
+def test_cuda_without_cupy_is_refused_with_what_to_install(folder, capfd):
+    said = refused_here(folder, capfd, *TEXT, "--device", "cuda", "--out", "run")
+    assert "char-gru[cuda13]" in said and "--device cpu" in said
+
+
+def test_folder_of_another_run_is_refused(finished):
+    before = contents(finished)
+    assert "run holds another run" in refused(finished.parent, *TEXT, "--out", "run")
+    assert contents(finished) == before
+
+
+def test_out_that_is_a_file_is_refused(folder, capfd):
+    assert "text.txt" in refused_here(folder, capfd, *TEXT, "--out", "text.txt")
+
+
+@pytest.mark.parametrize(("arguments", "parts"), [
+    (("--rnn-units", 32), ("--rnn-units is 32", "16")),
+    (("--layers", 2), ("--layers is 2", "1")),
+    (("--seq-length", 20), ("--seq-length is 20", "10")),
+    (("--seed", 1), ("--seed is 1", "0")),
+    (("--stateful",), ("--stateful is True", "False")),
+    (("--data", "other.txt"), ("--data", "other.txt", "text.txt")),
+])
+def test_resuming_with_what_fixes_the_run_changed_is_refused(finished, capfd, arguments, parts):
+    before = contents(finished)
+    said = refused_here(finished.parent, capfd, "--resume", "--out", "run", *arguments)
+    assert all(part in said for part in parts), said
+    assert contents(finished) == before
+
+
+def test_resuming_with_a_changed_text_is_refused(folder, capfd):
+    run_folder = train_here(*TEXT, "--steps", 2, cwd=folder)
+    capfd.readouterr()
+    before = contents(run_folder)
+    make_text(folder / "text.txt", 401)
+    assert "text.txt is not the one" in refused_here(folder, capfd, "--resume", "--out", "run")
+    assert contents(run_folder) == before
+
+
+@pytest.mark.parametrize(("arguments", "part"), [((), "no run under runs"), (("--out", "none"), "none")])
+def test_resuming_nothing_is_refused(tmp_path, capfd, arguments, part):
+    assert part in refused_here(tmp_path, capfd, "--resume", *arguments)
+
+
+def test_resuming_a_damaged_run_is_refused(tmp_path, capfd, finished):
+    raw = (finished / "last.safetensors").read_bytes()
+    altered = bytearray(raw)
+    altered[-1] ^= 1
+    (tmp_path / "run").mkdir()
+    for content, part in ((raw[:-100], "cut short"), (bytes(altered), "altered"),
+                          ((finished / "best.safetensors").read_bytes(), "nothing to resume from")):
+        (tmp_path / "run" / "last.safetensors").write_bytes(content)
+        assert part in refused_here(tmp_path, capfd, "--resume", "--out", "run")
+
+
+# Starting quickly
+
+def test_command_line_starts_without_loading_what_it_may_not_need():
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import rnn, rnn.commands; print(*sys.modules)"
+    result = run(code, ROOT, cwd=ROOT)
+    loaded = set(result.stdout.split())
+    assert "rnn.commands" in loaded
+    assert not loaded & {"matplotlib", "cupy", "numpy", "pooch", "requests", "safetensors", "rnn.training", "rnn.model"}
+
+
+def test_training_loads_no_plotting_and_no_gpu_library_before_it_needs_them():
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import rnn.training; print(*sys.modules)"
+    loaded = set(run(code, ROOT, cwd=ROOT).stdout.split())
+    assert "rnn.training" in loaded
+    assert not loaded & {"matplotlib", "cupy", "pooch", "requests"}
+
+
+def test_help_names_every_option(tmp_path):
+    result = run("train.py", "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    assert all(f"--{option}" in result.stdout for option in ("data", "out", "rnn-units", "stateful", "resume"))

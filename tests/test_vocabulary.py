@@ -1,0 +1,108 @@
+"""Characters to ids and back, for any Unicode text."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rnn import vocabulary
+from rnn.config import UserError
+from rnn.vocabulary import Vocabulary
+
+ANY_TEXT = st.text(st.characters(), max_size=60)
+"""Every code point may occur: astral ones, controls and lone surrogates too."""
+SOME_TEXT = st.text(st.characters(), min_size=1, max_size=60)
+
+
+@given(SOME_TEXT)
+def test_decode_inverts_encode(text):
+    known = Vocabulary.of(text)
+    ids = known.encode(text)
+    assert known.decode(ids) == text
+    assert ids.shape == (len(text),) and (ids > 0).all()
+
+
+@given(SOME_TEXT)
+def test_ids_number_the_sorted_distinct_characters_from_one(text):
+    known = Vocabulary.of(text)
+    distinct = sorted(set(text))
+    assert known.characters == "".join(distinct)
+    assert len(known) == len(distinct) + 1
+    assert known.encode("".join(distinct)).tolist() == list(range(1, len(known)))
+
+
+@pytest.mark.parametrize(("characters", "dtype"), [
+    (1, np.uint8), (255, np.uint8), (256, np.uint16), (65535, np.uint16), (65536, np.uint32)])
+def test_ids_have_the_smallest_dtype(characters, dtype):
+    text = "".join(map(chr, range(characters)))
+    ids = Vocabulary.of(text).encode(text)
+    assert ids.dtype == dtype
+    assert ids[-1] == characters
+
+
+@given(SOME_TEXT, ANY_TEXT)
+def test_characters_outside_the_vocabulary_have_id_zero(text, other):
+    known = Vocabulary.of(text)
+    assert (known.encode(other) == 0).tolist() == [character not in text for character in other]
+
+
+def test_pieces_of_a_long_text_give_the_ids_of_the_whole(monkeypatch):
+    text = "any long text 🦊, read in pieces"
+    whole = Vocabulary.of(text)
+    ids = whole.encode(text)
+    monkeypatch.setattr(vocabulary, "_CHUNK", 3)
+    assert Vocabulary.of(text) == whole
+    assert Vocabulary.of(text).encode(text).tolist() == ids.tolist()
+
+
+def test_unk_decodes_to_the_replacement_character():
+    assert Vocabulary("ab").decode(np.array([2, 0, 1])) == "b\ufffda"
+
+
+@pytest.mark.parametrize("characters", ["", "ba", "aa", "abb"])
+def test_vocabulary_refuses_characters_that_are_not_sorted_and_distinct(characters):
+    with pytest.raises(ValueError, match="sorted and distinct"):
+        Vocabulary(characters)
+
+
+def test_vocabularies_are_equal_if_their_characters_are():
+    assert Vocabulary.of("abc") == Vocabulary("abc") == Vocabulary.of("cab")
+    assert Vocabulary("abc") != Vocabulary("abd")
+    assert Vocabulary("abc") != "abc"
+
+
+@given(SOME_TEXT, ANY_TEXT)
+def test_prompt_of_known_characters_is_encoded_as_text(text, other):
+    known = Vocabulary.of(text + other)
+    for on_unknown in ("error", "skip", "unk"):
+        assert known.encode_prompt(other, on_unknown).tolist() == known.encode(other).tolist()
+
+
+@given(SOME_TEXT, ANY_TEXT)
+def test_unknown_characters_of_a_prompt_are_skipped_or_become_unk(text, prompt):
+    known = Vocabulary.of(text)
+    kept = "".join(character for character in prompt if character in text)
+    assert known.decode(known.encode_prompt(prompt, "skip")) == kept
+    assert known.encode_prompt(prompt, "unk").tolist() == known.encode(prompt).tolist()
+
+
+@given(SOME_TEXT, st.text(st.characters(), min_size=1, max_size=10))
+def test_error_shows_every_unknown_character_in_one_line(text, prompt):
+    known, unknown = Vocabulary.of(text), sorted(set(prompt) - set(text))
+    if not unknown:
+        return
+    with pytest.raises(UserError) as caught:
+        known.encode_prompt(prompt)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert message.isprintable()
+    assert all((character if character.isprintable() else ascii(character)[1:-1]) in message for character in unknown)
+
+
+@pytest.mark.parametrize(("prompt", "shown"), [
+    ("aé🦊", "'é' '🦊'"), ("a\u2028", r"'\u2028'"), ("a\ud800", r"'\ud800'"), ("xyzx", "'x' 'y' 'z'")])
+def test_error_shows_unknown_characters_once_and_readably(prompt, shown):
+    with pytest.raises(UserError) as caught:
+        Vocabulary("a").encode_prompt(prompt)
+    assert f": {shown};" in str(caught.value)
+    assert "--on-unknown" in str(caught.value)
