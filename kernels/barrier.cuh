@@ -1,0 +1,56 @@
+// Barrier among the blocks of one group, inside one cooperative launch.
+//
+// A counter in global memory, one per group, starts at zero and only grows: every block adds one per barrier and waits until
+// it reaches the target that follows from the step number, so nothing is ever reset. The comparison is modular, so a counter
+// may also go on from launch to launch.
+//
+// Everything that any thread of the group wrote before the barrier is visible to every thread of the group after it: the
+// first __syncthreads() hands the block's writes to thread 0, whose release hands them to the group; the acquire and the
+// second __syncthreads() do the same on the other side. This does not hold for loads through the read-only cache: what
+// other blocks write during the launch must not be read through __ldg or a `const __restrict__` parameter.
+// Source: PTX ISA, "Memory Consistency Model", release and acquire patterns.
+
+__device__ __forceinline__ void add_release(unsigned *counter, unsigned value)
+{
+#ifdef HOST_CUDA
+    __atomic_fetch_add(counter, value, __ATOMIC_RELEASE);
+#else
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+#endif
+}
+
+__device__ __forceinline__ unsigned load_acquire(const unsigned *counter)
+{
+#ifdef HOST_CUDA
+    return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
+#else
+    unsigned value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
+#endif
+}
+
+// Spins until the counter has reached `target`. The only way for a kernel to wait for another block.
+__device__ __forceinline__ void wait_at_least(const unsigned *counter, unsigned target)
+{
+    for (unsigned value = load_acquire(counter); int(value - target) < 0; value = load_acquire(counter)) {
+#ifdef HOST_CUDA
+        host_cuda::spin_pause(counter, value, target, __FILE__, __LINE__);
+#endif
+    }
+}
+
+// To be called by all threads of all blocks of the group. `target` is the number of blocks in the group times the number of
+// barriers up to and including this one: blocks * (step + 1) where a step has one barrier.
+__device__ __forceinline__ void group_barrier(unsigned *counter, unsigned target)
+{
+    __syncthreads();
+    if (threadIdx.x == 0) {
+#ifdef HOST_CUDA
+        host_cuda::count_group_barrier();
+#endif
+        add_release(counter, 1);
+        wait_at_least(counter, target);
+    }
+    __syncthreads();
+}

@@ -1,0 +1,136 @@
+// Helpers that every kernel may use: indices, the logistic function, reductions in a fixed order, narrow number formats.
+//
+// Blocks are one-dimensional and a multiple of 32 threads wide wherever a function below speaks of warps.
+// tanh needs no helper: CUDA's tanhf errs by at most 2 ulp and does not overflow.
+// Source: CUDA C++ Programming Guide, "Warp Shuffle Functions" and the table of maximum ulp errors; PTX ISA, "cvt".
+
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+__device__ constexpr int ceil_div(int n, int divisor) { return (n + divisor - 1) / divisor; }
+
+__device__ __forceinline__ int lane() { return threadIdx.x % WARP; }
+
+__device__ __forceinline__ int warp() { return threadIdx.x / WARP; }
+
+// Index of this thread among all threads of a one-dimensional grid.
+__device__ __forceinline__ size_t thread_in_grid() { return size_t(blockIdx.x) * blockDim.x + threadIdx.x; }
+
+// 1 / (1 + exp(-x)). The exponential only ever sees -|x|, so it cannot overflow.
+__device__ __forceinline__ float sigmoid(float x)
+{
+    const float e = expf(-fabsf(x));
+    return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+struct Sum {
+    __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+};
+
+struct Maximum {
+    __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+
+// The values of the 32 lanes combined, in every lane. Both partners of a butterfly step combine the same two numbers, and
+// `Combine` commutes, so all lanes end with equal bits.
+template <class Combine>
+__device__ __forceinline__ float warp_reduce(float value, Combine combine)
+{
+#pragma unroll
+    for (int distance = WARP / 2; distance > 0; distance /= 2)
+        value = combine(value, __shfl_xor_sync(ALL_LANES, value, distance));
+    return value;
+}
+
+// The values of all threads of the block combined, in every thread, warp by warp in ascending order.
+// `scratch` is shared memory of at least one float per warp; it may be used again at once.
+template <class Combine>
+__device__ __forceinline__ float block_reduce(float value, float *scratch, Combine combine)
+{
+    value = warp_reduce(value, combine);
+    __syncthreads();  // an earlier reduction may still be reading scratch
+    if (lane() == 0)
+        scratch[warp()] = value;
+    __syncthreads();
+    value = scratch[0];
+    for (int w = 1; w < int(blockDim.x) / WARP; ++w)
+        value = combine(value, scratch[w]);
+    return value;
+}
+
+__device__ __forceinline__ float warp_sum(float value) { return warp_reduce(value, Sum()); }
+__device__ __forceinline__ float warp_max(float value) { return warp_reduce(value, Maximum()); }
+__device__ __forceinline__ float block_sum(float value, float *scratch) { return block_reduce(value, scratch, Sum()); }
+__device__ __forceinline__ float block_max(float value, float *scratch) { return block_reduce(value, scratch, Maximum()); }
+
+// bfloat16 is the upper half of a float, stored as an unsigned short; rounding is to nearest, ties to even.
+__device__ __forceinline__ unsigned short to_bf16(float x)
+{
+#if defined(HOST_CUDA) || __CUDA_ARCH__ < 800
+    const unsigned bits = __float_as_uint(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u)
+        return 0x7fff;  // NaN, as the instruction writes it
+    return (unsigned short)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+#else
+    unsigned short result;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(x));
+    return result;
+#endif
+}
+
+__device__ __forceinline__ float from_bf16(unsigned short x) { return __uint_as_float(unsigned(x) << 16); }
+
+// Two bfloat16 in one register, as the tensor cores take them: `low` is the element with the smaller index.
+__device__ __forceinline__ unsigned pack_bf16(float low, float high)
+{
+#if defined(HOST_CUDA) || __CUDA_ARCH__ < 800
+    return unsigned(to_bf16(high)) << 16 | to_bf16(low);
+#else
+    unsigned result;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    return result;
+#endif
+}
+
+// IEEE half precision, stored as an unsigned short; rounding is to nearest, ties to even.
+__device__ __forceinline__ unsigned short to_fp16(float x)
+{
+#ifdef HOST_CUDA
+    return host_cuda::to_fp16(x);
+#else
+    unsigned short result;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(x));
+    return result;
+#endif
+}
+
+__device__ __forceinline__ float from_fp16(unsigned short x)
+{
+#ifdef HOST_CUDA
+    return host_cuda::from_fp16(x);
+#else
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x));
+    return result;
+#endif
+}
+
+__device__ __forceinline__ unsigned pack_fp16(float low, float high) { return unsigned(to_fp16(high)) << 16 | to_fp16(low); }
+
+#if __CUDA_ARCH__ >= 800
+// The nearest tf32 (10 bits of mantissa, ties away from zero) as the bits of a float. The tensor core truncates what it is
+// given, which doubles the error: round first.
+__device__ __forceinline__ unsigned to_tf32(float x)
+{
+#ifdef HOST_CUDA
+    const unsigned bits = __float_as_uint(x);
+    if ((bits & 0x7fffffffu) >= 0x7f800000u)
+        return bits;  // infinity and NaN
+    return (bits + 0x1000u) & 0xffffe000u;
+#else
+    unsigned result;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(x));
+    return result;
+#endif
+}
+#endif

@@ -1,0 +1,315 @@
+"""Sources, compiling and launching of the CUDA kernels: the one place where arguments are checked and converted.
+
+A launcher calls ``check`` for each array it is given, ``empty`` for its results and ``launch`` for the kernel. Who runs the
+kernel is an executor: CuPy on a GPU, or whatever ``use`` installed. Importing this module imports neither CuPy nor a driver.
+"""
+
+import contextlib
+import functools
+import importlib.resources
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+MAX_THREADS_PER_BLOCK = 1024
+SHARED_BYTES_WITHOUT_ASKING = 48 * 1024  # more dynamic shared memory has to be requested per kernel
+
+_OPTIONS = ("--std=c++17", "--generate-line-info")
+_SCALARS = (np.int32, np.uint32, np.int64, np.uint64, np.float32)
+
+
+class DeviceError(RuntimeError):
+    """CuPy, a GPU or a compiler is missing; the text says what to install."""
+
+
+class CompileError(RuntimeError):
+    """A kernel source does not compile: the compiler's messages."""
+
+
+class ResourceUse(NamedTuple):
+    """What one kernel takes on one architecture."""
+
+    registers: int  # per thread
+    shared_bytes: int  # static, per block
+    spill_stores: int  # bytes per thread
+    spill_loads: int  # bytes per thread
+
+
+class Executor(Protocol):
+    """What runs kernels, and owns the arrays they work on."""
+
+    array_type: type
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any: ...
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any: ...
+
+    def to_device(self, array: np.ndarray) -> Any: ...
+
+    def to_host(self, array: Any) -> np.ndarray: ...
+
+    def resident_blocks(self, source: str, kernel: str, threads: int, shared_bytes: int) -> int:
+        """How many blocks of the kernel the device holds at once."""
+
+    def launch(self, source: str, kernel: str, grid: tuple[int, int, int], block: tuple[int, int, int], args: list,
+               shared_bytes: int, cooperative: bool) -> None:
+        """Starts the kernel with arguments that ``launch`` has checked."""
+
+
+class CupyExecutor:
+    """Runs kernels on the current GPU and the current stream, compiled by NVRTC at their first use.
+
+    Raises: DeviceError where CuPy is not installed or finds no GPU.
+    """
+
+    def __init__(self):
+        try:
+            import cupy
+        except ImportError as error:
+            raise DeviceError("CuPy is not installed: pip install 'char-gru[cuda13]' "
+                              "(or 'char-gru[cuda12]' for a driver of CUDA 12)") from error
+        if not cupy.is_available():
+            raise DeviceError("CuPy finds no GPU: check the driver with nvidia-smi; "
+                              "'char-gru[cuda13]' needs a driver of CUDA 13, 'char-gru[cuda12]' one of CUDA 12")
+        self._cupy = cupy
+        self._device = cupy.cuda.Device()
+        self._modules: dict = {}
+        self._functions: dict = {}
+        self._resident: dict = {}
+        self.array_type = cupy.ndarray
+
+    def empty(self, shape, dtype):
+        return self._cupy.empty(shape, dtype)
+
+    def zeros(self, shape, dtype):
+        return self._cupy.zeros(shape, dtype)
+
+    def to_device(self, array):
+        return self._cupy.asarray(np.ascontiguousarray(array))
+
+    def to_host(self, array):
+        return self._cupy.asnumpy(array)
+
+    def resident_blocks(self, source, kernel, threads, shared_bytes):
+        key = source, kernel, threads, shared_bytes
+        if key not in self._resident:
+            function = self._function(source, kernel, shared_bytes, cooperative=True)
+            per_multiprocessor = self._cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
+                function.kernel.ptr, threads, shared_bytes)
+            self._resident[key] = per_multiprocessor * self._device.attributes["MultiProcessorCount"]
+        return self._resident[key]
+
+    def launch(self, source, kernel, grid, block, args, shared_bytes, cooperative):
+        function = self._function(source, kernel, shared_bytes, cooperative)
+        if not cooperative:
+            function(grid, block, tuple(args), shared_mem=shared_bytes)
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # CuPy shrinks a cooperative grid that is too large, and only warns
+            function(grid, block, tuple(args), shared_mem=shared_bytes)
+
+    def _function(self, source, kernel, shared_bytes, cooperative):
+        """The kernel, with leave to use that much shared memory. CuPy launches all kernels of a module in the same way, so a
+        source with both kinds of launch becomes two modules."""
+        key = source, kernel, shared_bytes, cooperative
+        if key in self._functions:
+            return self._functions[key]
+        limit = self._device.attributes["MaxSharedMemoryPerBlockOptin"]
+        if shared_bytes > limit:
+            raise ValueError(f"{kernel}: {shared_bytes} bytes of dynamic shared memory per block; this GPU has {limit}")
+        if (source, cooperative) not in self._modules:
+            self._modules[source, cooperative] = self._cupy.RawModule(
+                code=source, options=_OPTIONS, enable_cooperative_groups=cooperative)
+        function = self._modules[source, cooperative].get_function(kernel)
+        if shared_bytes > SHARED_BYTES_WITHOUT_ASKING:
+            function.max_dynamic_shared_size_bytes = shared_bytes
+        self._functions[key] = function
+        return function
+
+
+_executor: Executor | None = None
+
+
+@contextlib.contextmanager
+def use(executor: Executor) -> Iterator[Executor]:
+    """Inside the ``with`` block, kernels run on this executor."""
+    global _executor
+    before, _executor = _executor, executor
+    try:
+        yield executor
+    finally:
+        _executor = before
+
+
+def current_executor() -> Executor:
+    """The executor in use; without one, CuPy's from now on.
+
+    Raises: DeviceError where CuPy or a GPU is missing.
+    """
+    global _executor
+    if _executor is None:
+        _executor = CupyExecutor()
+    return _executor
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Array with undefined content, on the device."""
+    return current_executor().empty(shape, dtype)
+
+
+def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Array of zeros, on the device."""
+    return current_executor().zeros(shape, dtype)
+
+
+def to_device(array: np.ndarray) -> Any:
+    """Copy of a NumPy array on the device."""
+    return current_executor().to_device(array)
+
+
+def to_host(array: Any) -> np.ndarray:
+    """Copy of a device array as a NumPy array."""
+    return current_executor().to_host(array)
+
+
+def check(name: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> None:
+    """Requires an array of exactly this dtype and shape, C-contiguous and of the executor in use.
+
+    Raises: ValueError naming the argument, what was expected and what it is.
+    """
+    array_type = current_executor().array_type
+    expected = f"expected a C-contiguous {array_type.__module__}.{array_type.__name__} of {np.dtype(dtype)} {tuple(shape)}"
+    if not isinstance(array, array_type):
+        raise ValueError(f"{name}: {expected}, got {type(array).__module__}.{type(array).__name__}")
+    if array.dtype != dtype or array.shape != tuple(shape) or not array.flags.c_contiguous:
+        order = "C-contiguous" if array.flags.c_contiguous else f"strided {array.strides}"
+        raise ValueError(f"{name}: {expected}, got {array.dtype} {array.shape}, {order}")
+
+
+def launch(stem: str, kernel: str, grid: int | Sequence[int], block: int | Sequence[int], args: Sequence, *,
+           constants: Mapping[str, int], shared_bytes: int = 0, cooperative: bool = False) -> None:
+    """Launches one kernel of ``kernels/<stem>.cu`` on the executor in use.
+
+    ``grid`` counts blocks, ``block`` threads, each one number or up to three. ``args`` are arrays of the executor and NumPy
+    scalars, which fix the width of every parameter: np.int32 for int, np.uint32 for unsigned, np.int64 for long long,
+    np.uint64 for unsigned long long, np.float32 for float. ``shared_bytes`` is dynamic shared memory per block; a
+    ``cooperative`` launch has all its blocks on the device at once.
+
+    Raises: TypeError for any other argument; ValueError for an array that is not C-contiguous, for an extent out of range,
+    and for a cooperative grid larger than the device holds; DeviceError.
+    """
+    executor = current_executor()
+    for i, arg in enumerate(args):
+        if isinstance(arg, executor.array_type):
+            if not arg.flags.c_contiguous:
+                raise ValueError(f"{kernel}: argument {i} is not C-contiguous: {arg.dtype} {arg.shape}, strides {arg.strides}")
+        elif not isinstance(arg, _SCALARS):
+            raise TypeError(f"{kernel}: argument {i} is a {type(arg).__module__}.{type(arg).__name__}; pass arrays of "
+                            f"{executor.array_type.__module__} and scalars of an exact width, such as np.int32(1)")
+    grid, block = _extent(kernel, "grid", grid), _extent(kernel, "block", block)
+    threads, blocks = math.prod(block), math.prod(grid)
+    if threads > MAX_THREADS_PER_BLOCK:
+        raise ValueError(f"{kernel}: {threads} threads per block; at most {MAX_THREADS_PER_BLOCK} are possible")
+    text = source(stem, constants)
+    if cooperative:
+        resident = executor.resident_blocks(text, kernel, threads, shared_bytes)
+        if blocks > resident:
+            raise ValueError(f"{kernel}: a cooperative grid of {blocks} blocks, of {threads} threads and {shared_bytes} bytes of "
+                             f"dynamic shared memory each; the device holds {resident} at once")
+    executor.launch(text, kernel, grid, block, list(args), shared_bytes, cooperative)
+
+
+def _extent(kernel: str, name: str, extent: int | Sequence[int]) -> tuple[int, int, int]:
+    numbers = tuple(extent) if isinstance(extent, (tuple, list)) else (extent,)
+    if not 1 <= len(numbers) <= 3 or not all(isinstance(n, int) and n >= 1 for n in numbers):
+        raise ValueError(f"{kernel}: {name} {extent!r}; expected one to three positive integers")
+    return (*numbers, 1, 1)[:3]
+
+
+def source(stem: str, constants: Mapping[str, int]) -> str:
+    """The text of one module: the constants as macros, then ``kernels/<stem>.cu`` with our own headers in it.
+
+    Raises: FileNotFoundError; TypeError for a constant that is not an int.
+    """
+    return _source(stem, tuple(sorted(constants.items())))
+
+
+@functools.lru_cache(maxsize=None)
+def _source(stem: str, constants: tuple[tuple[str, int], ...]) -> str:
+    return assemble(f"{stem}.cu", _read(f"{stem}.cu"), dict(constants))
+
+
+def assemble(name: str, text: str, constants: Mapping[str, int]) -> str:
+    """A source that needs no file: ``#define`` lines, then the text with each ``#include "x.cuh"`` replaced, the first time,
+    by that file of this package. Line directives make compilers name the file that a line comes from.
+    """
+    for constant, value in constants.items():
+        if type(value) is not int:
+            raise TypeError(f"constant {constant} of {name}: expected an int, got {value!r}")
+    defines = "".join(f"#define {constant} {value}\n" for constant, value in constants.items())
+    return defines + _inlined(name, text, set())
+
+
+def _inlined(name: str, text: str, seen: set[str]) -> str:
+    lines = [f'#line 1 "kernels/{name}"']
+    for number, line in enumerate(text.splitlines(), 1):
+        include = re.fullmatch(r'\s*#\s*include\s+"([^"]+)"\s*', line)
+        if not include:
+            lines.append(line)
+            continue
+        header = include[1]
+        if header not in seen:
+            seen.add(header)
+            lines.append(_inlined(header, _read(header), seen))
+        lines.append(f'#line {number + 1} "kernels/{name}"')
+    return "\n".join(lines) + "\n"
+
+
+def _read(name: str) -> str:
+    return importlib.resources.files("kernels").joinpath(name).read_text(encoding="utf-8")
+
+
+def compile_for(source: str, architecture: str) -> dict[str, ResourceUse]:
+    """Compiles a source for an architecture such as "sm_90", with no GPU and no driver; kernel name -> what it takes.
+
+    Raises: DeviceError where NVRTC is not installed; CompileError with its messages.
+    """
+    try:
+        from cuda.bindings import nvrtc
+
+        status, program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], [])
+    except (ImportError, RuntimeError) as error:
+        raise DeviceError("NVRTC is not installed: pip install 'char-gru[test]'") from error
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise CompileError(f"nvrtcCreateProgram: {status}")
+    try:
+        options = [f"--gpu-architecture={architecture}".encode(), b"--ptxas-options=-v", b"-ftz=true",
+                   *(option.encode() for option in _OPTIONS)]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        _, size = nvrtc.nvrtcGetProgramLogSize(program)
+        buffer = bytearray(size)
+        nvrtc.nvrtcGetProgramLog(program, buffer)
+        log = buffer.rstrip(b"\0").decode()
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise CompileError(f"{architecture}: {log.strip() or status}")
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return _resource_use(log)
+
+
+def _resource_use(log: str) -> dict[str, ResourceUse]:
+    """Reads what ``ptxas -v`` wrote about each entry function."""
+    use = {}
+    for entry in log.split("Compiling entry function ")[1:]:
+        def number(pattern: str) -> int:
+            found = re.search(pattern, entry)
+            return int(found[1]) if found else 0
+
+        use[entry.split("'")[1]] = ResourceUse(number(r"Used (\d+) registers"), number(r"(\d+) bytes smem"),
+                                               number(r"(\d+) bytes spill stores"), number(r"(\d+) bytes spill loads"))
+    return use

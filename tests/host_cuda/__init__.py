@@ -1,0 +1,372 @@
+"""Runs the project's CUDA kernels on a CPU, unchanged, to find what a GPU hides.
+
+A kernel source is compiled by the host compiler behind ``host_cuda.h`` and run by ``runtime.cpp``: one CUDA thread is one
+fiber, one block one OS thread. The order in which threads get their turns is selectable (a result that changes is a missing
+barrier), shared memory and fresh arrays are poisoned (what nobody wrote stays visible), a deadlock is reported with who waits
+where, and launches can run under AddressSanitizer and UndefinedBehaviorSanitizer, or under ThreadSanitizer, which sees races
+between blocks and inside a block.
+
+    with kernels.runtime.use(HostExecutor(order="descending")):
+        ...  # any launcher
+
+Linux only. It says nothing about speed, and little about device rounding: the mathematical functions are the host's, and
+nothing is contracted to fma. A kernel must wait for other blocks through ``wait_at_least`` of ``barrier.cuh`` only; a thread
+has 64 KiB of stack; under ThreadSanitizer at most about 8,000 CUDA threads live at once.
+"""
+
+import bisect
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["BuildError", "Deadlock", "HostExecutor", "LaunchCounts", "ORDERS", "SanitizerReport", "compiler", "run_sanitized",
+           "unwritten"]
+
+ORDERS = ("ascending", "descending", "random")
+ADDRESS = "address,undefined"
+THREAD = "thread"
+
+_HERE = pathlib.Path(__file__).parent
+_POISON = 0xFF  # as in runtime.cpp
+_ALIGNMENT = 256  # bytes, as cudaMalloc gives it
+_RESIDENT_BLOCKS = 256  # of a cooperative launch: each is an OS thread
+_EXIT_REPORT = 3  # of standalone.cpp
+_ADDR_NO_RANDOMIZE = 0x0040000  # personality(2)
+
+# No contraction, so that sums are the same in every build; kernels read floats through float4 pointers; equal names in two
+# modules loaded at once must stay apart.
+_FLAGS = ("-O2", "-g1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-fvisibility=hidden", "-pthread")
+_SANITIZER_FLAGS = {
+    "": (),
+    ADDRESS: ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"),
+    THREAD: ("-fsanitize=thread", "-fno-omit-frame-pointer"),
+}
+_SANITIZER_DEFINES = {"": (), ADDRESS: ("-DHOST_CUDA_SANITIZE_ADDRESS",), THREAD: ("-DHOST_CUDA_SANITIZE_THREAD",)}
+_SANITIZER_ENVIRONMENT = {
+    "ASAN_OPTIONS": "detect_leaks=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "report_thread_leaks=0",
+}
+
+
+class BuildError(RuntimeError):
+    """The kernel source does not compile: the compiler's messages."""
+
+
+class Deadlock(RuntimeError):
+    """No thread could go on: who waits where, block by block."""
+
+
+class SanitizerReport(RuntimeError):
+    """What a sanitizer reported, in its own words."""
+
+
+class LaunchCounts(NamedTuple):
+    """What one launch did."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    group_barriers: int  # arrivals of blocks at group barriers: blocks times barriers
+    mma_calls: int  # mma instructions, one per warp
+
+
+class _Parameter(NamedTuple):
+    kind: str  # f, i, u or V, as NumPy has them
+    size: int  # bytes of the scalar, or of what is pointed to
+    pointer: bool
+    readonly: bool
+
+    def __str__(self):
+        names = {"f4": "float", "f8": "double", "i4": "int", "u4": "unsigned", "u2": "unsigned short", "u8": "unsigned long long",
+                 "i8": "long long", "V1": "void"}
+        name = names.get(f"{self.kind}{self.size}", f"{self.kind}{self.size}")
+        return ("const " if self.readonly else "") + name + (" *" if self.pointer else "")
+
+
+class _Request(ctypes.Structure):
+    """LaunchRequest of launch.h."""
+
+    _fields_ = [
+        ("kernel", ctypes.c_char_p),
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared_bytes", ctypes.c_uint64),
+        ("cooperative", ctypes.c_int32),
+        ("order", ctypes.c_int32),
+        ("seed", ctypes.c_uint64),
+        ("arguments", ctypes.POINTER(ctypes.c_void_p)),
+        ("group_barriers", ctypes.c_uint64),
+        ("mma_calls", ctypes.c_uint64),
+    ]
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler: ``$CXX``, or the first of g++, clang++ and c++; None without one."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def unwritten(array: np.ndarray) -> int:
+    """How many elements of an array from ``HostExecutor.empty`` still hold the poison."""
+    content = np.ascontiguousarray(array)
+    return int((content.reshape(-1, 1).view(np.uint8) == _POISON).all(axis=1).sum())
+
+
+class HostExecutor:
+    """Executor of ``kernels.runtime`` that runs launches on the CPU.
+
+    ``order`` is the order in which the threads of a block, and the blocks, get their turns; ``seed`` that of the random one.
+    ``sanitize`` is "", "address,undefined" or "thread": each launch then runs as a process of its own, and what the sanitizer
+    finds is raised as SanitizerReport. ``launches`` lists what every launch did.
+    """
+
+    array_type = np.ndarray
+
+    def __init__(self, order: str = "ascending", seed: int = 0, sanitize: str = ""):
+        self._order = ORDERS.index(order)
+        self._seed = seed
+        self._sanitize = sanitize
+        self.launches: list[LaunchCounts] = []
+
+    def empty(self, shape, dtype) -> np.ndarray:
+        """Array full of poison: NaN in every float format, -1 as an integer."""
+        dtype = np.dtype(dtype)
+        size = int(np.prod(shape)) * dtype.itemsize
+        memory = np.full(size + _ALIGNMENT, _POISON, np.uint8)
+        start = -memory.ctypes.data % _ALIGNMENT
+        return memory[start:start + size].view(dtype).reshape(shape)
+
+    def zeros(self, shape, dtype) -> np.ndarray:
+        """Array of zeros."""
+        array = self.empty(shape, dtype)
+        array[...] = 0
+        return array
+
+    def to_device(self, array: np.ndarray) -> np.ndarray:
+        """Copy of a NumPy array, for launches to use."""
+        copy = self.empty(array.shape, array.dtype)
+        copy[...] = array
+        return copy
+
+    def to_host(self, array: np.ndarray) -> np.ndarray:
+        """Copy of an array as a NumPy array."""
+        return array.copy()
+
+    def resident_blocks(self, source: str, kernel: str, threads: int, shared_bytes: int) -> int:
+        """How many blocks a cooperative launch may have."""
+        return _RESIDENT_BLOCKS
+
+    def compile(self, source: str) -> None:
+        """Builds a source, or finds it in the cache.
+
+        Raises: BuildError with the compiler's messages.
+        """
+        _build(source, self._sanitize)
+
+    def launch(self, source: str, kernel: str, grid: tuple[int, int, int], block: tuple[int, int, int], args: list,
+               shared_bytes: int, cooperative: bool) -> None:
+        """Runs one kernel to its end.
+
+        ``args`` are NumPy arrays, passed as pointers, and NumPy scalars; their number, types and widths are checked against
+        the kernel's signature.
+
+        Raises: BuildError; TypeError for arguments that do not fit the signature; ValueError for an unknown kernel; Deadlock;
+        SanitizerReport.
+        """
+        module = _build(source, self._sanitize)
+        if kernel not in module.signatures:
+            raise ValueError(f"no kernel {kernel!r} in the source; it has {', '.join(module.signatures) or 'none'}")
+        parameters = module.signatures[kernel]
+        _check_arguments(kernel, parameters, args)
+        request = _Request(kernel.encode(), (ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block), shared_bytes,
+                           cooperative, self._order, self._seed)
+        if self._sanitize:
+            group_barriers, mma_calls = _run_standalone(module.path, request, parameters, args)
+        else:
+            group_barriers, mma_calls = _run_inside(module.library, request, args)
+        self.launches.append(LaunchCounts(kernel, grid, block, group_barriers, mma_calls))
+
+
+def run_sanitized(function, sanitize: str, order: str = "ascending", seed: int = 0) -> str:
+    """Calls ``function()`` with every launch under a sanitizer; returns what it reported, "" where it found nothing.
+
+    ``sanitize`` is "address,undefined" (indices, alignment, undefined arithmetic) or "thread" (races between blocks, and
+    between threads of a block that no barrier orders).
+    """
+    from kernels import runtime
+
+    try:
+        with runtime.use(HostExecutor(order, seed, sanitize)):
+            function()
+    except SanitizerReport as report:
+        return str(report)
+    return ""
+
+
+class _Module(NamedTuple):
+    path: pathlib.Path  # shared library, or program where sanitized
+    library: Any  # ctypes.CDLL, None where sanitized
+    signatures: dict[str, list[_Parameter]]
+
+
+@functools.lru_cache(maxsize=None)
+def _build(source: str, sanitize: str) -> _Module:
+    runtime = _object("runtime.cpp", ("-std=c++20", *_SANITIZER_DEFINES[sanitize]))
+    text = f'#include "host_cuda.h"\n{_with_dynamic_shared(source)}\n{_kernel_table(source)}'
+    if sanitize:
+        flags = ("-std=c++17", *_FLAGS, *_SANITIZER_FLAGS[sanitize])
+        objects = (runtime, _object("standalone.cpp", ("-std=c++17",)))
+    else:
+        flags = ("-std=c++17", "-shared", *_FLAGS)
+        objects = (runtime,)
+    path = _compiled(text, flags, (_HERE / "host_cuda.h").read_text(), objects)
+    if sanitize:
+        library, listing = None, subprocess.run([path], check=True, capture_output=True, text=True).stdout
+    else:
+        library = ctypes.CDLL(str(path))
+        library.host_cuda_launch.restype = library.host_cuda_signatures.restype = ctypes.c_char_p
+        listing = library.host_cuda_signatures().decode()
+    signatures = {}
+    for line in listing.splitlines():
+        name, *words = line.split()
+        signatures[name] = [_Parameter(word[0], int(word[1:].rstrip("*c")), "*" in word, "c" in word) for word in words]
+    return _Module(path, library, signatures)
+
+
+def _object(name: str, flags: tuple[str, ...]) -> pathlib.Path:
+    headers = "".join((_HERE / header).read_text() for header in ("host_cuda.h", "launch.h"))
+    return _compiled((_HERE / name).read_text(), (*flags, *_FLAGS, "-c"), headers, ())
+
+
+def _compiled(text: str, flags: tuple[str, ...], headers: str, objects: tuple[pathlib.Path, ...]) -> pathlib.Path:
+    """Path of the compiled text in the cache, whose key is everything that the result depends on."""
+    cxx = compiler()
+    if cxx is None:
+        raise BuildError("no C++ compiler: install g++, or name one in CXX")
+    key = hashlib.sha256("\0".join((_compiler_version(cxx), text, headers, *flags, *map(str, objects))).encode()).hexdigest()[:32]
+    target = _cache() / f"{key}.out"
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(dir=_cache()) as folder:
+        source = pathlib.Path(folder, "source.cpp")
+        source.write_text(text)
+        output = pathlib.Path(folder, "output")
+        done = subprocess.run([cxx, "-I", str(_HERE), *flags, str(source), *map(str, objects), "-o", str(output)],
+                              capture_output=True, text=True)
+        if done.returncode:
+            raise BuildError(done.stderr)
+        os.replace(output, target)
+    return target
+
+
+@functools.lru_cache(maxsize=None)
+def _compiler_version(cxx: str) -> str:
+    return subprocess.run([cxx, "--version"], check=True, capture_output=True, text=True).stdout
+
+
+@functools.lru_cache(maxsize=None)
+def _cache() -> pathlib.Path:
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    folder = pathlib.Path(base, "char-gru", "host_cuda")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _with_dynamic_shared(source: str) -> str:
+    """The source with each ``extern __shared__ T name[];``, which is no C++, as a pointer to the block's buffer."""
+    return re.sub(r"\bextern\s+__shared__\s+(?:__align__\s*\(\s*\d+\s*\)\s*)?([\w\s]+?)\s+(\w+)\s*\[\s*\]\s*;",
+                  r"HOST_CUDA_DYNAMIC_SHARED(\1, \2);", source)
+
+
+def _kernel_table(source: str) -> str:
+    without_comments = re.sub(r"//[^\n]*|/\*.*?\*/", "", source, flags=re.DOTALL)
+    bounds = r"(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?"
+    names = re.findall(rf'extern\s+"C"\s+__global__\s+{bounds}void\s+{bounds}(\w+)\s*\(', without_comments)
+    entries = "".join(f"HOST_CUDA_KERNEL({name}), " for name in names)
+    return f"const host_cuda::Kernel host_cuda::kernels[] = {{{entries}{{nullptr, nullptr, nullptr, 0}}}};\n"
+
+
+def _check_arguments(kernel: str, parameters: list[_Parameter], args: list) -> None:
+    if len(args) != len(parameters):
+        raise TypeError(f"{kernel}: {len(args)} arguments, the kernel takes {len(parameters)}")
+    for i, (parameter, arg) in enumerate(zip(parameters, args)):
+        is_array = isinstance(arg, np.ndarray)
+        fits = is_array == parameter.pointer and parameter.kind in (arg.dtype.kind, "V") and (
+            parameter.kind == "V" or arg.dtype.itemsize == parameter.size)
+        if not fits:
+            raise TypeError(f"{kernel}: argument {i} is {'an array of ' if is_array else ''}{arg.dtype}, "
+                            f"the kernel declares {parameter}")
+        if is_array and not parameter.readonly and not arg.flags.writeable:
+            raise TypeError(f"{kernel}: argument {i} is a read-only array, the kernel declares {parameter}")
+
+
+def _run_inside(library, request: _Request, args: list) -> tuple[int, int]:
+    values = [np.uint64(arg.ctypes.data) if isinstance(arg, np.ndarray) else arg for arg in args]
+    storage = [ctypes.create_string_buffer(value.tobytes(), 8) for value in values]
+    request.arguments = (ctypes.c_void_p * max(len(args), 1))(*map(ctypes.addressof, storage))
+    report = library.host_cuda_launch(ctypes.byref(request))
+    if report:
+        raise Deadlock(f"{request.kernel.decode()}: {report.decode()}")
+    return request.group_barriers, request.mma_calls
+
+
+def _run_standalone(program: pathlib.Path, request: _Request, parameters: list[_Parameter], args: list) -> tuple[int, int]:
+    arrays = [arg for arg in args if isinstance(arg, np.ndarray)]
+    buffers = _buffers(arrays)
+    words = [request.kernel.decode(), *request.grid, *request.block, request.shared_bytes, request.cooperative, request.order,
+             request.seed, len(buffers), len(args)]
+    parts = [" ".join(map(str, words)).encode() + b"\n"]
+    for start, end in buffers:
+        parts += [struct.pack("<Q", end - start), ctypes.string_at(start, end - start)]
+    places = {}
+    for array in arrays:
+        index = bisect.bisect_right(buffers, array.ctypes.data, key=lambda buffer: buffer[0]) - 1
+        places[id(array)] = index, array.ctypes.data - buffers[index][0]
+    for arg in args:
+        parts.append(struct.pack("<qq", *places[id(arg)]) if isinstance(arg, np.ndarray) else
+                     struct.pack("<q8s", -1, arg.tobytes()))
+    with tempfile.TemporaryDirectory() as folder:
+        sent, received = pathlib.Path(folder, "request"), pathlib.Path(folder, "results")
+        sent.write_bytes(b"".join(parts))
+        # ThreadSanitizer wants its addresses where they are without randomisation; where a container forbids to turn that
+        # off, it is left on, which works up to 28 random bits.
+        start = f"import ctypes, os, sys; ctypes.CDLL(None).personality({_ADDR_NO_RANDOMIZE}); os.execv(sys.argv[1], sys.argv[1:])"
+        done = subprocess.run([sys.executable, "-c", start, program, sent, received], capture_output=True, text=True,
+                              env={**os.environ, **_SANITIZER_ENVIRONMENT})
+        report = done.stderr.strip()
+        if done.returncode == _EXIT_REPORT:
+            raise Deadlock(f"{request.kernel.decode()}: {report}")
+        if done.returncode:
+            raise SanitizerReport(report or f"{program} ended with status {done.returncode}")
+        results = received.read_bytes()
+    offsets = np.cumsum([0, *(end - start for start, end in buffers)])
+    for parameter, arg in zip(parameters, args):
+        if parameter.pointer and not parameter.readonly:
+            index, offset = places[id(arg)]
+            begin = int(offsets[index]) + offset
+            ctypes.memmove(arg.ctypes.data, results[begin:begin + arg.nbytes], arg.nbytes)
+    return struct.unpack("<QQ", results[-16:])
+
+
+def _buffers(arrays: list[np.ndarray]) -> list[tuple[int, int]]:
+    """Address ranges of the arrays, those that overlap in one; each starts at a multiple of the widest load, 16 bytes, so that
+    a slice is as misaligned in the program as it is here."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted((array.ctypes.data & ~15, array.ctypes.data + array.nbytes) for array in arrays):
+        if merged and start < merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged

@@ -1,0 +1,784 @@
+// Runs kernels compiled behind host_cuda.h: fibers, blocks, rendezvous, deadlock reports, poison.
+//
+// A launch starts one OS thread per block (all at once if it is cooperative, else a few at a time). A block's thread switches
+// between the fibers of its CUDA threads in the chosen order; a fiber runs until it has to wait. This file is compiled without
+// sanitizer instrumentation and tells the sanitizers what they must know: which stack is in use, and which rendezvous order
+// memory. ThreadSanitizer thus sees every CUDA thread as a thread of its own, and races inside a block as well.
+#define HOST_CUDA_RUNTIME
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstdlib>
+#include <numeric>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <link.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+#if defined(HOST_CUDA_SANITIZE_ADDRESS)
+#include <sanitizer/common_interface_defs.h>
+#elif defined(HOST_CUDA_SANITIZE_THREAD)
+#include <sanitizer/tsan_interface.h>
+#endif
+
+#include "host_cuda.h"
+#include "launch.h"
+
+__thread uint3 threadIdx, blockIdx;
+__thread dim3 blockDim, gridDim;
+
+namespace host_cuda {
+namespace {
+
+constexpr unsigned WARP = 32;
+constexpr unsigned BLOCKS_AT_ONCE = 4;   // of a launch that is not cooperative
+constexpr int PATIENCE_SECONDS = 60;     // without a switch between fibers: some loop never ends
+constexpr unsigned char POISON = 0xff;   // NaN in every float format, -1 as an integer
+constexpr std::size_t SHARED_ALIGNMENT = 1024;
+#if defined(HOST_CUDA_SANITIZE_ADDRESS) || defined(HOST_CUDA_SANITIZE_THREAD)
+constexpr std::size_t STACK_BYTES = 256 * 1024;
+constexpr std::size_t STACKS_KEPT = 0;  // fresh memory for every block: nothing an earlier one did is remembered
+#else
+constexpr std::size_t STACK_BYTES = 64 * 1024;
+constexpr std::size_t STACKS_KEPT = 2 * BLOCKS_AT_ONCE;
+#endif
+
+// ---- Order of memory, as ThreadSanitizer is told of it ----------------------------------------------------------------------
+
+// What this fiber did so far comes before whatever follows order_after(key) in another.
+void order_before([[maybe_unused]] void *key)
+{
+#if defined(HOST_CUDA_SANITIZE_THREAD)
+    __tsan_release(key);
+#endif
+}
+
+void order_after([[maybe_unused]] void *key)
+{
+#if defined(HOST_CUDA_SANITIZE_THREAD)
+    __tsan_acquire(key);
+#endif
+}
+
+// ---- Contexts: a stack and the registers that a call preserves --------------------------------------------------------------
+
+#if defined(__x86_64__)
+using Context = void *;  // the stack pointer; the registers lie on the stack
+
+extern "C" void host_cuda_switch(Context *from, Context to);
+asm(R"(
+.text
+.type host_cuda_switch, @function
+host_cuda_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size host_cuda_switch, .-host_cuda_switch
+)");
+
+void switch_context(Context &from, Context &to) { host_cuda_switch(&from, to); }
+
+void make_context(Context &context, char *stack, void (*entry)())
+{
+    void **top = reinterpret_cast<void **>(stack + STACK_BYTES);
+    *--top = nullptr;  // where a caller's return address would be: the stack is aligned as after a call
+    *--top = reinterpret_cast<void *>(entry);
+    for (int i = 0; i < 6; ++i)
+        *--top = nullptr;
+    context = top;
+}
+#else
+using Context = ucontext_t;
+
+void switch_context(Context &from, Context &to) { swapcontext(&from, &to); }
+
+void make_context(Context &context, char *stack, void (*entry)())
+{
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = STACK_BYTES;
+    context.uc_link = nullptr;
+    makecontext(&context, entry, 0);
+}
+#endif
+
+// ---- Launch, block, fiber ---------------------------------------------------------------------------------------------------
+
+class SpinLock {  // not a mutex: ThreadSanitizer would take it for an order between blocks
+public:
+    void lock()
+    {
+        while (flag.test_and_set(std::memory_order_acquire))
+            sched_yield();
+    }
+    void unlock() { flag.clear(std::memory_order_release); }
+
+private:
+    std::atomic_flag flag = ATOMIC_FLAG_INIT;
+};
+
+struct Launch {
+    LaunchRequest &request;
+    const Kernel &kernel;
+    const unsigned threads;
+    std::atomic<unsigned> running{0};  // OS threads; a futex
+    std::vector<std::atomic<std::uint64_t>> switches;  // per block
+    std::atomic<std::uint64_t> group_barriers{0}, mma_calls{0};
+
+    // Deadlock between blocks: every block has looked at its counters since the last progress of any block, in vain.
+    std::atomic<std::uint64_t> quiet{0};  // number of progress reports << 32 | blocks that have looked in vain since
+    std::atomic<unsigned> live;           // blocks that have not ended
+
+    std::atomic<bool> stopped{false};
+    SpinLock report_lock;
+    std::string reason;
+    std::vector<std::string> waiting;  // per block
+
+    Launch(LaunchRequest &request, const Kernel &kernel, unsigned threads, unsigned blocks)
+        : request(request), kernel(kernel), threads(threads), switches(blocks), live(blocks), waiting(blocks)
+    {
+    }
+
+    std::uint64_t progress_count() const { return quiet >> 32; }
+
+    void progress()
+    {
+        std::uint64_t old = quiet;
+        while (!quiet.compare_exchange_weak(old, ((old >> 32) + 1) << 32)) {
+        }
+    }
+
+    void looked_in_vain(std::uint64_t since)
+    {
+        std::uint64_t old = quiet;
+        while (old >> 32 == since && !quiet.compare_exchange_weak(old, old + 1)) {
+        }
+    }
+
+    bool deadlocked(std::uint64_t since) const
+    {
+        const std::uint64_t now = quiet;
+        return now >> 32 == since && unsigned(now) >= live;
+    }
+
+    void stop(const std::string &why)
+    {
+        report_lock.lock();
+        if (reason.empty())
+            reason = why;
+        report_lock.unlock();
+        stopped = true;
+    }
+};
+
+enum class State { READY, AT_BARRIER, IN_COLLECTIVE, SPINNING, RETURNED };
+
+struct PendingCopy {
+    Copy copy;
+    int group;
+};
+
+struct Fiber {
+    Context context;
+    char *stack;
+    unsigned linear;
+    uint3 index;
+    State state = State::READY;
+    const char *name, *file;  // of the primitive it waits in, and where that was called
+    int line;
+
+    unsigned mask;  // of a collective
+    bool whole;
+    void *data;
+    Work work;  // null for __syncwarp
+    char arrived_key, met_keys[2];
+    unsigned led = 0;  // __syncwarps that this fiber was the last to reach
+    char *met_key;
+
+    const unsigned *counter = nullptr;  // of a spin
+    unsigned value, target;
+    bool moved;  // since the turn before
+
+    std::vector<PendingCopy> copies;
+    std::size_t copies_finished = 0;
+    int copy_groups = 0;
+
+    void *tsan = nullptr;
+};
+
+class Block {
+public:
+    Launch &launch;
+    const unsigned index;
+    std::vector<Fiber> fibers;
+    void *shared = nullptr;
+    unsigned returned = 0;
+    unsigned at_barrier = 0, barriers_passed = 0;
+    char barrier_keys[2];
+    std::uint64_t group_barriers = 0, mma_calls = 0;
+
+    Block(Launch &launch, unsigned index);
+    ~Block();
+    void run();
+    void leave(bool last);           // called by a fiber: back to run()
+    void settle(void *fake_stack);  // the first thing that a fiber does in its turn
+    bool meet(const Fiber &candidate);
+
+private:
+    std::vector<unsigned> order;
+    std::uint64_t random;
+    char *stacks;
+    Context scheduler;
+    void *scheduler_tsan = nullptr;
+    const void *thread_stack = nullptr;
+    std::size_t thread_stack_bytes = 0;
+
+    void enter(Fiber &fiber);
+    std::string describe() const;
+};
+
+__thread Block *block;
+__thread Fiber *self;
+
+// ---- Memory of a block ------------------------------------------------------------------------------------------------------
+
+SpinLock stacks_lock;
+std::vector<std::pair<std::size_t, char *>> kept_stacks;
+
+char *take_stacks(std::size_t bytes)
+{
+    stacks_lock.lock();
+    char *stacks = nullptr;
+    for (auto kept = kept_stacks.begin(); kept != kept_stacks.end() && !stacks; ++kept)
+        if (kept->first == bytes) {
+            stacks = kept->second;
+            kept_stacks.erase(kept);
+            break;
+        }
+    stacks_lock.unlock();
+    if (stacks)
+        return stacks;
+    void *fresh = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (fresh == MAP_FAILED)
+        abort();
+    return static_cast<char *>(fresh);
+}
+
+void give_stacks(char *stacks, std::size_t bytes)
+{
+    stacks_lock.lock();
+    const bool keep = kept_stacks.size() < STACKS_KEPT;
+    if (keep)
+        kept_stacks.emplace_back(bytes, stacks);
+    stacks_lock.unlock();
+    if (!keep)
+        munmap(stacks, bytes);
+}
+
+// Static __shared__ variables are the thread-local variables of this module. This fills all of them, those of this file too,
+// so it comes before anything else on the thread.
+void poison_static_shared()
+{
+    threadIdx = {};  // allocates the thread's storage
+    dl_iterate_phdr(
+        [](dl_phdr_info *info, std::size_t, void *) {
+            char *storage = static_cast<char *>(info->dlpi_tls_data), *mine = reinterpret_cast<char *>(&threadIdx);
+            for (int i = 0; i < info->dlpi_phnum; ++i) {
+                const ElfW(Phdr) &segment = info->dlpi_phdr[i];
+                if (segment.p_type == PT_TLS && storage && storage <= mine && mine < storage + segment.p_memsz)
+                    std::memset(storage, POISON, segment.p_memsz);
+            }
+            return 0;
+        },
+        nullptr);
+}
+
+// ---- Orders -----------------------------------------------------------------------------------------------------------------
+
+void shuffle_order(std::vector<unsigned> &order, std::uint64_t &random)
+{
+    for (unsigned i = order.size(); i > 1; --i) {
+        random = random * 6364136223846793005u + 1442695040888963407u;  // Knuth's linear congruential generator
+        std::swap(order[i - 1], order[(random >> 33) % i]);
+    }
+}
+
+// 0 to count - 1, ascending or descending; the random order starts from ascending.
+std::vector<unsigned> first_order(Order order, unsigned count)
+{
+    std::vector<unsigned> indices(count);
+    std::iota(indices.begin(), indices.end(), 0u);
+    if (order == Order::DESCENDING)
+        std::reverse(indices.begin(), indices.end());
+    return indices;
+}
+
+// ---- Fibers -----------------------------------------------------------------------------------------------------------------
+
+void fiber_entry()
+{
+    block->settle(nullptr);
+    block->launch.kernel.call(block->launch.request.arguments);
+    order_before(&block->launch);
+    self->state = State::RETURNED;
+    ++block->returned;
+    const unsigned first = self->linear / WARP * WARP;
+    for (unsigned i = first; i < first + WARP && i < block->fibers.size(); ++i)
+        if (block->fibers[i].state == State::IN_COLLECTIVE)
+            block->meet(block->fibers[i]);
+    block->leave(true);
+}
+
+Block::Block(Launch &launch, unsigned index)
+    : launch(launch),
+      index(index),
+      fibers(launch.threads),
+      order(first_order(launch.request.order, launch.threads)),
+      random(launch.request.seed * 0x9e3779b97f4a7c15u + index),
+      stacks(take_stacks(launch.threads * STACK_BYTES))
+{
+    const std::size_t shared_bytes = launch.request.shared_bytes;
+    if (shared_bytes > 0) {
+        if (posix_memalign(&shared, SHARED_ALIGNMENT, shared_bytes))
+            abort();
+        std::memset(shared, POISON, shared_bytes);
+    }
+    const unsigned *extent = launch.request.block;
+    for (unsigned i = 0; i < fibers.size(); ++i) {
+        Fiber &fiber = fibers[i];
+        fiber.linear = i;
+        fiber.index = {i % extent[0], i / extent[0] % extent[1], i / extent[0] / extent[1]};
+        fiber.stack = stacks + i * STACK_BYTES;
+        make_context(fiber.context, fiber.stack, fiber_entry);
+#if defined(HOST_CUDA_SANITIZE_THREAD)
+        fiber.tsan = __tsan_create_fiber(0);
+#endif
+    }
+#if defined(HOST_CUDA_SANITIZE_THREAD)
+    scheduler_tsan = __tsan_get_current_fiber();
+#endif
+}
+
+Block::~Block()
+{
+#if defined(HOST_CUDA_SANITIZE_THREAD)
+    for (Fiber &fiber : fibers)
+        __tsan_destroy_fiber(fiber.tsan);
+#endif
+    order_after(&launch);  // the fibers' copies are freed here
+    give_stacks(stacks, launch.threads * STACK_BYTES);
+    std::free(shared);
+}
+
+void Block::enter(Fiber &fiber)
+{
+    self = &fiber;
+    threadIdx = fiber.index;
+#if defined(HOST_CUDA_SANITIZE_THREAD)
+    __tsan_switch_to_fiber(fiber.tsan, __tsan_switch_to_fiber_no_sync);
+#elif defined(HOST_CUDA_SANITIZE_ADDRESS)
+    void *fake_stack;
+    __sanitizer_start_switch_fiber(&fake_stack, fiber.stack, STACK_BYTES);
+#endif
+    switch_context(scheduler, fiber.context);
+#if defined(HOST_CUDA_SANITIZE_ADDRESS)
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+#endif
+}
+
+void Block::leave([[maybe_unused]] bool last)
+{
+    void *fake_stack = nullptr;
+#if defined(HOST_CUDA_SANITIZE_THREAD)
+    __tsan_switch_to_fiber(scheduler_tsan, __tsan_switch_to_fiber_no_sync);
+#elif defined(HOST_CUDA_SANITIZE_ADDRESS)
+    __sanitizer_start_switch_fiber(last ? nullptr : &fake_stack, thread_stack, thread_stack_bytes);
+#endif
+    switch_context(self->context, scheduler);
+    settle(fake_stack);
+}
+
+void Block::settle([[maybe_unused]] void *fake_stack)
+{
+#if defined(HOST_CUDA_SANITIZE_ADDRESS)
+    __sanitizer_finish_switch_fiber(fake_stack, &thread_stack, &thread_stack_bytes);
+#endif
+}
+
+void Block::run()
+{
+    std::uint64_t looked_since = ~std::uint64_t(0);
+    while (returned < fibers.size() && !launch.stopped) {
+        if (launch.request.order == Order::RANDOM)
+            shuffle_order(order, random);
+        const std::uint64_t since = launch.progress_count();
+        bool moved = false, spinning = false;
+        for (unsigned i : order) {
+            Fiber &fiber = fibers[i];
+            if (fiber.state != State::READY && fiber.state != State::SPINNING)
+                continue;
+            enter(fiber);
+            launch.switches[index].fetch_add(1, std::memory_order_relaxed);
+            if (launch.stopped)
+                break;
+            spinning |= fiber.state == State::SPINNING;
+            moved |= fiber.state != State::SPINNING || fiber.moved;
+        }
+        if (moved) {
+            launch.progress();
+        } else if (!spinning) {
+            launch.stop("deadlock inside a block");
+        } else {
+            if (looked_since != since)
+                launch.looked_in_vain(since);
+            looked_since = since;
+            if (launch.deadlocked(since))
+                launch.stop("deadlock between blocks");
+            sched_yield();
+        }
+    }
+    if (launch.stopped)
+        launch.waiting[index] = describe();
+    launch.group_barriers += group_barriers;
+    launch.mma_calls += mma_calls;
+    launch.progress();
+    --launch.live;  // only now: a block that looks before sees everything that this one wrote
+}
+
+std::string Block::describe() const
+{
+    const auto what = [](const Fiber &fiber) -> std::string {
+        if (fiber.state == State::RETURNED)
+            return "returned";
+        if (fiber.state == State::READY)
+            return "can go on";
+        const std::string place = std::string(" (") + fiber.file + ":" + std::to_string(fiber.line) + ")";
+        if (fiber.state == State::SPINNING)
+            return "waiting for a counter that is " + std::to_string(fiber.value) + " to reach " + std::to_string(fiber.target) +
+                   place;
+        return std::string("waiting in ") + fiber.name + place;
+    };
+    std::string text = "block " + std::to_string(index) + ":";
+    for (unsigned first = 0, last; first < fibers.size(); first = last + 1) {
+        const std::string here = what(fibers[first]);
+        for (last = first; last + 1 < fibers.size() && what(fibers[last + 1]) == here;)
+            ++last;
+        text += (first ? "; " : " ") + (first == last ? "thread " + std::to_string(first)
+                                                     : "threads " + std::to_string(first) + "-" + std::to_string(last)) +
+                " " + here;
+    }
+    return text;
+}
+
+// Lets the collective that the candidate waits in happen, if all of its lanes are there.
+bool Block::meet(const Fiber &candidate)
+{
+    Fiber *lanes[WARP] = {};
+    void *data[WARP] = {};
+    const unsigned first = candidate.linear / WARP * WARP;
+    for (unsigned lane = 0; lane < WARP; ++lane) {
+        if (!(candidate.mask >> lane & 1))
+            continue;
+        Fiber *fiber = first + lane < fibers.size() ? &fibers[first + lane] : nullptr;
+        if (!fiber || fiber->state == State::RETURNED) {
+            if (candidate.whole)
+                return false;
+            continue;
+        }
+        if (fiber->state != State::IN_COLLECTIVE || fiber->mask != candidate.mask || fiber->work != candidate.work ||
+            std::strcmp(fiber->name, candidate.name) != 0)
+            return false;
+        lanes[lane] = fiber;
+        data[lane] = fiber->data;
+    }
+    if (candidate.work) {
+        candidate.work(data);
+    } else {
+        for (Fiber *fiber : lanes)
+            if (fiber)
+                order_after(&fiber->arrived_key);
+        char *key = &self->met_keys[self->led++ % 2];
+        order_before(key);
+        for (Fiber *fiber : lanes)
+            if (fiber)
+                fiber->met_key = key;
+    }
+    for (Fiber *fiber : lanes)
+        if (fiber)
+            fiber->state = State::READY;
+    return true;
+}
+
+void wait_in_collective(const char *name, unsigned mask, bool whole, void *data, Work work, const char *file, int line)
+{
+    Fiber &fiber = *self;
+    fiber.state = State::IN_COLLECTIVE;
+    fiber.name = name;
+    fiber.file = file;
+    fiber.line = line;
+    fiber.mask = mask;
+    fiber.whole = whole;
+    fiber.data = data;
+    fiber.work = work;
+    if (!(mask >> fiber.linear % WARP & 1))
+        block->launch.stop(std::string(name) + " by a lane that its mask leaves out");
+    if (block->launch.stopped || !block->meet(fiber))
+        block->leave(false);
+}
+
+struct Shuffled {
+    std::uint64_t bits;
+    int source;
+    std::uint64_t result;
+};
+
+struct Vote {
+    bool predicate;
+    unsigned result;
+};
+
+// ---- Blocks -----------------------------------------------------------------------------------------------------------------
+
+void run_block(Launch &launch, unsigned index)
+{
+    poison_static_shared();
+    const auto extent = [](const std::uint32_t (&n)[3]) { return dim3{n[0], n[1], n[2]}; };
+    gridDim = extent(launch.request.grid);
+    blockDim = extent(launch.request.block);
+    blockIdx = {index % gridDim.x, index / gridDim.x % gridDim.y, index / gridDim.x / gridDim.y};
+    {
+        Block mine(launch, index);
+        block = &mine;
+        mine.run();
+    }
+    std::atomic<unsigned> &running = launch.running;
+    --running;  // the launch may be gone from here on
+    syscall(SYS_futex, &running, FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0);
+}
+
+// Waits until at most `limit` blocks are running. False if one of them runs on and on.
+bool wait_for_blocks(Launch &launch, unsigned limit)
+{
+    std::uint64_t switches = 0;
+    for (int seconds = 0; seconds < PATIENCE_SECONDS;) {
+        const unsigned running = launch.running;
+        if (running <= limit)
+            return true;
+        const timespec second = {1, 0};
+        if (syscall(SYS_futex, &launch.running, FUTEX_WAIT_PRIVATE, running, &second, nullptr, 0) == 0 || errno != ETIMEDOUT)
+            continue;
+        std::uint64_t total = 0;
+        for (const auto &count : launch.switches)
+            total += count;
+        seconds = total == switches ? seconds + 1 : 0;
+        switches = total;
+    }
+    return false;
+}
+
+}  // namespace
+
+// ---- What host_cuda.h declares ----------------------------------------------------------------------------------------------
+
+void sync_threads(const char *file, int line)
+{
+    Fiber &fiber = *self;
+    char *key = &block->barrier_keys[block->barriers_passed % 2];
+    order_before(key);
+    fiber.state = State::AT_BARRIER;
+    fiber.name = "__syncthreads";
+    fiber.file = file;
+    fiber.line = line;
+    bool together = ++block->at_barrier == block->fibers.size();
+    if (together)
+        for (const Fiber &other : block->fibers)
+            if (other.file != file || other.line != line) {
+                block->launch.stop("threads of one block are in different __syncthreads");
+                together = false;
+            }
+    if (together) {
+        block->at_barrier = 0;
+        ++block->barriers_passed;
+        for (Fiber &other : block->fibers)
+            other.state = State::READY;
+    } else {
+        block->leave(false);
+    }
+    order_after(key);
+}
+
+void sync_warp(unsigned mask, const char *file, int line)
+{
+    order_before(&self->arrived_key);
+    wait_in_collective("__syncwarp", mask, false, nullptr, nullptr, file, line);
+    order_after(self->met_key);
+}
+
+void whole_warp(const char *name, void *data, Work work, const char *file, int line)
+{
+    wait_in_collective(name, 0xffffffffu, true, data, work, file, line);
+}
+
+std::uint64_t shuffle(const char *name, unsigned mask, std::uint64_t bits, int source, const char *file, int line)
+{
+    Shuffled mine = {bits, source, 0};
+    const Work work = [](void *const *lanes) {
+        for (unsigned lane = 0; lane < WARP; ++lane)
+            if (Shuffled *to = static_cast<Shuffled *>(lanes[lane])) {
+                const Shuffled *from = static_cast<const Shuffled *>(lanes[to->source % WARP]);
+                to->result = from ? from->bits : ~std::uint64_t(0);  // a lane that takes no part: poison
+            }
+    };
+    wait_in_collective(name, mask, false, &mine, work, file, line);
+    return mine.result;
+}
+
+unsigned ballot(const char *name, unsigned mask, bool predicate, const char *file, int line)
+{
+    Vote mine = {predicate, 0};
+    const Work work = [](void *const *lanes) {
+        unsigned result = 0;
+        for (unsigned lane = 0; lane < WARP; ++lane)
+            if (lanes[lane] && static_cast<const Vote *>(lanes[lane])->predicate)
+                result |= 1u << lane;
+        for (unsigned lane = 0; lane < WARP; ++lane)
+            if (lanes[lane])
+                static_cast<Vote *>(lanes[lane])->result = result;
+    };
+    wait_in_collective(name, mask, false, &mine, work, file, line);
+    return mine.result;
+}
+
+void spin_pause(const unsigned *counter, unsigned value, unsigned target, const char *file, int line)
+{
+    Fiber &fiber = *self;
+    fiber.moved = counter != fiber.counter || value != fiber.value || target != fiber.target;
+    fiber.state = State::SPINNING;
+    fiber.file = file;
+    fiber.line = line;
+    fiber.counter = counter;
+    fiber.value = value;
+    fiber.target = target;
+    if (!block->launch.request.cooperative)
+        block->launch.stop("a block waits for another in a launch that is not cooperative");
+    block->leave(false);
+    fiber.state = State::READY;
+}
+
+void *dynamic_shared() { return block->shared; }
+
+void fence()
+{
+    static char key;
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    order_after(&key);
+    order_before(&key);
+}
+
+void count_group_barrier() { ++block->group_barriers; }
+
+void count_mma() { ++block->mma_calls; }
+
+int lane_in_warp() { return int(self->linear % WARP); }
+
+void copy_later(void *target, const void *source, int bytes, bool inside)
+{
+    self->copies.push_back({{target, source, bytes, inside}, self->copy_groups});
+}
+
+void commit_copies() { ++self->copy_groups; }
+
+bool next_finished_copy(int pending, Copy &copy)
+{
+    Fiber &fiber = *self;
+    if (fiber.copies_finished == fiber.copies.size()) {
+        fiber.copies.clear();
+        fiber.copies_finished = 0;
+        return false;
+    }
+    const PendingCopy &next = fiber.copies[fiber.copies_finished];
+    if (next.group >= fiber.copy_groups - pending)
+        return false;
+    copy = next.copy;
+    ++fiber.copies_finished;
+    return true;
+}
+
+}  // namespace host_cuda
+
+extern "C" __attribute__((visibility("default"))) const char *host_cuda_launch(LaunchRequest *request)
+{
+    using namespace host_cuda;
+    static std::string report;
+    const Kernel *kernel = kernels;
+    while (std::strcmp(kernel->name, request->kernel) != 0)
+        ++kernel;
+    const unsigned threads = request->block[0] * request->block[1] * request->block[2];
+    const unsigned blocks = request->grid[0] * request->grid[1] * request->grid[2];
+    Launch *launch = new Launch(*request, *kernel, threads, blocks);
+    std::vector<unsigned> order = first_order(request->order, blocks);
+    std::uint64_t random = request->seed;
+    if (request->order == Order::RANDOM)
+        shuffle_order(order, random);
+    bool ended = true;
+    for (unsigned index : order) {
+        ended = request->cooperative || wait_for_blocks(*launch, BLOCKS_AT_ONCE - 1);
+        if (!ended || launch->stopped)
+            break;
+        ++launch->running;
+        std::thread(run_block, std::ref(*launch), index).detach();
+    }
+    ended = ended && wait_for_blocks(*launch, 0);
+    if (!ended) {  // the launch stays, for the threads that still use it
+        report = "no thread of any block has waited or returned for " + std::to_string(PATIENCE_SECONDS) +
+                 " s: a loop without end";
+        return report.c_str();
+    }
+    order_after(launch);
+    request->group_barriers = launch->group_barriers;
+    request->mma_calls = launch->mma_calls;
+    report = launch->reason;
+    for (const std::string &text : launch->waiting)
+        if (!text.empty())
+            report += "\n  " + text;
+    delete launch;
+    return report.empty() ? nullptr : report.c_str();
+}
+
+extern "C" __attribute__((visibility("default"))) const char *host_cuda_signatures()
+{
+    using namespace host_cuda;
+    static std::string text;
+    text.clear();
+    for (const Kernel *kernel = kernels; kernel->name; ++kernel) {
+        text += kernel->name;
+        for (int i = 0; i < kernel->parameter_count; ++i) {
+            const Parameter &parameter = kernel->parameters[i];
+            text += std::string(" ") + parameter.kind + std::to_string(parameter.bytes) + (parameter.pointer ? "*" : "") +
+                    (parameter.readonly ? "c" : "");
+        }
+        text += '\n';
+    }
+    return text.c_str();
+}
