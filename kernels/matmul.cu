@@ -1,0 +1,99 @@
+// Products of two matrices, and sums over the rows of one.
+//
+//   matmul_nn      C = A B (+ bias)      A (M, K), B (K, N)
+//   matmul_nt      C = A B^T (+ bias)    A (M, K), B (N, K)
+//   matmul_tn      C = A^T B (+ bias)    A (K, M), B (K, N)      all of C (M, N), bias (N,)
+//   add_partials   C = partials[0] + partials[1] + ... (+ bias)  partials (splits, M, N)
+//   column_sums    sums[n] = A[0, n] + A[1, n] + ...             A (M, N), sums (N,)
+//
+// Everything is float32 and C-contiguous.
+//
+// A block of a product owns a TILE_M x TILE_N tile of C and K_split of the K products: blockIdx.x counts tiles along M,
+// blockIdx.y along N, blockIdx.z splits of K. What its warps and threads own: tile.cuh. A block of column_sums owns 32
+// columns: a lane one of them, a warp every (blockDim.x / 32)nd row.
+//
+// Bytes: a product reads 4 M K for each column of tiles and 4 K N for each row of tiles, mostly from L2, and writes
+// 4 M N; a split one also writes and reads its partials. column_sums reads 4 M N, 128 bytes per warp and row.
+// Variants: PRECISION, see tile.cuh; tiles of 128 for large C, of 64 for others; K split among blocks where C has too
+// few tiles to occupy a GPU, with the partial sums added in ascending order.
+// Source: CUTLASS, "Efficient GEMM in CUDA", section "Parallelized Reductions".
+#include "tile.cuh"
+
+template <bool TRANSPOSE_A, bool TRANSPOSE_B>
+__device__ __forceinline__ void product(float *__restrict__ C, const float *__restrict__ A, const float *__restrict__ B,
+                                        const float *__restrict__ bias, int M, int N, int K, int K_split, int add_bias)
+{
+    __shared__ __align__(16) float shared[TILE_STAGES];
+    const int m0 = blockIdx.x * TILE_M, n0 = blockIdx.y * TILE_N, k0 = blockIdx.z * K_split;
+    float *C_split = C + size_t(blockIdx.z) * M * N;
+    const TileSums sums = tile_sums<!TRANSPOSE_A, TRANSPOSE_B>(
+        shared, min(K_split, K - k0),
+        [=](int i, int p) {
+            const int m = m0 + i, k = k0 + p;
+            return m < M ? A[TRANSPOSE_A ? size_t(k) * M + m : size_t(m) * K + k] : 0.0f;
+        },
+        [=](int p, int j) {
+            const int k = k0 + p, n = n0 + j;
+            return n < N ? B[TRANSPOSE_B ? size_t(n) * K + k : size_t(k) * N + n] : 0.0f;
+        });
+    sums.each([=](int i, int j, float value) {
+        const int m = m0 + i, n = n0 + j;
+        if (m < M && n < N)
+            C_split[size_t(m) * N + n] = add_bias ? value + bias[n] : value;
+    });
+}
+
+extern "C" __global__ void __launch_bounds__(TILE_THREADS)
+    matmul_nn(float *__restrict__ C, const float *__restrict__ A, const float *__restrict__ B,
+              const float *__restrict__ bias, int M, int N, int K, int K_split, int add_bias)
+{
+    product<false, false>(C, A, B, bias, M, N, K, K_split, add_bias);
+}
+
+extern "C" __global__ void __launch_bounds__(TILE_THREADS)
+    matmul_nt(float *__restrict__ C, const float *__restrict__ A, const float *__restrict__ B,
+              const float *__restrict__ bias, int M, int N, int K, int K_split, int add_bias)
+{
+    product<false, true>(C, A, B, bias, M, N, K, K_split, add_bias);
+}
+
+extern "C" __global__ void __launch_bounds__(TILE_THREADS)
+    matmul_tn(float *__restrict__ C, const float *__restrict__ A, const float *__restrict__ B,
+              const float *__restrict__ bias, int M, int N, int K, int K_split, int add_bias)
+{
+    product<true, false>(C, A, B, bias, M, N, K, K_split, add_bias);
+}
+
+// One thread per element of C.
+extern "C" __global__ void add_partials(float *__restrict__ C, const float *__restrict__ partials,
+                                        const float *__restrict__ bias, int M, int N, int splits, int add_bias)
+{
+    const size_t size = size_t(M) * N, i = thread_in_grid();
+    if (i >= size)
+        return;
+    float sum = 0.0f;
+    for (int split = 0; split < splits; ++split)
+        sum += partials[split * size + i];
+    C[i] = add_bias ? sum + bias[i % N] : sum;
+}
+
+constexpr int MAX_SUM_WARPS = 32;
+
+extern "C" __global__ void __launch_bounds__(MAX_SUM_WARPS * WARP)
+    column_sums(float *__restrict__ sums, const float *__restrict__ A, int M, int N)
+{
+    __shared__ float partials[MAX_SUM_WARPS][WARP];
+    const int n = blockIdx.x * WARP + lane(), warps = blockDim.x / WARP;
+    float sum = 0.0f;
+    if (n < N)
+#pragma unroll 8
+        for (int m = warp(); m < M; m += warps)
+            sum += A[size_t(m) * N + n];
+    partials[warp()][lane()] = sum;
+    __syncthreads();
+    if (warp() == 0 && n < N) {
+        for (int w = 1; w < warps; ++w)
+            sum += partials[w][lane()];
+        sums[n] = sum;
+    }
+}

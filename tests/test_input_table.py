@@ -1,0 +1,135 @@
+"""The input table, its gradients and the sums by id on the device, against the reference and NumPy."""
+
+import numpy as np
+import pytest
+
+from kernels import input_table as launchers
+from kernels import matmul, runtime
+from rnn import reference
+from tests import host_cuda
+from tests.compare import assert_close
+
+
+def random(*shape: int) -> np.ndarray:
+    return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
+
+
+def reference_table(op: str, results: dict[str, tuple[int, ...]], *inputs: np.ndarray) -> dict[str, np.ndarray]:
+    """What an op of the reference writes, in the inputs' dtype."""
+    arrays = {name: np.empty(shape, inputs[0].dtype) for name, shape in results.items()}
+    getattr(reference, op)(*inputs, *arrays.values())
+    return arrays
+
+
+def device_table(op: str, results: dict[str, tuple[int, ...]], *inputs: np.ndarray, **options) -> dict[str, np.ndarray]:
+    arrays = {name: runtime.empty(shape, np.float32) for name, shape in results.items()}
+    getattr(launchers, op)(*map(runtime.to_device, inputs), *arrays.values(), **options)
+    return {name: runtime.to_host(array) for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("N, E, H", [(1, 1, 1), (7, 4, 5), (66, 17, 22)])
+def test_input_table_matches_reference(executor, N, E, H):
+    x, W_ih, b_ih, dP = random(N, E), random(3 * H, E), random(3 * H), random(N, 3 * H)
+    gradients = {"dx": (N, E), "dW_ih": (3 * H, E), "db_ih": (3 * H,)}
+    for op, results, inputs in (("input_table_forward", {"P": (N, 3 * H)}, (x, W_ih, b_ih)),
+                                ("input_table_backward", gradients, (dP, x, W_ih))):
+        exact = reference_table(op, results, *(array.astype(float) for array in inputs))
+        rounded = reference_table(op, results, *inputs)
+        for name, result in device_table(op, results, *inputs).items():
+            assert_close(name, result, exact[name], rounded[name])
+
+
+@pytest.mark.parametrize("precision", matmul.PRECISIONS)
+def test_input_table_hands_the_precision_on(executor, precision):
+    tolerance = {"fp32": 2**-20, "tf32": 2**-9, "bf16": 2**-6}[precision]
+    x, W_ih, b_ih = random(3, 16), random(6, 16), random(6)
+    exact = x.astype(float) @ W_ih.T + b_ih
+    scale = np.abs(x) @ np.abs(W_ih).T
+    error = np.abs(device_table("input_table_forward", {"P": (3, 6)}, x, W_ih, b_ih, precision=precision)["P"] - exact)
+    assert (error < tolerance * scale).all() and (precision == "fp32") == (error < 2**-20 * scale).all()
+
+
+def sums_by_id(ids_tb: np.ndarray, V: int, H: int) -> tuple[np.ndarray, np.ndarray]:
+    """di (T*B, 3H), and dP (V, 3H) of the device, a slice of an array that nothing else may touch."""
+    T, B = ids_tb.shape
+    da_tb, di_n_tb = random(T, B, 3 * H), random(T, B, H)
+    di = np.concatenate([da_tb[:, :, :2 * H], di_n_tb], axis=2).reshape(T * B, 3 * H)
+    da_tb[:, :, 2 * H:] = np.nan  # not to be read
+    dP = runtime.to_device(np.full((V + 2, 3 * H), 7.0, np.float32))
+    launchers.sum_by_id(*map(runtime.to_device, (da_tb, di_n_tb, ids_tb.astype(np.int32))), dP[1:-1],
+                        runtime.empty((launchers.sum_by_id_scratch_size(T * B),), np.int32))
+    result = runtime.to_host(dP)
+    assert (result[[0, -1]] == 7).all(), "neighbours were written"
+    return di, result[1:-1]
+
+
+def skewed_ids(T: int, B: int, V: int) -> np.ndarray:
+    """Half of the positions one and the same id, many ids without any."""
+    rng = np.random.default_rng((T, B, V))
+    return np.where(rng.random((T, B)) < 0.5, V // 2, rng.integers(0, V, (T, B)))
+
+
+@pytest.mark.parametrize("T, B, V, H", [
+    (1, 1, 1, 1),  # one digit even so
+    (3, 85, 7, 43),  # 255 positions, 129 columns
+    (4, 64, 2, 5),  # 256 positions, every warp at work
+    (257, 1, 256, 14),  # the largest V of one digit
+    (3, 100, 257, 2),  # two digits
+    (2, 150, 66_000, 1)])  # three
+def test_sum_by_id_matches_numpy(executor, T, B, V, H):
+    ids_tb = skewed_ids(T, B, V) if V < 1000 else np.random.default_rng(0).integers(0, 50, (T, B)) * 1319
+    di, dP = sums_by_id(ids_tb, V, H)
+    exact, rounded = np.zeros((V, 3 * H)), np.zeros((V, 3 * H), np.float32)
+    np.add.at(exact, ids_tb.ravel(), di)
+    np.add.at(rounded, ids_tb.ravel(), di)
+    assert_close("dP", dP, exact, rounded)
+    assert (dP[np.setdiff1d(np.arange(V), ids_tb)] == 0).all()
+
+
+def test_sum_by_id_of_distinct_ids_only_reorders(executor):
+    ids_tb = np.random.default_rng(0).permutation(300).reshape(3, 100)
+    di, dP = sums_by_id(ids_tb, 300, 3)
+    np.testing.assert_array_equal(dP[ids_tb.ravel()], di)
+
+
+def test_positions_are_sorted_stably(executor):
+    """Equal ids in ascending order of positions, in the scratch array of ids with two digits."""
+    ids_tb = np.random.default_rng(0).integers(0, 300, (6, 100))
+    N = ids_tb.size
+    scratch = runtime.empty((launchers.sum_by_id_scratch_size(N),), np.int32)
+    launchers.sum_by_id(runtime.zeros((6, 100, 3), np.float32), runtime.zeros((6, 100, 1), np.float32),
+                        runtime.to_device(ids_tb.astype(np.int32)), runtime.empty((300, 3), np.float32), scratch)
+    ids, positions = runtime.to_host(scratch)[2 * N:4 * N].reshape(2, N)  # of the second digit
+    np.testing.assert_array_equal(positions, np.argsort(ids_tb.ravel(), kind="stable"))
+    np.testing.assert_array_equal(ids, np.sort(ids_tb.ravel()))
+
+
+def test_sum_by_id_does_not_depend_on_the_order_of_threads(ordered_executor):
+    for T, B, V, H in ((9, 64, 11, 3), (3, 100, 257, 2)):
+        dP = sums_by_id(skewed_ids(T, B, V), V, H)[1]
+        with runtime.use(host_cuda.HostExecutor()):
+            np.testing.assert_array_equal(dP, sums_by_id(skewed_ids(T, B, V), V, H)[1])
+
+
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizer_finds_nothing_in_sum_by_id(monkeypatch, sanitizer):
+    monkeypatch.setattr(launchers, "MAX_WARPS", 2)  # a sanitizer is slow to start a thread
+    assert host_cuda.run_sanitized(lambda: sums_by_id(skewed_ids(3, 86, 5), 5, 2), sanitizer) == ""
+
+
+@pytest.mark.parametrize("name", ["da_tb", "di_n_tb", "ids_tb", "dP", "scratch"])
+def test_sum_by_id_names_the_argument_that_does_not_fit(executor, name):
+    arrays = {"da_tb": runtime.zeros((2, 3, 12), np.float32), "di_n_tb": runtime.zeros((2, 3, 4), np.float32),
+              "ids_tb": runtime.zeros((2, 3), np.int32), "dP": runtime.zeros((5, 12), np.float32),
+              "scratch": runtime.zeros((launchers.sum_by_id_scratch_size(6),), np.int32)}
+    arrays[name] = runtime.zeros(arrays[name].shape, np.float64)
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        launchers.sum_by_id(**arrays)
+
+
+@pytest.mark.parametrize("name", ["x", "W_ih", "b_ih", "P"])
+def test_input_table_names_the_argument_that_does_not_fit(executor, name):
+    arrays = {key: runtime.zeros(shape, np.float64 if key == name else np.float32) for key, shape in
+              {"x": (4, 2), "W_ih": (6, 2), "b_ih": (6,), "P": (4, 6)}.items()}
+    with pytest.raises(ValueError, match=f"^{name}: expected .* float32"):
+        launchers.input_table_forward(**arrays)

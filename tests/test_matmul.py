@@ -1,0 +1,179 @@
+"""Tiles, matrix products and column sums on the device, against NumPy."""
+
+import numpy as np
+import pytest
+
+from kernels import matmul as launchers
+from kernels import runtime
+from tests import host_cuda
+from tests.compare import assert_close
+
+PRECISIONS = list(launchers.PRECISIONS)
+
+# Columns in two rounds: the second product starts while the first one's results are in shared memory.
+TILE_PRODUCTS = """
+#include "tile.cuh"
+
+template <bool K_CONTIGUOUS>
+__device__ void product(float *C, const float *A, const float *B, int M, int N, int K)
+{
+    __shared__ __align__(16) float shared[TILE_SHARED];
+    for (int n0 = 0; n0 < N; n0 += TILE_N) {
+        tile_product<K_CONTIGUOUS, K_CONTIGUOUS>(
+            shared, K,
+            [=](int m, int k) { return m < M ? A[K_CONTIGUOUS ? m * K + k : k * M + m] : 0.0f; },
+            [=](int k, int n) { return n0 + n < N ? B[K_CONTIGUOUS ? (n0 + n) * K + k : k * N + n0 + n] : 0.0f; });
+        for (int i = threadIdx.x; i < TILE_M * TILE_N; i += TILE_THREADS)
+            if (i / TILE_N < M && n0 + i % TILE_N < N)
+                C[i / TILE_N * N + n0 + i % TILE_N] = tile_c(shared, i / TILE_N, i % TILE_N);
+    }
+}
+
+extern "C" __global__ void k_contiguous(float *C, const float *A, const float *B, int M, int N, int K)
+{
+    product<true>(C, A, B, M, N, K);
+}
+
+extern "C" __global__ void k_strided(float *C, const float *A, const float *B, int M, int N, int K)
+{
+    product<false>(C, A, B, M, N, K);
+}
+"""
+
+
+def rounded(x: np.ndarray, precision: str) -> np.ndarray:
+    """Float32 numbers as the tensor cores get them."""
+    bits = x.view(np.uint32)
+    if precision == "tf32":  # to nearest, ties away from zero
+        bits = bits + 0x1000 & 0xffffe000
+    if precision == "bf16":  # to nearest, ties to even
+        bits = bits + 0x7fff + (bits >> 16 & 1) & 0xffff0000
+    return bits.astype(np.uint32).view(np.float32)
+
+
+def random(*shape: int) -> np.ndarray:
+    return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
+
+
+def assert_product(C: np.ndarray, A: np.ndarray, B: np.ndarray, bias, precision: str) -> None:
+    """C = A B + bias, for A (M, K) and B (K, N), where the operands are rounded and nothing else."""
+    A, B = rounded(A, precision), rounded(B, precision)
+    assert_close("C", C, A.astype(float) @ B + bias, A @ B + bias, dtype=np.float32)
+
+
+def product(A, B, bias=None, *, transpose_a=False, transpose_b=False, **options) -> np.ndarray:
+    """A B + bias for A (M, K) and B (K, N), on the device, C being a slice of an array that nothing else may touch."""
+    M, N = len(A), B.shape[1]
+    C = runtime.to_device(np.full(M * N + 2, 7.0, np.float32))
+    launchers.matmul(runtime.to_device(A.T if transpose_a else A), runtime.to_device(B.T if transpose_b else B),
+                     C[1:-1].reshape(M, N), transpose_a=transpose_a, transpose_b=transpose_b,
+                     bias=None if bias is None else runtime.to_device(bias), **options)
+    result = runtime.to_host(C)
+    assert result[0] == result[-1] == 7, "neighbours were written"
+    return result[1:-1].reshape(M, N)
+
+
+@pytest.mark.parametrize("TILE_M, TILE_N, TILE_K", [(16, 16, 32), (64, 48, 16), (32, 96, 16)])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_tile_product_matches_numpy(executor, precision, TILE_M, TILE_N, TILE_K):
+    source = runtime.assemble("tile_products.cu", TILE_PRODUCTS, {
+        "PRECISION": launchers.PRECISIONS[precision], "TILE_M": TILE_M, "TILE_N": TILE_N, "TILE_K": TILE_K})
+    M, N = TILE_M - 1, TILE_N + 5
+    for K in (0, 1, TILE_K - 1, TILE_K, TILE_K + 1, 3 * TILE_K + 7):
+        A, B = random(M, K), random(K, N)
+        for kernel, operands in (("k_contiguous", (A, B.T)), ("k_strided", (A.T, B))):
+            C = executor.empty((M, N), np.float32)
+            executor.launch(source, kernel, (1, 1, 1), (launchers.TILE_THREADS, 1, 1),
+                            [C, *map(executor.to_device, operands), *map(np.int32, (M, N, K))], 0, False)
+            assert_product(executor.to_host(C), A, B, 0, precision)
+
+
+@pytest.mark.parametrize("transposed", [{}, {"transpose_a": True}, {"transpose_b": True}], ids=["nn", "tn", "nt"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_matmul_matches_numpy(executor, precision, transposed):
+    for M, N, K in ((1, 2, 3), (2, 65, 1), (63, 130, 17), (64, 64, 32), (65, 1, 5), (66, 31, 33)):
+        A, B = random(M, K), random(K, N)
+        assert_product(product(A, B, precision=precision, **transposed), A, B, 0, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_matmul_in_large_tiles_matches_numpy(executor, precision):
+    A, B, bias = random(129, 35), random(35, 127), random(127)
+    C = product(A, B, bias, precision=precision, tile=128)
+    assert_product(C, A, B, bias, precision)
+
+
+@pytest.mark.parametrize("K", [2 * launchers.SPLIT_K_FROM, 3 * launchers.SPLIT_K_FROM + 1])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_matmul_split_along_k_matches_numpy(executor, K, with_bias):
+    A, B, bias = random(5, K), random(K, 67), random(67) if with_bias else None
+    assert_product(product(A, B, bias), A, B, bias if with_bias else 0, "fp32")
+
+
+@pytest.mark.parametrize("M, N, K", [
+    (3072, 1024, 6400), (66, 1024, 6400), (66, 256, 3072), (3072, 256, 66), (1, 1, 10**6), (1, 20_000, 3072),
+    (8200, 1, 600)])
+@pytest.mark.parametrize("tile", launchers.TILES)
+def test_splits_cover_k_and_fit_in_the_scratch_array(M, N, K, tile):
+    splits, K_split = launchers._split(M, N, K, tile)
+    assert (splits - 1) * K_split < K <= splits * K_split
+    assert splits == 1 or splits * M * N <= launchers.SPLIT_BLOCKS * launchers.TILES[0]**2
+
+
+@pytest.mark.parametrize("M, N", [(1, 1), (2, 31), (31, 32), (32, 33), (33, 65), (300, 3)])
+def test_column_sums_match_numpy(executor, M, N):
+    A, sums = random(M, N), runtime.to_device(np.full(N + 2, 7.0, np.float32))
+    launchers.column_sums(runtime.to_device(A), sums[1:-1])
+    result = runtime.to_host(sums)
+    assert result[0] == result[-1] == 7, "neighbours were written"
+    assert_close("sums", result[1:-1], A.sum(axis=0, dtype=float), A.sum(axis=0))
+
+
+def all_kernels(precision: str) -> list[np.ndarray]:
+    """Whole and split products, and column sums, with tails everywhere."""
+    A, B = random(65, 19), random(19, 66)
+    sums = runtime.empty((66,), np.float32)
+    launchers.column_sums(runtime.to_device(random(40, 66)), sums)
+    return [product(A, B, random(66), precision=precision), product(A, B, precision=precision, transpose_b=True),
+            product(A, B, precision=precision, transpose_a=True),
+            product(random(3, 523), random(523, 5), random(5), precision=precision), runtime.to_host(sums)]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_matmul_does_not_depend_on_the_order_of_threads(ordered_executor, precision):
+    results = all_kernels(precision)
+    with runtime.use(host_cuda.HostExecutor()):
+        for result, ascending in zip(results, all_kernels(precision), strict=True):
+            np.testing.assert_array_equal(result, ascending)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizer_finds_nothing_in_matmul(monkeypatch, sanitizer, precision):
+    monkeypatch.setattr(launchers, "SUM_THREADS", 64)  # a sanitizer is slow to start a thread
+
+    def whole_and_split():
+        product(random(5, 19), random(19, 65), random(65), precision=precision)
+        product(random(3, 523), random(523, 5), random(5), precision=precision)
+
+    def sums():
+        launchers.column_sums(runtime.to_device(random(5, 33)), runtime.empty((33,), np.float32))
+
+    assert host_cuda.run_sanitized(whole_and_split, sanitizer) == ""
+    assert host_cuda.run_sanitized(sums, sanitizer) == ""
+
+
+@pytest.mark.parametrize("name", ["A", "B", "C", "bias"])
+def test_matmul_names_the_argument_that_does_not_fit(executor, name):
+    arrays = {key: runtime.zeros(shape, np.float64 if key == name else np.float32) for key, shape in
+              {"A": (3, 4), "B": (4, 6), "C": (3, 6), "bias": (6,)}.items()}
+    with pytest.raises(ValueError, match=f"^{name}: expected .* float32"):
+        launchers.matmul(**arrays)
+
+
+def test_matmul_refuses_an_unknown_precision_and_two_transposed_operands(executor):
+    A = runtime.zeros((3, 3), np.float32)
+    with pytest.raises(ValueError, match="^precision: expected one of fp32, tf32, bf16, got 'fp16'"):
+        launchers.matmul(A, A, A, precision="fp16")
+    with pytest.raises(ValueError, match="^transpose_a, transpose_b: expected at most one"):
+        launchers.matmul(A, A, A, transpose_a=True, transpose_b=True)
