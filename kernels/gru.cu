@@ -1,0 +1,140 @@
+// The recurrence over a window, and back through time: stepwise, one launch per time step.
+//
+//   a = W_hh h_{t-1} + b_hh       r = sigmoid(i_r + a_r)   z = sigmoid(i_z + a_z)   n = tanh(i_n + r a_n)
+//   h_t = (1 - z) n + z h_{t-1}                                                        with i = P[ids[t, b]]
+//
+//   dh_t = dh_tb[t] + z_{t+1} dh_{t+1} + W_hh^T da_{t+1}        (dh0: the same without the first term)
+//   dn = dh_t (1 - z)       di_z = dn (h_{t-1} - n) z
+//   di_n = dn (1 - n^2)     di_r = di_n a_n r (1 - r)           da_t = (di_r, di_z, di_n r)
+//
+// Arguments, float32 but for the integers:
+//   P (N, 3H); ids_tb (T, B) int32, in [0, N); W_hh (3H, H); b_hh (3H,); h0 (B, H)
+//   h_tb (T+1, B, H), h_tb[0] a copy of h0; gates_tb (T, B, 3H): r, z, n; a_n_tb (T, B, H)
+//   dh_tb (T, B, H); da_tb (T, B, 3H); di_n_tb (T, B, H); dh0 (B, H)
+//   dh_z_b (B, H): z dh of the step done last; products_gb (3, B, H): the share of each gate in W_hh^T da
+//   arrived (tiles of dh,) uint32: blocks that have added their share; zero between launches
+//
+// Forward, a block owns TILE_M rows of the batch and UNITS hidden units with their three gates, so that a step has
+// nothing left to exchange: column n of its tile of a is gate n / UNITS of unit n % UNITS. Backward, a block owns the
+// share of one gate in TILE_M rows and TILE_N units of dh: sums over 3H are long, and so few tiles would leave most of
+// a GPU idle. Of a tile's three blocks, the one that is done last adds the shares, always in the order r, z, n, and
+// goes on through the gates. Either way the threads compute the product together (tile.cuh); then each takes every
+// TILE_THREADS-th element of the tile.
+//
+// Bytes per step at B 64, H 1024, with tiles of 32 x 48: 128 blocks forward, or 132 backward, read 25 MB of W_hh and
+// 17 MB of h or da from L2, which keeps W_hh (12.6 MB) from step to step. Beside that, forward reads 0.8 MB of P and
+// writes 1.3 MB (h, gates, a_n); backward writes and reads again 0.8 MB of products, reads 1.8 MB (h, gates, a_n, dh,
+// dh_z) and writes 1.3 MB (da, di_n, dh_z).
+//
+// Variants: this one, for all sizes and GPUs. PRECISION (tile.cuh) concerns the products alone.
+// Source: Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation",
+// with the reset gate after the product, as in cuDNN.
+#include "common.cuh"
+#include "tile.cuh"
+
+static_assert(TILE_N % 3 == 0, "a block owns the three gates of its units");
+constexpr int UNITS = TILE_N / 3;
+
+// Step t. Blocks: x by UNITS, y by TILE_M rows.
+extern "C" __global__ void __launch_bounds__(TILE_THREADS)
+gru_forward_step(float *h_tb, float *__restrict__ gates_tb, float *__restrict__ a_n_tb, const float *__restrict__ P,
+                 const int *__restrict__ ids_tb, const float *__restrict__ W_hh, const float *__restrict__ b_hh,
+                 const float *__restrict__ h0, int t, int B, int H)
+{
+    __shared__ __align__(16) float shared[TILE_SHARED];
+    const int b0 = blockIdx.y * TILE_M, j0 = blockIdx.x * UNITS;
+    const size_t step = size_t(t) * B;  // rows of (T, B, n) before this step
+    const float *h = t == 0 ? h0 : h_tb + step * H;
+
+    tile_product<true, true>(
+        shared, H, [=](int m, int k) { return b0 + m < B ? h[size_t(b0 + m) * H + k] : 0.0f; },
+        [=](int k, int n) {
+            const int gate = n / UNITS, j = j0 + n % UNITS;
+            return j < H ? W_hh[(size_t(gate) * H + j) * H + k] : 0.0f;
+        });
+
+    for (int element = threadIdx.x; element < TILE_M * UNITS; element += TILE_THREADS) {
+        const int m = element / UNITS, u = element % UNITS, b = b0 + m, j = j0 + u;
+        if (b >= B || j >= H)
+            continue;
+        const float *i = P + size_t(ids_tb[step + b]) * 3 * H + j;
+        float *gates = gates_tb + (step + b) * 3 * H + j;
+        const float a_n = tile_c(shared, m, 2 * UNITS + u) + b_hh[2 * H + j];
+        const float r = sigmoid(i[0] + (tile_c(shared, m, u) + b_hh[j]));
+        const float z = sigmoid(i[H] + (tile_c(shared, m, UNITS + u) + b_hh[H + j]));
+        const float n = tanhf(i[2 * H] + r * a_n);
+        const float before = h[size_t(b) * H + j];
+        gates[0] = r;
+        gates[H] = z;
+        gates[2 * H] = n;
+        a_n_tb[(step + b) * H + j] = a_n;
+        h_tb[(step + B + b) * H + j] = n + z * (before - n);
+        if (t == 0)
+            h_tb[size_t(b) * H + j] = before;
+    }
+}
+
+// Whether this block is the last of `blocks` to arrive, for all its threads. They then see what every thread of the
+// other blocks wrote before its block arrived: a __syncthreads() hands it on within a block, thread 0's fences between
+// the blocks. No block waits for another, so the grid may have any size. Leaves the counter at zero.
+__device__ __forceinline__ bool arrives_last(unsigned *arrived, unsigned blocks)
+{
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();  // what the block wrote comes before its arrival
+        last = atomicAdd(arrived, 1u) == blocks - 1;
+        __threadfence();  // what it reads from now on comes after the arrival of those before it
+        if (last)
+            atomicExch(arrived, 0u);
+    }
+    __syncthreads();
+    return last;
+}
+
+// Step t, from T - 1 down to -1, where the initial state lies. Blocks: x by TILE_N units, y by TILE_M rows, z by gate.
+extern "C" __global__ void __launch_bounds__(TILE_THREADS)
+gru_backward_step(float *da_tb, float *__restrict__ di_n_tb, float *__restrict__ dh0, float *__restrict__ dh_z_b,
+                  float *products_gb, unsigned *arrived, const float *__restrict__ dh_tb,
+                  const float *__restrict__ W_hh, const float *__restrict__ h_tb, const float *__restrict__ gates_tb,
+                  const float *__restrict__ a_n_tb, int t, int T, int B, int H)
+{
+    __shared__ __align__(16) float shared[TILE_STAGES];
+    const int b0 = blockIdx.y * TILE_M, j0 = blockIdx.x * TILE_N, gate = blockIdx.z;
+    const size_t state = size_t(B) * H;
+    const bool from_later = t + 1 < T;  // the last step has none after it
+    const float *da_later = da_tb + size_t(t + 1) * 3 * state + size_t(gate) * H;
+    const float *W = W_hh + size_t(gate) * H * H;
+
+    const TileSums sums = tile_sums<true, false>(
+        shared, from_later ? H : 0,
+        [=](int m, int k) { return b0 + m < B ? da_later[size_t(b0 + m) * 3 * H + k] : 0.0f; },
+        [=](int k, int n) { return j0 + n < H ? W[size_t(k) * H + j0 + n] : 0.0f; });
+    sums.each([=](int m, int n, float product) {
+        if (b0 + m < B && j0 + n < H)
+            products_gb[gate * state + size_t(b0 + m) * H + j0 + n] = product;
+    });
+    if (!arrives_last(&arrived[blockIdx.y * gridDim.x + blockIdx.x], gridDim.z))
+        return;
+
+    for (int element = threadIdx.x; element < TILE_M * TILE_N; element += TILE_THREADS) {
+        const int m = element / TILE_N, u = element % TILE_N, b = b0 + m, j = j0 + u;
+        if (b >= B || j >= H)
+            continue;
+        const size_t place = size_t(b) * H + j;
+        const float *product = products_gb + place;
+        const float returned = from_later ? dh_z_b[place] + (product[0] + product[state] + product[2 * state]) : 0.0f;
+        if (t < 0) {
+            dh0[place] = returned;
+            continue;
+        }
+        const size_t row = size_t(t) * B + b, at = row * H + j, at_gates = row * 3 * H + j;
+        const float r = gates_tb[at_gates], z = gates_tb[at_gates + H], n = gates_tb[at_gates + 2 * H];
+        const float dh = dh_tb[at] + returned, dn = dh * (1.0f - z), di_n = dn * (1.0f - n * n);
+        da_tb[at_gates] = di_n * a_n_tb[at] * (r * (1.0f - r));
+        da_tb[at_gates + H] = dn * (h_tb[at] - n) * z;
+        da_tb[at_gates + 2 * H] = di_n * r;
+        di_n_tb[at] = di_n;
+        dh_z_b[place] = dh * z;  // in place: the step read it above
+    }
+}

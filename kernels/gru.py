@@ -1,0 +1,125 @@
+"""Launchers of gru.cu: the recurrence over a window, and back through time."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import runtime
+from .input_table import sum_by_id, sum_by_id_scratch_size
+from .matmul import PRECISIONS, column_sums, matmul
+
+TILE_M, TILE_N = 32, 48  # rows, and columns: three gates of 16 units forward, 48 units of one gate's share backward
+TILE_THREADS = 256  # of tile.cuh
+
+
+class GRUSaved(NamedTuple):
+    """What one layer's forward pass leaves to its backward pass, and room for both to work in.
+
+    h_tb (T+1, B, H): states, `h_tb[0]` the initial one; gates_tb (T, B, 3H): r, z, n; a_n_tb (T, B, H);
+    da_tb (T, B, 3H), di_n_tb (T, B, H): gradients, written by the backward pass. The others serve it from step to step,
+    as gru.cu says, and in the end to sort positions by id.
+    """
+
+    h_tb: Any
+    gates_tb: Any
+    a_n_tb: Any
+    da_tb: Any
+    di_n_tb: Any
+    dh_z_b: Any
+    products_gb: Any
+    arrived: Any
+    sorting: Any
+
+
+def gru_saved(T: int, B: int, H: int, dtype=np.float32) -> GRUSaved:
+    """Arrays for `gru_forward` and `gru_backward` over windows of up to T steps; the kernels take float32 only."""
+    return GRUSaved(
+        h_tb=runtime.empty((T + 1, B, H), dtype), gates_tb=runtime.empty((T, B, 3 * H), dtype),
+        a_n_tb=runtime.empty((T, B, H), dtype), da_tb=runtime.empty((T, B, 3 * H), dtype),
+        di_n_tb=runtime.empty((T, B, H), dtype), dh_z_b=runtime.empty((B, H), dtype),
+        products_gb=runtime.empty((3, B, H), dtype), arrived=runtime.zeros((_dh_tiles(B, H),), np.uint32),
+        sorting=runtime.empty((sum_by_id_scratch_size(T * B),), np.int32))
+
+
+def gru_forward(P, ids_tb, W_hh, b_hh, h0, saved: GRUSaved, *, precision="fp32") -> None:
+    """One GRU layer over a window; the input product of step t, row b is `P[ids_tb[t, b]]`.
+
+    tf32 and bf16 round the operands of W_hh h, nothing else. The window may be shorter than what `saved` is made for.
+
+    Shapes: P (N, 3H); ids_tb (T, B) int32, in [0, N); W_hh (3H, H); b_hh (3H,); h0 (B, H), no part of `saved`; result
+    in `saved`: the states `saved.h_tb[:T + 1]`, of which the last is the state to carry on.
+    Raises: ValueError.
+    Equals: `rnn.reference.gru_forward`.
+    """
+    (T, B), H = ids_tb.shape, W_hh.shape[1]
+    runtime.check("P", P, np.float32, (len(P), 3 * H))
+    runtime.check("b_hh", b_hh, np.float32, (3 * H,))
+    runtime.check("h0", h0, np.float32, (B, H))
+    _check(ids_tb, W_hh, saved)
+    constants, sizes = _constants(precision), (np.int32(B), np.int32(H))
+    grid = _tiles(H, TILE_N // 3), _tiles(B, TILE_M)
+    for t in range(T):
+        runtime.launch("gru", "gru_forward_step", grid, TILE_THREADS,
+                       [saved.h_tb, saved.gates_tb, saved.a_n_tb, P, ids_tb, W_hh, b_hh, h0, np.int32(t), *sizes],
+                       constants=constants)
+
+
+def gru_backward(dh_tb, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh0, *, precision="fp32") -> None:
+    """Back through time over the window of the last `gru_forward`, from dh_tb, the gradient that reaches each state
+    from outside the recurrence.
+
+    tf32 and bf16 round the operands of W_hh^T da and of dW_hh, nothing else.
+
+    Shapes: dh_tb (T, B, H); ids_tb (T, B) int32; W_hh (3H, H); results dP (N, 3H), dW_hh (3H, H), db_hh (3H,),
+    dh0 (B, H).
+    Raises: ValueError.
+    Equals: `rnn.reference.gru_backward`.
+    """
+    (T, B), H = ids_tb.shape, W_hh.shape[1]
+    runtime.check("dh_tb", dh_tb, np.float32, (T, B, H))
+    runtime.check("dP", dP, np.float32, (len(dP), 3 * H))
+    runtime.check("dW_hh", dW_hh, np.float32, (3 * H, H))
+    runtime.check("db_hh", db_hh, np.float32, (3 * H,))
+    runtime.check("dh0", dh0, np.float32, (B, H))
+    _check(ids_tb, W_hh, saved)
+    constants, sizes = _constants(precision), (np.int32(T), np.int32(B), np.int32(H))
+    grid = _tiles(H, TILE_N), _tiles(B, TILE_M), 3
+    for t in range(T - 1, -2, -1):
+        runtime.launch("gru", "gru_backward_step", grid, TILE_THREADS,
+                       [saved.da_tb, saved.di_n_tb, dh0, saved.dh_z_b, saved.products_gb, saved.arrived, dh_tb, W_hh,
+                        saved.h_tb, saved.gates_tb, saved.a_n_tb, np.int32(t), *sizes], constants=constants)
+    da, h = saved.da_tb[:T].reshape(T * B, 3 * H), saved.h_tb[:T].reshape(T * B, H)
+    matmul(da, h, dW_hh, transpose_a=True, precision=precision)
+    column_sums(da, db_hh)
+    sum_by_id(saved.da_tb[:T], saved.di_n_tb[:T], ids_tb, dP, saved.sorting[:sum_by_id_scratch_size(T * B)])
+
+
+def _check(ids_tb, W_hh, saved: GRUSaved) -> None:
+    """What both directions take."""
+    (T, B), H = ids_tb.shape, W_hh.shape[1]
+    T_saved = len(saved.gates_tb)
+    if not 1 <= T <= T_saved:
+        raise ValueError(f"ids_tb: expected 1 to {T_saved} steps, for which saved was made, got {T}")
+    runtime.check("ids_tb", ids_tb, np.int32, (T, B))
+    runtime.check("W_hh", W_hh, np.float32, (3 * H, H))
+    shapes = {"h_tb": (T_saved + 1, B, H), "gates_tb": (T_saved, B, 3 * H), "a_n_tb": (T_saved, B, H),
+              "da_tb": (T_saved, B, 3 * H), "di_n_tb": (T_saved, B, H), "dh_z_b": (B, H), "products_gb": (3, B, H)}
+    for name, shape in shapes.items():
+        runtime.check(f"saved.{name}", getattr(saved, name), np.float32, shape)
+    runtime.check("saved.arrived", saved.arrived, np.uint32, (_dh_tiles(B, H),))
+    runtime.check("saved.sorting", saved.sorting, np.int32, (sum_by_id_scratch_size(T_saved * B),))
+
+
+def _constants(precision: str) -> dict[str, int]:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    return {"PRECISION": PRECISIONS[precision], "TILE_M": TILE_M, "TILE_N": TILE_N,
+            "TILE_K": 64 if precision == "bf16" else 32}
+
+
+def _tiles(n: int, tile: int) -> int:
+    return -(-n // tile)
+
+
+def _dh_tiles(B: int, H: int) -> int:
+    return _tiles(B, TILE_M) * _tiles(H, TILE_N)
