@@ -1,0 +1,45 @@
+"""Launchers of adam.cu: global norm of the gradients, and Adam."""
+
+import numpy as np
+
+from . import runtime
+from .scratch import scratch
+
+THREADS = 256
+MAX_BLOCKS = 1024  # of the first stage of the norm; the second adds their sums in one block
+
+
+def global_norm(grads, norm) -> None:
+    """Euclidean norm of all gradients together.
+
+    Shapes: grads (N,), the flat buffer; result norm (1,).
+    Raises: ValueError.
+    Equals: sqrt(sum(grads**2)).
+    """
+    N = grads.size
+    runtime.check("grads", grads, np.float32, (N,))
+    runtime.check("norm", norm, np.float32, (1,))
+    blocks = min(-(-N // (4 * THREADS)), MAX_BLOCKS)
+    sums = scratch("global_norm", (MAX_BLOCKS,))
+    runtime.launch("adam", "square_sums", blocks, THREADS, [sums, grads, np.uint64(N)], constants={})
+    runtime.launch("adam", "norm_of_sums", 1, THREADS, [norm, sums, np.int32(blocks)], constants={})
+
+
+def adam(params, grads, m, v, norm, step_size, clip_norm=0.0, beta_1=0.9, beta_2=0.999, epsilon=1e-7) -> None:
+    """Adam as Keras computes it, with the gradient scaled so that its global norm is at most clip_norm (if above 0).
+
+    If `norm` is not finite, nothing changes.
+
+    Shapes: params, grads, m, v (N,), updated in place except grads; norm (1,), from `global_norm`; step_size (1,),
+    learning_rate sqrt(1 - beta_2^t) / (1 - beta_1^t).
+    Raises: ValueError.
+    Equals: params - step_size * m / (sqrt(v) + epsilon), with the new m and v.
+    """
+    N = params.size
+    for name, array in (("params", params), ("grads", grads), ("m", m), ("v", v)):
+        runtime.check(name, array, np.float32, (N,))
+    runtime.check("norm", norm, np.float32, (1,))
+    runtime.check("step_size", step_size, np.float32, (1,))
+    scalars = map(np.float32, (clip_norm, beta_1, 1 - beta_1, beta_2, 1 - beta_2, epsilon))
+    runtime.launch("adam", "adam", -(-N // (4 * THREADS)), THREADS,
+                   [params, m, v, grads, norm, step_size, *scalars, np.uint64(N)], constants={})

@@ -1,0 +1,55 @@
+"""Launchers of cross_entropy.cu, and the gradients of the output layer, which are products."""
+
+import numpy as np
+
+from . import runtime
+from .matmul import column_sums, constants, matmul
+from .scratch import scratch
+
+TILE = {"TILE_M": 64, "TILE_N": 80}  # the tutorial's 66 characters in one sweep
+THREADS, MEAN_THREADS = 256, 1024  # of a block of tile.cuh, and of the one of mean_loss
+
+
+def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, *, precision="fp32") -> None:
+    """Output layer, softmax and mean cross-entropy, and its gradient with respect to the logits h W_out^T + b_out.
+
+    Shapes: h_tb (T, B, H); W_out (V, H); b_out (V,); targets_tb (T, B) int32, in [0, V); results loss (1,), in nats per
+    character, and dlogits_tb (T, B, V).
+    Raises: ValueError.
+    Equals: loss = mean(log(sum(exp(logits))) - logits[target]),
+    dlogits_tb = (softmax(logits) - onehot(target)) / (T*B).
+    """
+    T, B, H = h_tb.shape
+    V, module = len(W_out), constants(precision) | TILE
+    runtime.check("h_tb", h_tb, np.float32, (T, B, H))
+    runtime.check("W_out", W_out, np.float32, (V, H))
+    runtime.check("b_out", b_out, np.float32, (V,))
+    runtime.check("targets_tb", targets_tb, np.int32, (T, B))
+    runtime.check("loss", loss, np.float32, (1,))
+    runtime.check("dlogits_tb", dlogits_tb, np.float32, (T, B, V))
+    losses = scratch("cross_entropy_forward", (T * B,))
+    runtime.launch("cross_entropy", "cross_entropy_forward", -(-T * B // TILE["TILE_M"]), THREADS,
+                   [dlogits_tb, losses, h_tb, W_out, b_out, targets_tb, np.int32(T * B), np.int32(V), np.int32(H)],
+                   constants=module)
+    runtime.launch("cross_entropy", "mean_loss", 1, MEAN_THREADS, [loss, losses, np.int32(T * B)], constants=module)
+
+
+def cross_entropy_backward(dlogits_tb, h_tb, W_out, dh_tb, dW_out, db_out, *, precision="fp32") -> None:
+    """Gradients of the output layer.
+
+    Shapes: dlogits_tb (T, B, V); h_tb (T, B, H); W_out (V, H); results dh_tb (T, B, H), dW_out (V, H), db_out (V,).
+    Raises: ValueError.
+    Equals: dh_tb = dlogits_tb @ W_out; dW_out and db_out, summed over positions, dlogits^T h and dlogits.
+    """
+    T, B, V = dlogits_tb.shape
+    H = W_out.shape[1]
+    runtime.check("dlogits_tb", dlogits_tb, np.float32, (T, B, V))
+    runtime.check("h_tb", h_tb, np.float32, (T, B, H))
+    runtime.check("W_out", W_out, np.float32, (V, H))
+    runtime.check("dh_tb", dh_tb, np.float32, (T, B, H))
+    runtime.check("dW_out", dW_out, np.float32, (V, H))
+    runtime.check("db_out", db_out, np.float32, (V,))
+    dlogits = dlogits_tb.reshape(T * B, V)
+    matmul(dlogits, W_out, dh_tb.reshape(T * B, H), precision=precision)
+    matmul(dlogits, h_tb.reshape(T * B, H), dW_out, transpose_a=True, precision=precision)
+    column_sums(dlogits, db_out)
