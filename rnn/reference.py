@@ -361,7 +361,8 @@ class GenerationSaved(NamedTuple):
 
 def generation_saved(R: int, H: int, V: int, dtype=np.float32) -> GenerationSaved:
     """Arrays for `generate` with R rows."""
-    return GenerationSaved(*(np.empty((R, n), dtype) for n in (3 * H, 3 * H, H, V)))
+    make = np.empty if R <= MATRIX_VECTOR_ROWS else empty_activations
+    return GenerationSaved(*(make((R, n), dtype) for n in (3 * H, 3 * H, H, V)))
 
 
 def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: GenerationSaved,

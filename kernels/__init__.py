@@ -1,0 +1,58 @@
+"""The op set of the GPU: the functions of `rnn.reference`, each a launcher of CUDA kernels.
+
+Importing this package imports neither CuPy nor a driver; kernels compile at their first use. An op hides the module of
+its name (`kernels.adam` is the function); what else is in that module comes by `from kernels.adam import ...`.
+"""
+
+import functools
+import types
+
+import numpy as np
+
+from . import runtime
+from .adam import adam, global_norm
+from .arrays import copy, copy_in, empty, empty_activations, read_scalar, to_host
+from .cross_entropy import cross_entropy_backward, cross_entropy_forward
+from .dropout import dropout_backward, dropout_forward
+from .generate import GenerationSaved, generate, generation_saved, sample
+from .gru import GRUSaved, gru_backward, gru_forward, gru_saved
+from .input_table import input_table_backward, input_table_forward
+from .matmul import PRECISIONS
+
+TENSOR_CORES_FROM = 80  # compute capability, times ten, of the first GPUs that multiply tf32 and bf16
+
+_OPS = (
+    empty, empty_activations, copy_in, copy, to_host, read_scalar,
+    input_table_forward, input_table_backward, gru_saved, gru_forward, gru_backward, dropout_forward, dropout_backward,
+    cross_entropy_forward, cross_entropy_backward, global_norm, adam, sample, generation_saved, generate,
+)
+_WITH_PRODUCTS = {
+    input_table_forward, input_table_backward, gru_forward, gru_backward, cross_entropy_forward, cross_entropy_backward,
+}
+
+__all__ = [*(op.__name__ for op in _OPS), "GRUSaved", "GenerationSaved", "op_set"]
+
+
+def op_set(precision: str = "auto") -> types.SimpleNamespace:
+    """All ops, their matrix products in one precision: fp32, tf32, bf16, or auto: tf32 where the GPU has it.
+
+    tf32 and bf16 round the operands of products, never sums, states or parameters. Generation computes in fp32.
+
+    Raises: ValueError for a precision that there is not, or not on this GPU; DeviceError without a GPU.
+    """
+    if precision not in ("auto", *PRECISIONS):
+        raise ValueError(f"precision: expected auto, {', '.join(PRECISIONS)}, got {precision!r}")
+    on_host = runtime.current_executor().array_type is np.ndarray
+    has_all = on_host or _compute_capability() >= TENSOR_CORES_FROM
+    if precision == "auto":
+        precision = "tf32" if has_all and not on_host else "fp32"
+    if precision != "fp32" and not has_all:
+        raise ValueError(f"precision: {precision} needs a GPU of compute capability {TENSOR_CORES_FROM / 10} or more")
+    ops = {op.__name__: functools.partial(op, precision=precision) if op in _WITH_PRODUCTS else op for op in _OPS}
+    return types.SimpleNamespace(**ops)
+
+
+def _compute_capability() -> int:
+    import cupy
+
+    return int(cupy.cuda.Device().compute_capability)

@@ -1,0 +1,78 @@
+"""Arrays of the device, and copies between them and the host that training need not wait for."""
+
+import collections
+from typing import Any, SupportsFloat
+
+import numpy as np
+
+from . import runtime
+
+_in_flight: collections.deque = collections.deque()  # (event, pinned memory) of copies that may not have ended
+
+
+def empty(shape: tuple[int, ...], dtype=np.float32) -> Any:
+    """An array for parameters, states and scalars."""
+    return runtime.empty(shape, dtype)
+
+
+def empty_activations(shape: tuple[int, ...], dtype=np.float32) -> Any:
+    """An array for sequences and tables; one memory order serves all kernels."""
+    return runtime.empty(shape, dtype)
+
+
+def copy_in(destination, source) -> None:
+    """Copy an array of the host to one of the device, converting its dtype; the source may change at once."""
+    if isinstance(destination, np.ndarray):
+        destination[...] = source
+        return
+    staging = _pinned(destination)
+    staging[...] = source
+    destination.set(staging)
+    _end_of_copy(staging)
+
+
+def copy(destination, source) -> None:
+    """Copy between arrays of the device."""
+    destination[...] = source
+
+
+def to_host(array) -> np.ndarray:
+    """A contiguous NumPy copy of an array of the device."""
+    return runtime.to_host(array)
+
+
+def read_scalar(array) -> SupportsFloat:
+    """The value of a one-element array as it is now, for `float()` at any later time, which alone waits for it."""
+    return array.item() if isinstance(array, np.ndarray) else _Scalar(array)
+
+
+class _Scalar:
+    """A number on its way from the device."""
+
+    def __init__(self, array) -> None:
+        self._value = _pinned(array)
+        array.get(out=self._value, blocking=False)
+        self._arrived = _end_of_copy(self._value)
+
+    def __float__(self) -> float:
+        self._arrived.synchronize()
+        return self._value.item()
+
+
+def _pinned(array) -> np.ndarray:
+    """Memory of the host for an asynchronous copy of a CuPy array."""
+    import cupyx
+
+    return cupyx.empty_pinned(array.shape, array.dtype)
+
+
+def _end_of_copy(memory: np.ndarray) -> Any:
+    """The event that follows the copy just started; until then, `memory` does not go back to CuPy's pool."""
+    import cupy
+
+    event = cupy.cuda.Event(disable_timing=True)
+    event.record(cupy.cuda.get_current_stream())
+    while _in_flight and _in_flight[0][0].done:
+        _in_flight.popleft()
+    _in_flight.append((event, memory))
+    return event

@@ -1,0 +1,176 @@
+"""The op sets of the CPU and of the GPU are interchangeable."""
+
+import collections
+import inspect
+import subprocess
+import sys
+import types
+import weakref
+
+import numpy as np
+import pytest
+
+import kernels
+from kernels import arrays, runtime
+from kernels.modules import TENSOR_CORE_MODULES
+from rnn import reference
+
+
+def functions(module) -> dict[str, types.FunctionType]:
+    return {name: value for name, value in vars(module).items()
+            if inspect.isfunction(value) and not name.startswith("_") and value.__module__.startswith(module.__name__)}
+
+
+OPS = functions(reference)
+
+
+def positional(op) -> list[tuple[str, object]]:
+    """Names and defaults of the parameters that both op sets have."""
+    parameters = inspect.signature(op).parameters.values()
+    return [(parameter.name, parameter.default) for parameter in parameters if parameter.kind != parameter.KEYWORD_ONLY]
+
+
+def test_both_have_the_same_ops():
+    assert functions(kernels).keys() - {"op_set"} == OPS.keys()
+    assert set(kernels.__all__) == OPS.keys() | {"op_set", "GRUSaved", "GenerationSaved"}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_op_takes_the_same_arguments(name):
+    assert positional(getattr(kernels, name)) == positional(OPS[name])
+    extra = [parameter for parameter in inspect.signature(getattr(kernels, name)).parameters.values()
+             if parameter.kind == parameter.KEYWORD_ONLY]
+    assert all(parameter.default is not parameter.empty for parameter in extra)
+
+
+def test_reference_has_no_parameter_of_its_own():
+    assert not any(parameter.kind == parameter.KEYWORD_ONLY for op in OPS.values()
+                   for parameter in inspect.signature(op).parameters.values())
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32", "tf32", "bf16"])
+def test_op_set_binds_the_precision_of_every_product(executor, precision):
+    if runtime.current_executor().array_type is not np.ndarray and precision == "auto":
+        pytest.skip("what auto is on a GPU depends on the GPU")
+    ops = vars(kernels.op_set(precision))
+    assert ops.keys() == OPS.keys()
+    for name, op in ops.items():
+        has_products = "precision" in inspect.signature(getattr(kernels, name)).parameters
+        expected = {"precision": precision.replace("auto", "fp32")} if has_products else {}
+        assert getattr(op, "keywords", {}) == expected, name
+
+
+def test_op_set_names_the_precisions_there_are(executor):
+    with pytest.raises(ValueError, match="^precision: expected auto, fp32, tf32, bf16, got 'fp8'"):
+        kernels.op_set("fp8")
+
+
+def test_importing_the_kernels_needs_no_gpu():
+    program = "import sys; sys.modules['cupy'] = None; import kernels, kernels.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("stem", TENSOR_CORE_MODULES)
+def test_products_on_tensor_cores_compile_for_the_gpus_that_have_them(stem):
+    for constants in TENSOR_CORE_MODULES[stem]:
+        for architecture in set(runtime.ARCHITECTURES) - {"sm_75"}:
+            for kernel, use in runtime.compile_for(runtime.source(stem, constants), architecture).items():
+                assert use.spill_stores == use.spill_loads == 0, f"{kernel} with {constants} on {architecture}"
+
+
+# Arrays
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint64, bool])
+def test_arrays_come_back_as_they_went_in(executor, dtype):
+    values = np.random.default_rng(1).integers(0, 2, (3, 2, 5)).astype(dtype)
+    for make in (kernels.empty, kernels.empty_activations):
+        array, other = make(values.shape, dtype), make(values.shape, dtype)
+        kernels.copy_in(array, values.astype(np.float64))
+        kernels.copy(other[1:], array[:2])
+        kernels.copy_in(other[0], np.broadcast_to(dtype(1), (2, 5)))
+        values_back = kernels.to_host(other)
+        assert values_back.dtype == dtype and values_back.flags.c_contiguous
+        np.testing.assert_array_equal(values_back, np.concatenate([np.ones((1, 2, 5)), values[:2]]))
+
+
+def test_what_was_copied_in_may_change_at_once(executor):
+    array, source = kernels.empty((4,)), np.ones(4)
+    kernels.copy_in(array, source)
+    source[...] = 2
+    np.testing.assert_array_equal(kernels.to_host(array), 1)
+
+
+def test_a_scalar_is_read_as_it_was(executor):
+    array = kernels.empty((1,))
+    scalars = []
+    for value in range(5):
+        kernels.copy_in(array, np.array([value / 4]))
+        scalars.append(kernels.read_scalar(array))
+    assert [float(scalar) for scalar in scalars] == [0, 0.25, 0.5, 0.75, 1]
+
+
+def test_floats_are_32_bits_wide_unless_told(executor):
+    assert kernels.empty((2,)).dtype == kernels.empty_activations((2,)).dtype == np.float32
+
+
+class FakeStream:
+    """As much of CuPy as asynchronous copies call: what is started happens when somebody waits for it."""
+
+    def __init__(self):
+        self.started, self.pinned = [], []
+
+    def run(self):
+        for work in self.started:
+            work()
+        self.started.clear()
+
+    def empty_pinned(self, shape, dtype):
+        memory = np.full(shape, 77, dtype)
+        self.pinned.append(weakref.ref(memory))
+        return memory
+
+    def array(self, values):
+        """An array that is not NumPy's."""
+        on_device = np.array(values, np.float32)
+        return types.SimpleNamespace(
+            shape=on_device.shape, dtype=on_device.dtype, content=on_device,
+            set=lambda memory: self.started.append(lambda: np.copyto(on_device, memory)),
+            get=lambda out, blocking: self.started.append(lambda: np.copyto(out, on_device)))
+
+    def Event(self, disable_timing):
+        event = types.SimpleNamespace(done=False, synchronize=self.run)
+        event.record = lambda stream: self.started.append(lambda: setattr(event, "done", True))
+        return event
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    stream = FakeStream()
+    cuda = types.SimpleNamespace(Event=stream.Event, get_current_stream=lambda: stream)
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
+    monkeypatch.setitem(sys.modules, "cupyx", types.SimpleNamespace(empty_pinned=stream.empty_pinned))
+    monkeypatch.setattr(arrays, "_in_flight", collections.deque())
+    return stream
+
+
+def test_asynchronous_copies_move_what_was_there_when_they_were_started(stream):
+    array, source = stream.array([0.0]), np.array([1.0])
+    kernels.copy_in(array, source)
+    first = kernels.read_scalar(array)
+    source[0] = 2
+    kernels.copy_in(array, source)
+    second = kernels.read_scalar(array)
+    assert array.content == [0], "starting a copy waited for it"
+    assert [float(second), float(first), float(second)] == [2, 1, 2]
+    assert array.content == [2]
+
+
+def test_memory_of_an_asynchronous_copy_lives_until_its_end(stream):
+    array = stream.array([0.0])
+    for value in range(3):
+        kernels.copy_in(array, np.array([value]))
+        kernels.read_scalar(array)
+    assert all(memory() is not None for memory in stream.pinned)
+    stream.run()
+    kernels.read_scalar(array)
+    assert [memory() is not None for memory in stream.pinned] == 6 * [False] + [True]

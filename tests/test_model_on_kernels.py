@@ -1,0 +1,149 @@
+"""The language model on the kernels: what it computes is what it computes on the reference."""
+
+import numpy as np
+import pytest
+
+import kernels
+from rnn import reference
+from rnn.batches import Batch
+from rnn.params import named_views
+from rnn.sampler import Generator
+from rnn.vocabulary import Vocabulary
+from tests.cases import Case, random_case
+from tests.compare import assert_close
+from tests.test_golden import KERAS_FILES, TORCH_FILES, load
+
+SMALL_GOLDEN_FILES = [path for path in TORCH_FILES + KERAS_FILES if "medium" not in path.stem]
+
+
+@pytest.fixture
+def ops(executor):
+    return kernels.op_set("fp32")
+
+
+def gradients_of(case: Case):
+    """Loss and gradients of the case's window, as a function of the model."""
+    return lambda model: model.gradients(case.inputs_tb, case.targets_tb)
+
+
+def results(case: Case, compute, ops, **options) -> tuple[dict, dict, dict]:
+    """`compute(model)` on the kernels, on the reference in float64 and on it in float32."""
+    on_reference = [compute(case.model(dtype=dtype, **options)) for dtype in (np.float64, np.float32)]
+    return compute(case.model(ops, np.float32, **options)), *on_reference
+
+
+def assert_all_close(actual: dict, exact: dict, rounded: dict) -> None:
+    assert actual.keys() == exact.keys()
+    for name in exact:
+        assert_close(name, np.asarray(actual[name], np.float32), exact[name], rounded[name])
+
+
+@pytest.mark.parametrize("layers, dropout", [(1, 0.0), (2, 0.0), (3, 0.4)])
+def test_loss_and_gradients_match_reference(ops, layers, dropout):
+    case = random_case(T=6, B=3, E=5, H=17, V=11, layers=layers)
+    assert_all_close(*results(case, gradients_of(case), ops, dropout=dropout))
+
+
+@pytest.mark.parametrize("precision, epsilon", [("tf32", 2**-11), ("bf16", 2**-8)])
+def test_gradients_in_other_precisions_err_by_their_rounding(executor, precision, epsilon):
+    case = random_case(T=6, B=3, E=5, H=17, V=11, layers=2)
+    actual, exact, _ = results(case, gradients_of(case), kernels.op_set(precision))
+    for name in exact:
+        error = np.abs(actual[name] - exact[name]).max() / np.abs(exact[name]).max()
+        assert 0 < error < 4 * epsilon, name
+
+
+@pytest.mark.parametrize("path", SMALL_GOLDEN_FILES, ids=lambda path: path.stem)
+def test_gradients_match_golden(ops, path):
+    case, gradients, data = load(path)
+    actual, _, rounded = results(case, gradients_of(case), ops)
+    for name, expected in (gradients | {"loss": data["loss"]}).items():
+        assert_close(name, np.asarray(actual[name], np.float32), expected, rounded[name])
+
+
+def trained(case: Case, steps: int):
+    """Losses, norms, parameters, moments and state after some steps, as a function of the model."""
+    def compute(model) -> dict:
+        values = {}
+        for step in range(steps):
+            rolled = [np.roll(ids, step, axis=0) for ids in (case.inputs_tb, case.targets_tb)]
+            values |= {f"{name} {step}": float(value) for name, value in model.train_step(*rolled).items()}
+        arrays = {"params": model.params, "m": model.m, "v": model.v}
+        values |= {f"{kind} {name}": model.ops.to_host(array) for kind, by_name in arrays.items()
+                   for name, array in by_name.items()}
+        return values | {"state": model.ops.to_host(model.state)}
+
+    return compute
+
+
+@pytest.mark.parametrize("layers, options", [
+    (1, {}), (1, {"carry_state": True, "clip_norm": 0.3}),
+    (2, {"carry_state": True, "dropout": 0.3, "clip_norm": 0.1, "seed": 5})], ids=str)
+def test_ten_steps_of_training_match_reference(ops, layers, options):
+    case = random_case(T=4, B=3, H=9, layers=layers)
+    assert_all_close(*results(case, trained(case, 10), ops, **options))
+
+
+def test_evaluation_in_shorter_windows_matches_reference(ops):
+    case = random_case(T=5, B=3, layers=2)
+    rng = np.random.default_rng(2)
+    windows = [Batch(*rng.integers(0, 7, (2, T, 3))) for T in (5, 5, 2, 1)]
+
+    def compute(model) -> dict:
+        losses = [model.evaluate(windows), model.evaluate(windows[2:])]
+        return {"losses": losses, "loss after it": model.gradients(case.inputs_tb, case.targets_tb)["loss"]}
+
+    assert_all_close(*results(case, compute, ops))
+
+
+def test_equal_runs_give_equal_bits(ops):
+    case = random_case(T=4, B=3, H=9, layers=2)
+    first, again = (trained(case, 3)(case.model(ops, np.float32, dropout=0.3, clip_norm=0.1)) for _ in range(2))
+    for name in first:
+        np.testing.assert_array_equal(first[name], again[name], err_msg=name)
+
+
+def test_gradient_that_is_not_finite_leaves_the_model_as_it_was(ops):
+    case = random_case()
+    model = case.model(ops, np.float32)
+    b_out = np.zeros(case.sizes.V)
+    b_out[2] = np.inf
+    ops.copy_in(model.params["b_out"], b_out)
+    before = ops.to_host(model._flat)
+    with np.errstate(all="ignore"):
+        result = model.train_step(case.inputs_tb, case.targets_tb)
+    assert not np.isfinite(float(result["grad_norm"]))
+    np.testing.assert_array_equal(ops.to_host(model._flat), before)
+
+
+def generators(ops, layers: int) -> list[Generator]:
+    """The same model on the kernels and on the reference."""
+    characters = "\n abcdefgh"
+    case = random_case(E=4, H=10, V=len(characters) + 1, layers=layers, scale=1.0)
+    made = []
+    for op_set in (ops, reference):
+        params = {}
+        for name, view in named_views(case.flat_params, case.sizes).items():
+            params[name] = op_set.empty(view.shape)
+            op_set.copy_in(params[name], view)
+        made.append(Generator(case.sizes, Vocabulary(characters), params, op_set, seed=3))
+    return made
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_generator_writes_the_text_of_the_reference(ops, layers):
+    on_kernels, on_reference = generators(ops, layers)
+    for seed, options in enumerate([{}, {"temperature": 0}, {"temperature": 0.7, "top_k": 6}, {"top_p": 0.8}]):
+        texts = on_kernels.generate(["", "abc", "h"], 25, seed=seed, **options)
+        assert texts == on_reference.generate(["", "abc", "h"], 25, seed=seed, **options)
+
+
+def test_generator_steps_as_on_the_reference(ops):
+    texts = []
+    for generator in generators(ops, layers=2):
+        chars, state, text = ["a", "e"], None, []
+        for _ in range(12):
+            chars, state = generator.step(chars, state)
+            text += chars
+        texts.append(text)
+    assert texts[0] == texts[1]
