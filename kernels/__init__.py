@@ -11,18 +11,17 @@ import numpy as np
 
 from . import runtime
 from .adam import adam, global_norm
-from .arrays import copy, copy_in, empty, empty_activations, read_scalar, to_host
+from .arrays import copy, copy_in, empty, empty_activations, peak_memory_mib, read_scalar, to_host
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .dropout import dropout_backward, dropout_forward
 from .generate import GenerationSaved, generate, generation_saved, sample
 from .gru import GRUSaved, gru_backward, gru_forward, gru_saved
 from .input_table import input_table_backward, input_table_forward
 from .matmul import PRECISIONS
-
-TENSOR_CORES_FROM = 80  # compute capability, times ten, of the first GPUs that multiply tf32 and bf16
+from .modules import TENSOR_CORES_FROM
 
 _OPS = (
-    empty, empty_activations, copy_in, copy, to_host, read_scalar,
+    empty, empty_activations, copy_in, copy, to_host, read_scalar, peak_memory_mib,
     input_table_forward, input_table_backward, gru_saved, gru_forward, gru_backward, dropout_forward, dropout_backward,
     cross_entropy_forward, cross_entropy_backward, global_norm, adam, sample, generation_saved, generate,
 )

@@ -7,6 +7,9 @@ import numpy as np
 
 from . import runtime
 
+PINNED_BYTES = 1 << 20
+"""Larger arrays than a step's data are copied without pinned memory, which CuPy never gives back."""
+
 _in_flight: collections.deque = collections.deque()  # (event, pinned memory) of copies that may not have ended
 
 
@@ -25,6 +28,9 @@ def copy_in(destination, source) -> None:
     if isinstance(destination, np.ndarray):
         destination[...] = source
         return
+    if destination.nbytes > PINNED_BYTES:
+        _set_large(destination, np.ascontiguousarray(source, destination.dtype))
+        return
     staging = _pinned(destination)
     staging[...] = source
     destination.set(staging)
@@ -32,8 +38,13 @@ def copy_in(destination, source) -> None:
 
 
 def copy(destination, source) -> None:
-    """Copy between arrays of the device."""
-    destination[...] = source
+    """Copy between arrays of the device, of equal dtype and shape."""
+    for name, array in (("destination", destination), ("source", source)):
+        runtime.check(name, array, destination.dtype, destination.shape)
+    if isinstance(destination, np.ndarray):
+        destination[...] = source
+    else:
+        destination.data.copy_from_device_async(source.data, source.nbytes)  # x[...] = y may run a kernel of CuPy's
 
 
 def to_host(array) -> np.ndarray:
@@ -44,6 +55,11 @@ def to_host(array) -> np.ndarray:
 def read_scalar(array) -> SupportsFloat:
     """The value of a one-element array as it is now, for `float()` at any later time, which alone waits for it."""
     return array.item() if isinstance(array, np.ndarray) else _Scalar(array)
+
+
+def peak_memory_mib() -> float:
+    """The most memory that arrays of the device have taken so far, in MiB."""
+    return runtime.peak_memory_mib()
 
 
 class _Scalar:
@@ -57,6 +73,14 @@ class _Scalar:
     def __float__(self) -> float:
         self._arrived.synchronize()
         return self._value.item()
+
+
+def _set_large(destination, source: np.ndarray) -> None:
+    """Copy and wait, since memory that is not pinned could be freed too early."""
+    import cupy
+
+    destination.set(source)
+    cupy.cuda.get_current_stream().synchronize()
 
 
 def _pinned(array) -> np.ndarray:

@@ -39,7 +39,7 @@ constexpr int UNITS = TILE_N / 3;
 extern "C" __global__ void __launch_bounds__(TILE_THREADS)
 gru_forward_step(float *h_tb, float *__restrict__ gates_tb, float *__restrict__ a_n_tb, const float *__restrict__ P,
                  const int *__restrict__ ids_tb, const float *__restrict__ W_hh, const float *__restrict__ b_hh,
-                 const float *__restrict__ h0, int t, int B, int H)
+                 const float *h0, int t, int B, int H)  // h0 not restrict: h may be h_tb, which other launches write
 {
     __shared__ __align__(16) float shared[TILE_SHARED];
     const int b0 = blockIdx.y * TILE_M, j0 = blockIdx.x * UNITS;

@@ -56,12 +56,12 @@ def gru_forward(P, ids_tb, W_hh, b_hh, h0, saved: GRUSaved, *, precision="fp32")
     runtime.check("b_hh", b_hh, np.float32, (3 * H,))
     runtime.check("h0", h0, np.float32, (B, H))
     _check(ids_tb, W_hh, saved)
-    constants, sizes = _constants(precision), (np.int32(B), np.int32(H))
+    defines, sizes = constants(precision), (np.int32(B), np.int32(H))
     grid = _tiles(H, TILE_N // 3), _tiles(B, TILE_M)
     for t in range(T):
         runtime.launch("gru", "gru_forward_step", grid, TILE_THREADS,
                        [saved.h_tb, saved.gates_tb, saved.a_n_tb, P, ids_tb, W_hh, b_hh, h0, np.int32(t), *sizes],
-                       constants=constants)
+                       constants=defines)
 
 
 def gru_backward(dh_tb, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh0, *, precision="fp32") -> None:
@@ -82,12 +82,12 @@ def gru_backward(dh_tb, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh0, *,
     runtime.check("db_hh", db_hh, np.float32, (3 * H,))
     runtime.check("dh0", dh0, np.float32, (B, H))
     _check(ids_tb, W_hh, saved)
-    constants, sizes = _constants(precision), (np.int32(T), np.int32(B), np.int32(H))
+    defines, sizes = constants(precision), (np.int32(T), np.int32(B), np.int32(H))
     grid = _tiles(H, TILE_N), _tiles(B, TILE_M), 3
     for t in range(T - 1, -2, -1):
         runtime.launch("gru", "gru_backward_step", grid, TILE_THREADS,
                        [saved.da_tb, saved.di_n_tb, dh0, saved.dh_z_b, saved.products_gb, saved.arrived, dh_tb, W_hh,
-                        saved.h_tb, saved.gates_tb, saved.a_n_tb, np.int32(t), *sizes], constants=constants)
+                        saved.h_tb, saved.gates_tb, saved.a_n_tb, np.int32(t), *sizes], constants=defines)
     da, h = saved.da_tb[:T].reshape(T * B, 3 * H), saved.h_tb[:T].reshape(T * B, H)
     matmul(da, h, dW_hh, transpose_a=True, precision=precision)
     column_sums(da, db_hh)
@@ -110,7 +110,8 @@ def _check(ids_tb, W_hh, saved: GRUSaved) -> None:
     runtime.check("saved.sorting", saved.sorting, np.int32, (sum_by_id_scratch_size(T_saved * B),))
 
 
-def _constants(precision: str) -> dict[str, int]:
+def constants(precision: str) -> dict[str, int]:
+    """What gru.cu is compiled with."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     return {"PRECISION": PRECISIONS[precision], "TILE_M": TILE_M, "TILE_N": TILE_N,

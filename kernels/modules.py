@@ -1,29 +1,31 @@
-"""Which sources there are to compile, and for which sizes.
+"""Which sources there are to compile, and with which constants."""
 
-``python -m kernels`` and the tests compile every entry for every architecture.
-"""
+from collections.abc import Iterator
 
 from .cross_entropy import TILE as CROSS_ENTROPY_TILE
 from .generate import MAX_ROWS, constants as generate_constants
-from .gru import _constants as gru_constants
-from .matmul import TILES, constants as matmul_constants
+from .gru import constants as gru_constants
+from .matmul import PRECISIONS, TILES, constants as matmul_constants
 
+TENSOR_CORES_FROM = 80
+"""Compute capability, times ten, of the first GPUs that multiply tf32 and bf16."""
 
-def _with_products(*precisions: str) -> dict[str, tuple[dict[str, int], ...]]:
-    return {
-        "cross_entropy": tuple(matmul_constants(precision) | CROSS_ENTROPY_TILE for precision in precisions),
-        "gru": tuple(gru_constants(precision) for precision in precisions),
-        "matmul": tuple(matmul_constants(precision, tile) for precision in precisions for tile in TILES),
-    }
-
-
-# Stem of a .cu file -> the sets of constants to compile it with, each name -> value.
 MODULES: dict[str, tuple[dict[str, int], ...]] = {
     "adam": ({},),
+    "cross_entropy": tuple(matmul_constants(precision) | CROSS_ENTROPY_TILE for precision in PRECISIONS),
     "dropout": ({},),
-    "generate": (generate_constants(R=1), generate_constants(R=MAX_ROWS)),
+    "generate": tuple(generate_constants(R) for R in (1, 2, 4, MAX_ROWS)),
+    "gru": tuple(gru_constants(precision) for precision in PRECISIONS),
     "input_table": ({},),
-} | _with_products("fp32")
+    "matmul": tuple(matmul_constants(precision, tile) for precision in PRECISIONS for tile in TILES),
+}
+"""Stem of a .cu file -> the sets of constants that its launchers compile it with, each name -> value."""
 
-# The same for what only GPUs from sm_80 on compute.
-TENSOR_CORE_MODULES = _with_products("tf32", "bf16")
+
+def modules_for(architecture: str) -> Iterator[tuple[str, dict[str, int]]]:
+    """Stem and constants of everything that an architecture such as "sm_90" can run."""
+    has_tensor_cores = int(architecture.removeprefix("sm_")) >= TENSOR_CORES_FROM
+    for stem, variants in MODULES.items():
+        for constants in variants:
+            if has_tensor_cores or constants.get("PRECISION", 0) == PRECISIONS["fp32"]:
+                yield stem, constants

@@ -53,6 +53,9 @@ class Executor(Protocol):
 
     def to_host(self, array: Any) -> np.ndarray: ...
 
+    def peak_memory_mib(self) -> float:
+        """The most memory that arrays have taken so far, in MiB."""
+
     def resident_blocks(self, source: str, kernel: str, threads: int, shared_bytes: int) -> int:
         """How many blocks of the kernel the device holds at once."""
 
@@ -95,6 +98,9 @@ class CupyExecutor:
     def to_host(self, array):
         return self._cupy.asnumpy(array)
 
+    def peak_memory_mib(self):
+        return self._cupy.get_default_memory_pool().total_bytes() / 2**20  # the pool keeps what it once had
+
     def resident_blocks(self, source, kernel, threads, shared_bytes):
         key = source, kernel, threads, shared_bytes
         if key not in self._resident:
@@ -110,7 +116,7 @@ class CupyExecutor:
             function(grid, block, tuple(args), shared_mem=shared_bytes)
             return
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # CuPy shrinks a cooperative grid that is too large, and only warns
+            warnings.filterwarnings("error", "The grid size will be reduced")  # CuPy does so, and only warns
             function(grid, block, tuple(args), shared_mem=shared_bytes)
 
     def _function(self, source, kernel, shared_bytes, cooperative):
@@ -120,14 +126,19 @@ class CupyExecutor:
         if key in self._functions:
             return self._functions[key]
         limit = self._device.attributes["MaxSharedMemoryPerBlockOptin"]
-        if shared_bytes > limit:
-            raise ValueError(f"{kernel}: {shared_bytes} bytes of dynamic shared memory per block; this GPU has {limit}")
         if (source, cooperative) not in self._modules:
             self._modules[source, cooperative] = self._cupy.RawModule(
                 code=source, options=_OPTIONS, enable_cooperative_groups=cooperative)
-        function = self._modules[source, cooperative].get_function(kernel)
-        if shared_bytes > SHARED_BYTES_WITHOUT_ASKING:
-            function.max_dynamic_shared_size_bytes = shared_bytes
+        try:
+            function = self._modules[source, cooperative].get_function(kernel)
+        except RuntimeError as error:
+            raise DeviceError(f"CuPy cannot compile for this GPU ({error}): install it as 'char-gru[cuda13]' or "
+                              "'char-gru[cuda12]', which bring CUDA's headers") from error
+        total = function.shared_size_bytes + shared_bytes
+        if total > limit:
+            raise ValueError(f"{kernel}: {total} bytes of shared memory per block; this GPU has {limit}")
+        if total > SHARED_BYTES_WITHOUT_ASKING:  # one attribute for all launches of the kernel: never lowered
+            function.max_dynamic_shared_size_bytes = max(shared_bytes, function.max_dynamic_shared_size_bytes)
         self._functions[key] = function
         return function
 
@@ -175,6 +186,11 @@ def to_device(array: np.ndarray) -> Any:
 def to_host(array: Any) -> np.ndarray:
     """Copy of a device array as a NumPy array."""
     return current_executor().to_host(array)
+
+
+def peak_memory_mib() -> float:
+    """The most memory that arrays of the device have taken so far, in MiB."""
+    return current_executor().peak_memory_mib()
 
 
 def check(name: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> None:
@@ -288,7 +304,8 @@ def compile_for(source: str, architecture: str) -> dict[str, ResourceUse]:
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise CompileError(f"nvrtcCreateProgram: {status}")
     try:
-        options = [f"--gpu-architecture={architecture}".encode(), b"--ptxas-options=-v", b"-ftz=true",
+        options = [f"--gpu-architecture={architecture}".encode(), b"--ptxas-options=-v",
+                   b"-ftz=true", b"--device-as-default-execution-space",  # as CuPy has it
                    *(option.encode() for option in _OPTIONS)]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         _, size = nvrtc.nvrtcGetProgramLogSize(program)

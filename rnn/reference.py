@@ -19,6 +19,8 @@ and all steps together are still one matrix of (T*B, n), as the large products w
 
 from __future__ import annotations
 
+import resource
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +62,12 @@ def to_host(array: np.ndarray) -> np.ndarray:
 def read_scalar(array: np.ndarray) -> float:
     """The value of a one-element array as it is now, for `float()` at any later time."""
     return array.item()
+
+
+def peak_memory_mib() -> float:
+    """The largest memory that this process has taken so far, in MiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 # Input table

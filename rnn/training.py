@@ -268,8 +268,8 @@ class Run:
         save_checkpoint(self.folder / "last.safetensors", self._checkpoint(resumable=True))
         config = json.dumps(self.config.saved(), indent=2) + "\n"
         write_atomically(self.folder / "config.json", config.encode())
-        timing = json.dumps({"epochs": self._timing, "peak_memory_mib": _peak_memory_mib()}, indent=2) + "\n"
-        write_atomically(self.folder / "timing.json", timing.encode())
+        timing = {"epochs": self._timing, "peak_memory_mib": round(self.model.ops.peak_memory_mib(), 1)}
+        write_atomically(self.folder / "timing.json", (json.dumps(timing, indent=2) + "\n").encode())
 
     def _check_finite(self, val_loss: float | None = None) -> None:
         finite = all(np.isfinite(self.model.ops.to_host(array)).all() for array in self.model.params.values())
@@ -353,14 +353,6 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}; give another --out") from None
-
-
-def _peak_memory_mib() -> float:
-    """Largest memory of this process so far."""
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
 
 
 def _say(line: str) -> None:

@@ -7,7 +7,7 @@ the instruction computes.
 import numpy as np
 import pytest
 
-from host_cuda import HostExecutor, compiler
+from tests.host_cuda import HostExecutor, compiler
 from kernels import runtime
 
 KERNELS = """
@@ -106,19 +106,6 @@ extern "C" __global__ void copies(float *out, const float *in)
 #endif
 """
 SOURCE = runtime.assemble("fragments.cu", KERNELS, {})
-
-
-@pytest.fixture(params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
-def executor(request):
-    """Runs kernels on the CPU, and on the GPU where there is one."""
-    if request.param == "host":
-        if compiler() is None:
-            pytest.skip("no C++ compiler")
-        return HostExecutor()
-    try:
-        return runtime.CupyExecutor()
-    except runtime.DeviceError as error:
-        pytest.skip(str(error))
 
 
 def launched(executor, kernel, outputs, inputs, threads=32, source=SOURCE):

@@ -180,15 +180,6 @@ def test_resource_use_reports_registers_shared_memory_and_spills():
     assert use["spilling"].spill_stores > 0 and use["spilling"].spill_loads > 0 and use["spilling"].shared_bytes == 0
 
 
-def test_every_kernel_file_is_registered_and_compiles_for_every_architecture():
-    files = {path.name for path in importlib.resources.files("kernels").iterdir() if path.name.endswith(".cu")}
-    assert files == {f"{stem}.cu" for stem in modules.MODULES}
-    for stem, variants in modules.MODULES.items():
-        for constants in variants:
-            for architecture in runtime.ARCHITECTURES:
-                assert runtime.compile_for(runtime.source(stem, constants), architecture)
-
-
 # ---- What is missing ----------------------------------------------------------------------------------------------------
 
 def test_importing_the_runtime_imports_no_cupy():
@@ -216,16 +207,16 @@ def test_missing_nvrtc_ends_the_command_with_status_2(monkeypatch, capsys):
 
 
 def test_command_prints_a_line_per_kernel_and_architecture(executor, monkeypatch, capsys):
-    monkeypatch.setattr(command, "MODULES", {"scale": ({"FACTOR": 3}, {"FACTOR": 5})})
+    monkeypatch.setattr(command, "modules_for", lambda architecture: [("scale", {"FACTOR": 3}), ("scale", {"FACTOR": 5})])
     assert command.main(("sm_75", "sm_90")) == 0
     header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split()[:4] == ["module", "constants", "kernel", "arch"]
-    assert [line.split()[:4] for line in lines] == [["scale", f"FACTOR={factor}", "scale", architecture]
-                                                    for factor in (3, 5) for architecture in ("sm_75", "sm_90")]
+    assert header == command.row(command.HEADER)
+    assert [[cell.strip() for cell in line.split("|")][:4] for line in lines] == [
+        [architecture, "scale", f"FACTOR={factor}", "scale"] for architecture in ("sm_75", "sm_90") for factor in (3, 5)]
 
 
 def test_command_ends_with_status_1_where_a_source_does_not_compile(executor, monkeypatch, capsys):
-    monkeypatch.setattr(command, "MODULES", {"scale": ({},)})
+    monkeypatch.setattr(command, "modules_for", lambda architecture: [("scale", {})])
     assert command.main(("sm_90",)) == 1
     assert 'kernels/scale.cu(3): error: identifier "FACTOR" is undefined' in capsys.readouterr().err
 
@@ -238,7 +229,7 @@ class FakeCupy:
     ndarray = np.ndarray
 
     def __init__(self):
-        self.modules, self.calls, self.shrinks = [], [], False
+        self.modules, self.calls, self.shrinks, self.limits = [], [], False, {}
         device = types.SimpleNamespace(attributes={"MultiProcessorCount": 10, "MaxSharedMemoryPerBlockOptin": 100_000})
         self.cuda = types.SimpleNamespace(
             Device=lambda: device,
@@ -253,14 +244,25 @@ class FakeCupy:
 
 
 class FakeKernel:
+    """Every object of the same kernel has one limit of dynamic shared memory, as the driver has it."""
+
+    shared_size_bytes = 1000
+
     def __init__(self, cupy, name, cooperative):
         self.cupy, self.name, self.cooperative = cupy, name, cooperative
         self.kernel = types.SimpleNamespace(ptr=1)
-        self.max_dynamic_shared_size_bytes = 48 * 1024
+
+    @property
+    def max_dynamic_shared_size_bytes(self):
+        return self.cupy.limits.get(self.name, 47 * 1024)
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, limit):
+        self.cupy.limits[self.name] = limit
 
     def __call__(self, grid, block, args, shared_mem):
         if self.cupy.shrinks and self.cooperative:
-            warnings.warn("the grid is shrunk")
+            warnings.warn("The grid size will be reduced from 4 to 2")
         self.cupy.calls.append((self.name, grid, block, args, shared_mem, self.cooperative, self.max_dynamic_shared_size_bytes))
 
 
@@ -282,11 +284,16 @@ def test_cupy_kernels_are_compiled_once_and_cooperative_ones_apart(cupy):
 
 
 def test_cupy_kernels_ask_for_more_than_48_kib_of_shared_memory(cupy):
-    launch(shared_bytes=48 * 1024)
-    launch(shared_bytes=99_000)
-    assert [call[6] for call in cupy.calls] == [48 * 1024, 99_000]
-    with pytest.raises(ValueError, match="100001 bytes of dynamic shared memory per block; this GPU has 100000"):
-        launch(shared_bytes=100_001)
+    for shared_bytes in (40_000, 99_000, 60_000, 99_000):
+        launch(shared_bytes=shared_bytes)
+    assert [call[6] for call in cupy.calls] == [47 * 1024, 99_000, 99_000, 99_000]
+    with pytest.raises(ValueError, match="100001 bytes of shared memory per block; this GPU has 100000"):
+        launch(shared_bytes=99_001)
+
+
+def test_static_shared_memory_counts_towards_the_48_kib(cupy):
+    launch(shared_bytes=48 * 1024 - 10)
+    assert [call[6] for call in cupy.calls] == [48 * 1024 - 10]
 
 
 def test_cupy_cooperative_limit_is_the_occupancy_of_all_multiprocessors(cupy):
@@ -297,6 +304,6 @@ def test_cupy_cooperative_limit_is_the_occupancy_of_all_multiprocessors(cupy):
 
 def test_cupy_warning_of_a_shrunk_grid_is_an_error(cupy):
     cupy.shrinks = True
-    with pytest.raises(UserWarning, match="shrunk"):
+    with pytest.raises(UserWarning, match="will be reduced"):
         launch(cooperative=True)
     assert cupy.calls == []

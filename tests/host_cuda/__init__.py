@@ -21,6 +21,7 @@ import hashlib
 import os
 import pathlib
 import re
+import resource
 import shutil
 import struct
 import subprocess
@@ -163,6 +164,10 @@ class HostExecutor:
     def to_host(self, array: np.ndarray) -> np.ndarray:
         """Copy of an array as a NumPy array."""
         return array.copy()
+
+    def peak_memory_mib(self) -> float:
+        """The most memory that this process has taken so far, in MiB."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
     def resident_blocks(self, source: str, kernel: str, threads: int, shared_bytes: int) -> int:
         """How many blocks a cooperative launch may have."""

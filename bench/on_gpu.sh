@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# What needs an NVIDIA GPU, in one go, past failures: bench/on_gpu.sh OUTDIR [TEXT]
+#   tests of all kernels on the GPU; compute-sanitizer on a small training run and a small generation; the tutorial's ten
+#   epochs twice, which must give equal bytes. TEXT is what to train on (default: what train.py takes by default).
+# Each part's output goes to OUTDIR/PART.log; a summary is printed last and kept in OUTDIR/summary.txt.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$(mkdir -p "${1:?usage: bench/on_gpu.sh OUTDIR [TEXT]}" && cd "$1" && pwd)
+text=(${2:+--data "$2"})
+: > "$out/summary.txt"
+
+part() {  # part NAME COMMAND...: run a command, keep its output, note how it ended and how long it took
+    local name=$1 started=$SECONDS status
+    shift
+    "$@" > "$out/$name.log" 2>&1
+    status=$?
+    printf '%-24s exit %3d  %4d s\n' "$name" "$status" $((SECONDS - started)) >> "$out/summary.txt"
+}
+
+command_line() {  # command_line train|generate ARGUMENT...: a command with every array in an allocation of its own
+    python -c 'import sys, cupy; cupy.cuda.set_allocator(None)
+from rnn import commands
+sys.exit(getattr(commands, sys.argv[1])(sys.argv[2:]))' "$@"
+}
+
+equal_bytes() {  # the files of two runs that hold no clock times
+    for file in metrics.jsonl samples.txt last.safetensors best.safetensors; do
+        cmp "$1/$file" "$2/$file" || return 1
+    done
+}
+
+part device nvidia-smi
+part tests python -m pytest -q --gpu tests/test_{mma,matmul,input_table,gru,cross_entropy,adam,dropout}.py \
+    tests/test_{sample,generate_kernels,interface,model_on_kernels}.py
+
+small=(--data python-docs --rnn-units 70 --embedding-dim 20 --batch-size 5 --seq-length 7 --layers 2 --dropout 0.2
+       --val-fraction 0 --steps 2 --device cuda)
+export -f command_line
+for tool in memcheck racecheck initcheck synccheck; do
+    rm -rf "$out/small"
+    part "$tool-train" compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
+        bash -c 'command_line train "$@"' _ "${small[@]}" --out "$out/small"
+    part "$tool-generate" compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
+        bash -c 'command_line generate "$@"' _ "$out/small" --prompt the --num-samples 3 --length 5 --top-k 5 --device cuda
+done
+
+for run in first second; do
+    rm -rf "$out/$run"
+    part "ten-epochs-$run" python train.py "${text[@]}" --epochs 10 --device cuda --out "$out/$run"
+done
+part equal-bytes equal_bytes "$out/first" "$out/second"
+part generate python generate.py "$out/first" --prompt "ROMEO:" --length 1000 --seed 1 --device cuda
+rm -rf "$out/small" "$out/second" "$out"/first/*.safetensors
+
+cat "$out/summary.txt"
