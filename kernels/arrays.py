@@ -1,6 +1,7 @@
 """Arrays of the device, and copies between them and the host that training need not wait for."""
 
 import collections
+import functools
 from typing import Any, SupportsFloat
 
 import numpy as np
@@ -10,7 +11,7 @@ from . import runtime
 PINNED_BYTES = 1 << 20
 """Larger arrays than a step's data are copied without pinned memory, which CuPy never gives back."""
 
-_in_flight: collections.deque = collections.deque()  # (event, pinned memory) of copies that may not have ended
+_in_flight: collections.deque = collections.deque()  # (event, memory) of copies that may not have ended
 
 
 def empty(shape: tuple[int, ...], dtype=np.float32) -> Any:
@@ -31,10 +32,7 @@ def copy_in(destination, source) -> None:
     if destination.nbytes > PINNED_BYTES:
         _set_large(destination, np.ascontiguousarray(source, destination.dtype))
         return
-    staging = _pinned(destination)
-    staging[...] = source
-    destination.set(staging)
-    _end_of_copy(staging)
+    _prefetch(destination, source)
 
 
 def copy(destination, source) -> None:
@@ -75,6 +73,30 @@ class _Scalar:
         return self._value.item()
 
 
+def _prefetch(destination, source) -> None:
+    """Copy through pinned memory to a buffer of the device, on a stream of its own, and from there, on the stream that
+    computes, to the destination: the slow way is gone while the step before is still computed."""
+    import cupy
+
+    staging = _pinned(destination)
+    staging[...] = source
+    with _copy_stream():
+        buffer = cupy.empty(destination.shape, destination.dtype)
+        buffer.set(staging)
+        arrived = cupy.cuda.Event(disable_timing=True)
+        arrived.record()
+    cupy.cuda.get_current_stream().wait_event(arrived)
+    destination.data.copy_from_device_async(buffer.data, buffer.nbytes)
+    _end_of_copy(staging, buffer)
+
+
+@functools.cache
+def _copy_stream() -> Any:
+    import cupy
+
+    return cupy.cuda.Stream(non_blocking=True)  # else it would wait for the null stream, on which steps may run
+
+
 def _set_large(destination, source: np.ndarray) -> None:
     """Copy and wait, since memory that is not pinned could be freed too early."""
     import cupy
@@ -90,8 +112,8 @@ def _pinned(array) -> np.ndarray:
     return cupyx.empty_pinned(array.shape, array.dtype)
 
 
-def _end_of_copy(memory: np.ndarray) -> Any:
-    """The event that follows the copy just started; until then, `memory` does not go back to CuPy's pool."""
+def _end_of_copy(*memory: Any) -> Any:
+    """The event that follows the copy just started; until then, `memory` does not go back to CuPy's pools."""
     import cupy
 
     event = cupy.cuda.Event(disable_timing=True)

@@ -150,8 +150,8 @@ class Run:
             _say(f"stopped by {signal.Signals(self._signal).name} after step {self.progress.step:,}; "
                  f"continue with --resume --out {self.folder}")
             return 128 + self._signal
-        _say(f"{self.folder} holds the run after step {self.progress.step:,}; "
-             f"write text with: python generate.py {self.folder}")
+        _say(f"{self.folder} holds the run after step {self.progress.step:,}, which took "
+             f"{self.model.ops.peak_memory_mib():,.0f} MiB at most; write text with: python generate.py {self.folder}")
         return 0
 
     def _train(self) -> None:

@@ -105,50 +105,83 @@ def test_floats_are_32_bits_wide_unless_told(executor):
 
 
 class FakeStream:
-    """As much of CuPy as asynchronous copies call: what is started happens when somebody waits for it."""
+    """Work that is done in its order, when somebody waits for it."""
 
-    def __init__(self):
-        self.started, self.pinned = [], []
+    def __init__(self, device):
+        self.device, self.started = device, []
+
+    def __enter__(self):
+        self.before, self.device.current = self.device.current, self
+
+    def __exit__(self, *_):
+        self.device.current = self.before
 
     def synchronize(self):
-        self.run()
+        while self.started:
+            self.started.pop(0)()
 
-    def run(self):
-        for work in self.started:
-            work()
-        self.started.clear()
+    def wait_event(self, event):
+        self.started.append(event.synchronize)
+
+
+class FakeEvent:
+    def __init__(self, device):
+        self.device, self.done = device, False
+
+    def record(self, stream=None):
+        self.stream = stream or self.device.current
+        self.stream.started.append(lambda: setattr(self, "done", True))
+
+    def synchronize(self):
+        if not self.done:
+            self.stream.synchronize()
+
+
+class FakeDevice:
+    """As much of CuPy as copies call, with the stream that computes and that of copies."""
+
+    def __init__(self):
+        self.computing = self.current = FakeStream(self)
+        self.copying = FakeStream(self)
+        self.memory = []
 
     def empty_pinned(self, shape, dtype):
         memory = np.full(shape, 77, dtype)
-        self.pinned.append(weakref.ref(memory))
+        self.memory.append(weakref.ref(memory))
         return memory
 
-    def array(self, values):
-        """An array that is not NumPy's."""
-        on_device = np.array(values, np.float32)
-        return types.SimpleNamespace(
-            shape=on_device.shape, dtype=on_device.dtype, nbytes=on_device.nbytes, content=on_device,
-            set=lambda memory: self.started.append(lambda: np.copyto(on_device, memory)),
-            get=lambda out, blocking: self.started.append(lambda: np.copyto(out, on_device)))
+    def empty(self, shape, dtype):
+        content = np.full(shape, 88, dtype)
+        self.memory.append(weakref.ref(content))
+        return self.array(content)
 
-    def Event(self, disable_timing):
-        event = types.SimpleNamespace(done=False, synchronize=self.run)
-        event.record = lambda stream: self.started.append(lambda: setattr(event, "done", True))
-        return event
+    def array(self, content):
+        """An array that is not NumPy's."""
+        def start(destination, source) -> None:
+            self.current.started.append(lambda: np.copyto(destination, source))
+
+        data = types.SimpleNamespace(content=content)
+        data.copy_from_device_async = lambda source, nbytes: start(content, source.content)
+        return types.SimpleNamespace(
+            shape=content.shape, dtype=content.dtype, nbytes=content.nbytes, content=content, data=data,
+            set=lambda memory: start(content, memory), get=lambda out, blocking: start(out, content))
 
 
 @pytest.fixture
-def stream(monkeypatch):
-    stream = FakeStream()
-    cuda = types.SimpleNamespace(Event=stream.Event, get_current_stream=lambda: stream)
-    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
-    monkeypatch.setitem(sys.modules, "cupyx", types.SimpleNamespace(empty_pinned=stream.empty_pinned))
+def device(monkeypatch):
+    device = FakeDevice()
+    cuda = types.SimpleNamespace(Event=lambda disable_timing: FakeEvent(device), Stream=lambda non_blocking: device.copying,
+                                 get_current_stream=lambda: device.current)
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, empty=device.empty))
+    monkeypatch.setitem(sys.modules, "cupyx", types.SimpleNamespace(empty_pinned=device.empty_pinned))
     monkeypatch.setattr(arrays, "_in_flight", collections.deque())
-    return stream
+    arrays._copy_stream.cache_clear()
+    yield device
+    arrays._copy_stream.cache_clear()
 
 
-def test_asynchronous_copies_move_what_was_there_when_they_were_started(stream):
-    array, source = stream.array([0.0]), np.array([1.0])
+def test_asynchronous_copies_move_what_was_there_when_they_were_started(device):
+    array, source = device.array(np.zeros(1)), np.array([1.0])
     kernels.copy_in(array, source)
     first = kernels.read_scalar(array)
     source[0] = 2
@@ -159,20 +192,30 @@ def test_asynchronous_copies_move_what_was_there_when_they_were_started(stream):
     assert array.content == [2]
 
 
-def test_large_arrays_are_copied_at_once_and_without_pinned_memory(stream):
+def test_data_of_the_next_step_reaches_the_device_while_this_step_is_computed(device):
+    array = device.array(np.zeros(1))
+    kernels.copy_in(array, np.array([1.0]))
+    kernels.copy_in(array, np.array([2.0]))
+    device.copying.synchronize()
+    assert array.content == [0], "the stream of copies touched what a step may still read"
+    device.computing.synchronize()
+    assert array.content == [2]
+
+
+def test_large_arrays_are_copied_at_once_and_without_pinned_memory(device):
     values = np.arange(arrays.PINNED_BYTES // 4 + 1, dtype=np.float64)
-    array = stream.array(np.zeros(len(values)))
+    array = device.array(np.zeros(len(values), np.float32))
     kernels.copy_in(array, values)
     np.testing.assert_array_equal(array.content, values)
-    assert stream.pinned == []
+    assert device.memory == []
 
 
-def test_memory_of_an_asynchronous_copy_lives_until_its_end(stream):
-    array = stream.array([0.0])
+def test_memory_of_an_asynchronous_copy_lives_until_its_end(device):
+    array = device.array(np.zeros(1))
     for value in range(3):
         kernels.copy_in(array, np.array([value]))
         kernels.read_scalar(array)
-    assert all(memory() is not None for memory in stream.pinned)
-    stream.run()
+    assert len(device.memory) == 9 and all(memory() is not None for memory in device.memory)
+    device.computing.synchronize()
     kernels.read_scalar(array)
-    assert [memory() is not None for memory in stream.pinned] == 6 * [False] + [True]
+    assert [memory() is not None for memory in device.memory] == 9 * [False] + [True]

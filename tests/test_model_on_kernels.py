@@ -1,15 +1,18 @@
 """The language model on the kernels: what it computes is what it computes on the reference."""
 
+import json
+
 import numpy as np
 import pytest
 
 import kernels
-from rnn import reference
+from rnn import reference, training
 from rnn.batches import Batch
 from rnn.params import named_views
 from rnn.sampler import Generator
 from rnn.vocabulary import Vocabulary
 from tests.cases import Case, random_case
+from tests.commands import TINY, make_text, train_here
 from tests.compare import assert_close
 from tests.test_golden import KERAS_FILES, TORCH_FILES, load
 
@@ -147,3 +150,25 @@ def test_generator_steps_as_on_the_reference(ops):
             text += chars
         texts.append(text)
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("options", [(), ("--stateful", "--layers", "2", "--dropout", "0.3", "--clip-norm", "0.5")],
+                         ids=["one layer", "stateful, two layers with dropout"])
+def test_run_on_the_kernels_resumes_on_the_cpu(ops, tmp_path, monkeypatch, options):
+    """One checkpoint serves both devices: a run begun on the kernels and ended on the CPU is a run on the CPU."""
+    make_text(tmp_path / "text.txt")
+    arguments = ("--data", "text.txt", *TINY, *options, "--epochs", 1)
+    expected = train_here(*arguments, cwd=tmp_path)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    make_text(moved / "text.txt")
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "op_set", lambda device, precision: ops)
+        train_here(*arguments, "--steps", 3, cwd=moved)
+    train_here("--resume", "--steps", 100, cwd=moved)
+    lines, wanted = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+                     for folder in (moved / "run", expected))
+    assert [line.keys() for line in lines] == [line.keys() for line in wanted]
+    for line, right in zip(lines, wanted):
+        assert line == pytest.approx(right, rel=1e-5)
+    assert (moved / "run" / "samples.txt").read_text() == (expected / "samples.txt").read_text()
