@@ -4,6 +4,7 @@
 """
 
 import importlib.resources
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,9 +49,13 @@ def test_kernels_take_what_the_table_says_and_spill_nothing(architecture):
 
 def test_installed_wheel_brings_its_sources(tmp_path):
     """Built, installed elsewhere, and compiled from there."""
-    wheels, home = tmp_path / "wheels", tmp_path / "home"
+    checkout, wheels, home = (tmp_path / name for name in ("checkout", "wheels", "home"))
+    for package in ("rnn", "kernels"):
+        shutil.copytree(ROOT / package, checkout / package)
+    for file in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / file, checkout)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels, ROOT], check=True)
+    subprocess.run([*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels, checkout], check=True)
     [wheel] = wheels.iterdir()
     subprocess.run([*pip, "install", "-q", "--no-deps", "--target", home, wheel], check=True)
     program = ("import sys, kernels.__main__ as m; assert sys.argv[1] in m.__file__, m.__file__; "
