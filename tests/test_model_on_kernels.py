@@ -16,8 +16,6 @@ from tests.commands import TINY, make_text, train_here
 from tests.compare import assert_close
 from tests.test_golden import KERAS_FILES, TORCH_FILES, load
 
-SMALL_GOLDEN_FILES = [path for path in TORCH_FILES + KERAS_FILES if "medium" not in path.stem]
-
 
 @pytest.fixture
 def ops(executor):
@@ -47,6 +45,11 @@ def test_loss_and_gradients_match_reference(ops, layers, dropout):
     assert_all_close(*results(case, gradients_of(case), ops, dropout=dropout))
 
 
+def test_large_vocabulary(ops):
+    case = random_case(T=3, B=2, E=3, H=5, V=20_000)
+    assert_all_close(*results(case, gradients_of(case), ops))
+
+
 @pytest.mark.parametrize("precision, epsilon", [("tf32", 2**-11), ("bf16", 2**-8)])
 def test_gradients_in_other_precisions_err_by_their_rounding(executor, precision, epsilon):
     case = random_case(T=6, B=3, E=5, H=17, V=11, layers=2)
@@ -56,7 +59,7 @@ def test_gradients_in_other_precisions_err_by_their_rounding(executor, precision
         assert 0 < error < 4 * epsilon, name
 
 
-@pytest.mark.parametrize("path", SMALL_GOLDEN_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TORCH_FILES + KERAS_FILES, ids=lambda path: path.stem)
 def test_gradients_match_golden(ops, path):
     case, gradients, data = load(path)
     actual, _, rounded = results(case, gradients_of(case), ops)
