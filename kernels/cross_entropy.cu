@@ -78,7 +78,8 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(1024) mean_loss(float *__restrict__ loss, const float *__restrict__ losses, int positions)
+extern "C" __global__ void __launch_bounds__(1024)
+    mean_loss(float *__restrict__ loss, const float *__restrict__ losses, int positions)
 {
     __shared__ float scratch[WARP];
     float sum = 0.0f;
