@@ -57,8 +57,7 @@ def _read(path: Path, encoding: str) -> str:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        known = "; --data takes files, shakespeare or python-docs" if isinstance(error, FileNotFoundError) else ""
-        raise UserError(f"cannot read {path}: {error.strerror}{known}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; --data takes files, shakespeare or python-docs") from None
     try:
         text = raw.decode(encoding)
         text.encode()  # a few encodings give lone surrogates, which are no text

@@ -71,7 +71,7 @@ def test_unusable_file_is_refused_with_its_name_and_the_reason(tmp_path, raw, en
 def test_missing_file_and_folder_are_refused(tmp_path):
     with pytest.raises(UserError, match="No such file.*shakespeare or python-docs"):
         load_corpus((str(tmp_path / "missing.txt"),))
-    with pytest.raises(UserError, match="Is a directory$"):
+    with pytest.raises(UserError, match="Is a directory; --data takes files"):
         load_corpus((str(tmp_path),))
 
 
