@@ -97,7 +97,7 @@ def jax_peer(sizes: Sizes, params: Mapping[str, np.ndarray]) -> Peer:
 
     def gru_step(params, h, i):
         i_r, i_z, i_n = jnp.split(i, 3, axis=1)
-        # Added gate by gate: XLA takes ten times longer over a product of one row with a bias right behind it.
+        # Added gate by gate: XLA takes much longer over a product of one row with a bias right behind it.
         a_r, a_z, a_n = (a + b for a, b in zip(jnp.split(h @ params["W_hh"].T, 3, axis=1), jnp.split(params["b_hh"], 3)))
         r, z = jax.nn.sigmoid(i_r + a_r), jax.nn.sigmoid(i_z + a_z)
         n = jnp.tanh(i_n + r * a_n)

@@ -39,10 +39,7 @@ extern "C" __global__ void square_sums(float *__restrict__ sums, const float *__
 extern "C" __global__ void norm_of_sums(float *__restrict__ norm, const float *__restrict__ sums, int blocks)
 {
     __shared__ float scratch[WARP];
-    float sum = 0.0f;
-    for (int i = threadIdx.x; i < blocks; i += blockDim.x)
-        sum += sums[i];
-    sum = block_sum(sum, scratch);
+    const float sum = array_sum(sums, blocks, scratch);
     if (threadIdx.x == 0)
         norm[0] = sqrtf(sum);
 }

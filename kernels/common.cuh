@@ -61,7 +61,15 @@ __device__ __forceinline__ float block_reduce(float value, float *scratch, Combi
 __device__ __forceinline__ float warp_sum(float value) { return warp_reduce(value, Sum()); }
 __device__ __forceinline__ float warp_max(float value) { return warp_reduce(value, Maximum()); }
 __device__ __forceinline__ float block_sum(float value, float *scratch) { return block_reduce(value, scratch, Sum()); }
-__device__ __forceinline__ float block_max(float value, float *scratch) { return block_reduce(value, scratch, Maximum()); }
+
+// The sum of an array, by one block, in every thread.
+__device__ __forceinline__ float array_sum(const float *values, int count, float *scratch)
+{
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < count; i += blockDim.x)
+        sum += values[i];
+    return block_sum(sum, scratch);
+}
 
 // bfloat16 is the upper half of a float, stored as an unsigned short; rounding is to nearest, ties to even.
 __device__ __forceinline__ unsigned short to_bf16(float x)

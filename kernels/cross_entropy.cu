@@ -82,10 +82,7 @@ extern "C" __global__ void __launch_bounds__(1024)
     mean_loss(float *__restrict__ loss, const float *__restrict__ losses, int positions)
 {
     __shared__ float scratch[WARP];
-    float sum = 0.0f;
-    for (int i = threadIdx.x; i < positions; i += blockDim.x)
-        sum += losses[i];
-    sum = block_sum(sum, scratch);
+    const float sum = array_sum(losses, positions, scratch);
     if (threadIdx.x == 0)
         loss[0] = sum / float(positions);
 }

@@ -3,11 +3,11 @@
 import numpy as np
 
 from . import runtime
-from .matmul import column_sums, constants, matmul
+from .matmul import TILE_THREADS, column_sums, constants, matmul
 from .scratch import scratch
 
 TILE = {"TILE_M": 64, "TILE_N": 80}  # the tutorial's 66 characters in one sweep
-THREADS, MEAN_THREADS = 256, 1024  # of a block of tile.cuh, and of the one of mean_loss
+MEAN_THREADS = 1024  # of the one block of mean_loss
 
 
 def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, *, precision="fp32") -> None:
@@ -28,7 +28,7 @@ def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, *, p
     runtime.check("loss", loss, np.float32, (1,))
     runtime.check("dlogits_tb", dlogits_tb, np.float32, (T, B, V))
     losses = scratch("cross_entropy_forward", (T * B,))
-    runtime.launch("cross_entropy", "cross_entropy_forward", -(-T * B // TILE["TILE_M"]), THREADS,
+    runtime.launch("cross_entropy", "cross_entropy_forward", -(-T * B // TILE["TILE_M"]), TILE_THREADS,
                    [dlogits_tb, losses, h_tb, W_out, b_out, targets_tb, np.int32(T * B), np.int32(V), np.int32(H)],
                    constants=module)
     runtime.launch("cross_entropy", "mean_loss", 1, MEAN_THREADS, [loss, losses, np.int32(T * B)], constants=module)

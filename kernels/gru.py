@@ -6,10 +6,9 @@ import numpy as np
 
 from . import runtime
 from .input_table import sum_by_id, sum_by_id_scratch_size
-from .matmul import PRECISIONS, column_sums, matmul
+from .matmul import TILE_THREADS, column_sums, constants as matmul_constants, matmul
 
 TILE_M, TILE_N = 32, 48  # rows, and columns: three gates of 16 units forward, 48 units of one gate's share backward
-TILE_THREADS = 256  # of tile.cuh
 
 
 class GRUSaved(NamedTuple):
@@ -111,11 +110,12 @@ def _check(ids_tb, W_hh, saved: GRUSaved) -> None:
 
 
 def constants(precision: str) -> dict[str, int]:
-    """What gru.cu is compiled with."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    return {"PRECISION": PRECISIONS[precision], "TILE_M": TILE_M, "TILE_N": TILE_N,
-            "TILE_K": 64 if precision == "bf16" else 32}
+    """What gru.cu is compiled with.
+
+    Raises: ValueError for an unknown precision.
+    """
+    module = matmul_constants(precision)
+    return module | {"TILE_M": TILE_M, "TILE_N": TILE_N, "TILE_K": 2 * module["TILE_K"]}
 
 
 def _tiles(n: int, tile: int) -> int:

@@ -2,7 +2,8 @@
 
 Parameters stand under PyTorch's names. One metadata key holds a JSON text with sizes, vocabulary, the progress of
 training (in a file that can be resumed) and a SHA-256 of all of it and of every tensor, so that a change of anything
-they say is noticed. A file without progress holds the parameters and nothing else, and loads strictly into a PyTorch module.
+they say is noticed. A file without progress holds the parameters and nothing else, and loads strictly into a PyTorch
+module.
 """
 
 from __future__ import annotations

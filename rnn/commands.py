@@ -23,14 +23,14 @@ def train(arguments: Sequence[str] | None = None) -> int:
     def command() -> int:
         from rnn import training
 
-        config = _parse(TrainConfig, arguments, prog="train.py")
+        config, checkpoint = _parse(TrainConfig, arguments, prog="train.py"), None
         if config.resume:
-            folder, before = training.resumable_run(config.out)
+            before, checkpoint = training.resumable_run(config.out)
             defaults = replace(before, resume=False, stateful=False)  # tyro would turn a flag that is on into --no-...
-            config = replace(_parse(TrainConfig, arguments, prog="train.py", default=defaults), out=folder, resume=True,
-                             stateful=config.stateful or before.stateful)
+            config = replace(_parse(TrainConfig, arguments, prog="train.py", default=defaults), out=before.out,
+                             resume=True, stateful=config.stateful or before.stateful)
         try:
-            return training.train(config)
+            return training.train(config, checkpoint)
         except training.Diverged as error:
             print(f"train.py: training diverged: {error}", file=sys.stderr)
             return 1
@@ -85,6 +85,12 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
         return command()
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
+    except RuntimeError as error:
+        from kernels.runtime import DeviceError  # imports NumPy, which --help does without
+
+        if not isinstance(error, DeviceError):
+            raise
+        print(f"{prog}: {error}", file=sys.stderr)
     except BrokenPipeError:  # the reader of stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -93,7 +99,7 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
         print(f"{prog}: cannot read or write{where}: {error.strerror or error}; what was saved before still stands",
               file=sys.stderr)
     except MemoryError as error:
-        print(f"{prog}: not enough memory {error}; lower --batch-size, --seq-length, --rnn-units or --num-samples",
+        print(f"{prog}: not enough memory ({error}); lower --batch-size, --seq-length, --rnn-units or --num-samples",
               file=sys.stderr)
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -1,6 +1,6 @@
 """Forward and backward pass of the language model, written once on top of an op set.
 
-An op set is `rnn.reference` (NumPy, the CPU) or any module with the same functions. Nothing here asks which one it is
+An op set is `rnn.reference` (NumPy, the CPU) or anything with the same functions, as `kernels.op_set` makes one. Nothing here asks which one it is
 given: parameters, buffers and states are the op set's arrays, all made when the model is, and a training step is a
 fixed sequence of ops on them with no decision on the host.
 """

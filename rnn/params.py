@@ -80,7 +80,7 @@ def initial_parameters(sizes: Sizes, init: str, seed: int) -> np.ndarray:
     Raises: MemoryError for more parameters than can be addressed.
     """
     if flat_size(sizes) > np.iinfo(np.intp).max // 8:
-        raise MemoryError(f"for {parameter_count(sizes):,} parameters")
+        raise MemoryError(f"{parameter_count(sizes):,} parameters")
     rng = np.random.Generator(np.random.Philox(key=[seed, 0]))
     flat = np.zeros(flat_size(sizes), np.float32)
     for name, view in named_views(flat, sizes).items():

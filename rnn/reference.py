@@ -101,7 +101,7 @@ class GRUSaved(NamedTuple):
 
     h_tb (T+1, B, H): states, `h_tb[0]` the initial one; gates_tb (T, B, 3H): r, z, n; a_n_tb (T, B, H);
     da_tb (T, B, 3H): gradients of a, written by the backward pass. The others hold one time step: the operands of the
-    products lie together there, which BLAS multiplies a quarter faster than a slice of the whole sequence.
+    products lie together there, which BLAS multiplies faster than a slice of the whole sequence.
     """
 
     h_tb: np.ndarray
@@ -335,11 +335,13 @@ def sample(logits, uniforms, ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0
     Shapes: logits (R, V); uniforms (R,), in [0, 1); result ids (R,), int32.
     """
     known = logits[:, 1:]
-    if temperature == 0:
-        ids[...] = 1 + known.argmax(axis=1)
-        return
-    p = known - known.max(axis=1, keepdims=True)
-    p /= temperature
+    with np.errstate(over="ignore"):  # what is infinitely unlikely has p = 0
+        divisor = known.dtype.type(temperature)
+        if divisor == 0:
+            ids[...] = 1 + known.argmax(axis=1)
+            return
+        p = known - known.max(axis=1, keepdims=True)
+        p /= divisor
     np.exp(p, out=p)
     if top_k or top_p < 1:
         order = np.argsort(-known, axis=1, kind="stable")

@@ -71,8 +71,8 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     return config.learning_rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
 
 
-def resumable_run(out: Path | None) -> tuple[Path, TrainConfig]:
-    """The folder of the run to resume and the options it ran with.
+def resumable_run(out: Path | None) -> tuple[TrainConfig, Checkpoint]:
+    """The options of the run to resume, its folder among them, and where it stands.
 
     Raises: UserError if there is none.
     """
@@ -81,26 +81,23 @@ def resumable_run(out: Path | None) -> tuple[Path, TrainConfig]:
         raise UserError(f"{folder} holds no run to resume; leave --resume out to start one there")
     checkpoint = load_checkpoint(folder / "last.safetensors")
     try:
-        return folder, TrainConfig.from_saved(checkpoint.resumable.progress["config"], out=folder, resume=True)
+        return TrainConfig.from_saved(checkpoint.resumable.progress["config"], out=folder, resume=True), checkpoint
     except (AttributeError, KeyError, TypeError):
         raise UserError(f"{folder / 'last.safetensors'} has nothing to resume from; start a new run") from None
 
 
-def train(config: TrainConfig) -> int:
+def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> int:
     """Train as the options say; the exit status: 0, or 128 + the number of the signal that stopped the run.
+
+    checkpoint: where a resumed run stands, from `resumable_run`; None for a new run.
 
     Raises: UserError for options or a text that cannot be used; Diverged; OSError if the run cannot be saved.
     """
     ops = op_set(config.device, config.precision)
-    checkpoint = load_checkpoint(config.out / "last.safetensors") if config.resume else None
     if checkpoint:
         _check_same_run(config, TrainConfig.from_saved(checkpoint.resumable.progress["config"]))
     corpus = load_corpus(config.data, config.encoding)
-    config = replace(config, data=corpus.source)
-    if checkpoint and checkpoint.resumable.progress["text_sha256"] != corpus.sha256:
-        raise UserError(f"the text of {' '.join(config.data)} is not the one that {config.out} was trained on; "
-                        "bring it back, or start a new run with another --out")
-    return Run(config, corpus, ops, checkpoint).train()
+    return Run(replace(config, data=corpus.source), corpus, ops, checkpoint).train()
 
 
 class Run:
@@ -108,8 +105,11 @@ class Run:
 
     def __init__(self, config: TrainConfig, corpus: Corpus, ops, checkpoint: Checkpoint | None) -> None:
         self.config = config
-        self.vocabulary = Vocabulary.of(corpus.text)
         self.text_sha256 = corpus.sha256
+        if checkpoint and checkpoint.resumable.progress["text_sha256"] != self.text_sha256:
+            raise UserError(f"the text of {' '.join(config.data)} is not the one that {config.out} was trained on; "
+                            "bring it back, or start a new run with another --out")
+        self.vocabulary = Vocabulary.of(corpus.text)
         self.sizes = Sizes(len(self.vocabulary), config.embedding_dim, config.rnn_units, config.layers)
         T, B = config.seq_length, config.batch_size
         ids = self.vocabulary.encode(corpus.text)
@@ -122,7 +122,7 @@ class Run:
         if config.steps is not None:
             self.total_steps = min(self.total_steps, config.steps)
         self.folder = config.out if config.out is not None else _free_folder(Path("runs"), corpus.name)
-        if not config.resume and any((self.folder / name).exists() for name in ("last.safetensors", "config.json")):
+        if checkpoint is None and any((self.folder / name).exists() for name in ("last.safetensors", "config.json")):
             raise UserError(f"{self.folder} holds another run; continue it with --resume, or give another --out")
         self.model = LanguageModel(
             self.sizes, T, B, initial_parameters(self.sizes, config.init, config.seed), dropout=config.dropout,
@@ -289,8 +289,6 @@ class Run:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         saved, ops = checkpoint.resumable, self.model.ops
-        if checkpoint.vocabulary != self.vocabulary or saved.state.shape != self.model.state.shape:
-            raise UserError(f"{self.folder} was trained with another text or other sizes; start a new run")
         for arrays, source in ((self.model.params, checkpoint.params), (self.model.m, saved.m), (self.model.v, saved.v)):
             for name in parameter_shapes(self.sizes):
                 ops.copy_in(arrays[name], source[name])

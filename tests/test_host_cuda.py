@@ -331,7 +331,7 @@ def test_common_helpers_equal_numpy():
         out[threadIdx.x] = sigmoid(in[threadIdx.x]);
         out[128 + threadIdx.x] = warp_sum(x);
         out[256 + threadIdx.x] = block_sum(x, scratch);
-        out[384 + threadIdx.x] = block_max(x, scratch);
+        out[384 + threadIdx.x] = block_reduce(x, scratch, Maximum());
         out[512 + thread_in_grid()] = ceil_div(int(threadIdx.x), 10);
     }
     """

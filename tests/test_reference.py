@@ -216,6 +216,14 @@ def test_sample_draws_a_kept_character_for_any_logits(options, seed, logits, uni
             assert share >= options["min_p"] - 1e-6
 
 
+@pytest.mark.parametrize("temperature", [1e-46, 1e-40, 1e-30, 1e39])
+def test_temperatures_beyond_float32_are_the_limits_they_stand_for(temperature):
+    """Towards 0 the most likely character, towards infinity all alike."""
+    logits, ids = np.array([[0, 1, 3, 2]], np.float32), np.empty(1, np.int32)
+    reference.sample(logits, np.array([0.1], np.float32), ids, temperature)
+    assert ids[0] == (2 if temperature < 1 else 1)
+
+
 def test_sample_frequencies_are_the_softmax():
     logits = np.log(np.array([0.3, 0.1, 0.2, 0.4])) * 0.5
     drawn, rng = np.empty(40_000, np.int32), np.random.default_rng(8)

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rnn import commands
+from kernels.runtime import DeviceError
+from rnn import commands, training
 from rnn.checkpoint import load_checkpoint
 from tests.commands import (REPRODUCIBLE, ROOT, STEPS_PER_EPOCH, TINY, assert_equal_runs, assert_refused, contents,
                             finish, make_text, run, running, start, train, train_here, wait_until)
@@ -432,6 +433,15 @@ def test_resuming_a_damaged_run_is_refused(tmp_path, capfd, finished):
                           ((finished / "best.safetensors").read_bytes(), "nothing to resume from")):
         (tmp_path / "run" / "last.safetensors").write_bytes(content)
         assert part in refused_here(tmp_path, capfd, "--resume", "--out", "run")
+
+
+def test_gpu_that_fails_when_it_is_used_is_reported_in_one_line(folder, capfd, monkeypatch):
+    """As CuPy does without CUDA's headers, at the first kernel that it compiles."""
+    def unusable(device, precision):
+        raise DeviceError("CuPy cannot compile for this GPU")
+
+    monkeypatch.setattr(training, "op_set", unusable)
+    assert "cannot compile for this GPU" in refused_here(folder, capfd, *TEXT, "--out", "run")
 
 
 # Starting quickly
