@@ -39,5 +39,15 @@ def assert_close(name: str, actual, exact, reference=None, *, dtype=None) -> Non
                                      f"error {error[worst]:.3g}, allowed {allowed:.3g}")
 
 
+def rounded(x: np.ndarray, precision: str) -> np.ndarray:
+    """float32 operands as products of a precision see them: fp32 unchanged, tf32 or bf16."""
+    bits = x.astype(np.float32).view(np.uint32)
+    if precision == "tf32":  # to nearest, ties away from zero
+        bits = bits + 0x1000 & 0xFFFFE000
+    if precision == "bf16":  # to nearest, ties to even
+        bits = bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000
+    return bits.astype(np.uint32).view(np.float32)
+
+
 def _shown(index: tuple) -> str:
     return f"[{', '.join(str(int(k)) for k in index)}]"

@@ -8,22 +8,12 @@ from kernels import runtime
 from kernels.matmul import PRECISIONS
 from rnn import reference
 from tests import host_cuda
-from tests.compare import assert_close
+from tests.compare import assert_close, rounded
 
 TILE_M, TILE_N, TILE_K = launchers.TILE["TILE_M"], launchers.TILE["TILE_N"], 16
 SIZES = [  # T, B, H, V: one below, at and above each tile; V of one sweep and of several
     (1, 1, 1, 2), (3, 2, 5, 7), (3, 21, TILE_K, 66), (4, TILE_M // 4, TILE_K - 1, TILE_N - 1),
     (5, 13, TILE_K + 1, TILE_N), (2, 3, 33, TILE_N + 1), (11, 7, 34, 257), (1, 3, 4, 20_011)]
-
-
-def rounded(x: np.ndarray, precision: str) -> np.ndarray:
-    """An operand as the products of this precision see it."""
-    bits = x.astype(np.float32).view(np.uint32)
-    if precision == "tf32":  # to nearest, ties away from zero
-        bits = bits + 0x1000 & 0xFFFFE000
-    if precision == "bf16":  # to nearest, ties to even
-        bits = bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000
-    return bits.astype(np.uint32).view(np.float32)
 
 
 def layer(T: int, B: int, H: int, V: int, scale: float = 1.0) -> tuple[np.ndarray, ...]:

@@ -10,7 +10,7 @@ from kernels import runtime
 from kernels.matmul import PRECISIONS
 from rnn import reference
 from tests import host_cuda
-from tests.compare import assert_close
+from tests.compare import assert_close, rounded
 
 UNITS = launchers.TILE_N // 3
 SIZES = [  # T, B, H, V: one below, at and above each tile, of rows, of units in either direction, of the sums
@@ -90,15 +90,7 @@ class RoundingNumPy:
         return getattr(np, name)
 
     def matmul(self, a, b, out):
-        return np.matmul(*(self._rounded(x) for x in (a, b)), out=out)
-
-    def _rounded(self, x: np.ndarray) -> np.ndarray:
-        bits = np.array(x, np.float32).view(np.uint32)
-        if self._precision == "tf32":  # to nearest, ties away from zero
-            bits = bits + np.uint32(0x1000) & np.uint32(0xFFFFE000)
-        else:  # to nearest, ties to even
-            bits = bits + np.uint32(0x7FFF) + (bits >> 16 & np.uint32(1)) & np.uint32(0xFFFF0000)
-        return bits.view(np.float32)
+        return np.matmul(*(rounded(x, self._precision) for x in (a, b)), out=out)
 
 
 @pytest.mark.parametrize("precision", [precision for precision in PRECISIONS if precision != "fp32"])
@@ -108,9 +100,9 @@ def test_rounded_operands_err_like_the_reference_with_rounded_operands(executor,
     actual, exact = on_device(case, precision=precision), by_reference(case, np.float64)
     with monkeypatch.context() as patch:
         patch.setattr(reference, "np", RoundingNumPy(precision))
-        rounded = by_reference(case, np.float32)
+        by_rounding = by_reference(case, np.float32)
     for name, result in actual.items():
-        assert_close(name, result, exact[name], rounded[name])
+        assert_close(name, result, exact[name], by_rounding[name])
 
 
 def test_precisions_differ(executor):

@@ -6,7 +6,7 @@ import pytest
 from kernels import matmul as launchers
 from kernels import runtime
 from tests import host_cuda
-from tests.compare import assert_close
+from tests.compare import assert_close, rounded
 
 PRECISIONS = list(launchers.PRECISIONS)
 
@@ -39,16 +39,6 @@ extern "C" __global__ void k_strided(float *C, const float *A, const float *B, i
     product<false>(C, A, B, M, N, K);
 }
 """
-
-
-def rounded(x: np.ndarray, precision: str) -> np.ndarray:
-    """Float32 numbers as the tensor cores get them."""
-    bits = x.view(np.uint32)
-    if precision == "tf32":  # to nearest, ties away from zero
-        bits = bits + 0x1000 & 0xffffe000
-    if precision == "bf16":  # to nearest, ties to even
-        bits = bits + 0x7fff + (bits >> 16 & 1) & 0xffff0000
-    return bits.astype(np.uint32).view(np.float32)
 
 
 def random(*shape: int) -> np.ndarray:

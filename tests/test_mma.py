@@ -7,8 +7,9 @@ the instruction computes.
 import numpy as np
 import pytest
 
-from tests.host_cuda import HostExecutor, compiler
 from kernels import runtime
+from tests.compare import rounded
+from tests.host_cuda import HostExecutor, compiler
 
 KERNELS = """
 #include "common.cuh"
@@ -115,12 +116,6 @@ def launched(executor, kernel, outputs, inputs, threads=32, source=SOURCE):
     return [executor.to_host(array) for array in arrays]
 
 
-def rounded_bf16(x):
-    """float32 rounded to bfloat16, to nearest, ties to even."""
-    bits = x.view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
-
-
 def truncated_tf32(x):
     """float32 without the low 13 bits of its mantissa, as the tensor core reads it."""
     return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
@@ -131,15 +126,16 @@ def operands(k):
     return random.normal(size=(16, k)).astype(np.float32), random.normal(size=(k, 8)).astype(np.float32)
 
 
-FORMATS = {"fp16": (8, lambda x: x.astype(np.float16).astype(np.float32)), "tf32": (8, truncated_tf32), "bf16": (16, rounded_bf16)}
+FORMATS = {"fp16": (8, lambda x: x.astype(np.float16).astype(np.float32)), "tf32": (8, truncated_tf32),
+           "bf16": (16, lambda x: rounded(x, "bf16"))}
 
 
 @pytest.mark.parametrize("kernel", FORMATS)
 def test_product_of_fragments_equals_numpy(executor, kernel):
-    k, rounded = FORMATS[kernel]
+    k, as_read = FORMATS[kernel]
     a, b = operands(k)
     (out,) = launched(executor, kernel, [((16, 8), np.float32)], [a, b])
-    exact = 2 * (rounded(a).astype(np.float64) @ rounded(b).astype(np.float64))
+    exact = 2 * (as_read(a).astype(np.float64) @ as_read(b).astype(np.float64))
     assert np.abs(out - exact).max() < 1e-4  # products are exact, sums of 2 k terms are fp32
     assert np.abs(out - 2 * (a.astype(np.float64) @ b)).max() > 1e-4  # the operands were rounded
 
@@ -154,7 +150,7 @@ def test_wrong_fragment_layout_gives_a_wrong_product(right, wrong):
     assert SOURCE.count(right) == 1
     a, b = operands(16)
     (out,) = launched(HostExecutor(), "bf16", [((16, 8), np.float32)], [a, b], source=SOURCE.replace(right, wrong))
-    assert np.abs(out - 2 * (rounded_bf16(a) @ rounded_bf16(b))).max() > 0.1
+    assert np.abs(out - 2 * (rounded(a, "bf16") @ rounded(b, "bf16"))).max() > 0.1
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
@@ -192,10 +188,10 @@ def test_narrow_formats_round_to_nearest_even(executor):
     outputs = [((256,), dtype) for dtype in (np.uint16, np.uint32, np.float32, np.uint16, np.float32)]
     bf16, two_bf16, from_bf16, fp16, from_fp16 = launched(executor, "formats", outputs, [values], threads=256)
     number = ~np.isnan(values)
-    expected = (rounded_bf16(values).view(np.uint32) >> 16).astype(np.uint16)
+    expected = (rounded(values, "bf16").view(np.uint32) >> 16).astype(np.uint16)
     np.testing.assert_array_equal(bf16[number], expected[number])
     assert (bf16[~number] == 0x7FFF).all() and np.isnan(from_bf16[~number]).all()
-    np.testing.assert_array_equal(from_bf16[number], rounded_bf16(values)[number])
+    np.testing.assert_array_equal(from_bf16[number], rounded(values, "bf16")[number])
     np.testing.assert_array_equal(two_bf16, bf16.astype(np.uint32) | bf16[np.arange(256) ^ 1].astype(np.uint32) << 16)
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
