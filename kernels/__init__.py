@@ -41,17 +41,11 @@ def op_set(precision: str = "auto") -> types.SimpleNamespace:
     """
     if precision not in ("auto", *PRECISIONS):
         raise ValueError(f"precision: expected auto, {', '.join(PRECISIONS)}, got {precision!r}")
-    on_host = runtime.current_executor().array_type is np.ndarray
-    has_all = on_host or _compute_capability() >= TENSOR_CORES_FROM
+    executor = runtime.current_executor()
+    on_host, has_all = executor.array_type is np.ndarray, executor.gpu.capability >= TENSOR_CORES_FROM
     if precision == "auto":
         precision = "tf32" if has_all and not on_host else "fp32"
     if precision != "fp32" and not has_all:
         raise ValueError(f"precision: {precision} needs a GPU of compute capability {TENSOR_CORES_FROM / 10} or more")
     ops = {op.__name__: functools.partial(op, precision=precision) if op in _WITH_PRODUCTS else op for op in _OPS}
     return types.SimpleNamespace(**ops)
-
-
-def _compute_capability() -> int:
-    import cupy
-
-    return int(cupy.cuda.Device().compute_capability)

@@ -1,8 +1,7 @@
 // Barrier among the blocks of one group, inside one cooperative launch.
 //
-// A counter in global memory, one per group, starts at zero and only grows: every block adds one per barrier and waits until
-// it reaches the target that follows from the step number, so nothing is ever reset. The comparison is modular, so a counter
-// may also go on from launch to launch.
+// A counter in global memory, one per group, starts at zero and only grows during a launch: every block adds one per
+// barrier and waits until it reaches the target that follows from the step number. The comparison is modular.
 //
 // Everything that any thread of the group wrote before the barrier is visible to every thread of the group after it: the
 // first __syncthreads() hands the block's writes to thread 0, whose release hands them to the group; the acquire and the
@@ -40,9 +39,10 @@ __device__ __forceinline__ void wait_at_least(const unsigned *counter, unsigned 
     }
 }
 
-// To be called by all threads of all blocks of the group. `target` is the number of blocks in the group times the number of
-// barriers up to and including this one: blocks * (step + 1) where a step has one barrier.
-__device__ __forceinline__ void group_barrier(unsigned *counter, unsigned target)
+// A barrier in two halves, each for all threads of all blocks of the group; what a block does between them, it does
+// while the others arrive. `target` is the number of blocks in the group times the number of barriers up to and
+// including this one: blocks * (step + 1) where a step has one barrier.
+__device__ __forceinline__ void group_arrive(unsigned *counter)
 {
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -50,7 +50,28 @@ __device__ __forceinline__ void group_barrier(unsigned *counter, unsigned target
         host_cuda::count_group_barrier();
 #endif
         add_release(counter, 1);
-        wait_at_least(counter, target);
     }
+}
+
+__device__ __forceinline__ void group_wait(const unsigned *counter, unsigned target)
+{
+    if (threadIdx.x == 0)
+        wait_at_least(counter, target);
     __syncthreads();
+}
+
+__device__ __forceinline__ void group_barrier(unsigned *counter, unsigned target)
+{
+    group_arrive(counter);
+    group_wait(counter, target);
+}
+
+// To be called once by every block of the group after its last barrier: the last one to do so sets both counters back
+// to zero, so that the next launch, or the replay of a graph, starts where this one did. Nobody waits.
+__device__ __forceinline__ void group_leave(unsigned *counter, unsigned *left, unsigned blocks)
+{
+    if (threadIdx.x == 0 && atomicAdd(left, 1u) == blocks - 1) {
+        atomicExch(counter, 0u);
+        atomicExch(left, 0u);
+    }
 }

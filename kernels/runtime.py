@@ -40,10 +40,20 @@ class ResourceUse(NamedTuple):
     spill_loads: int  # bytes per thread
 
 
+class GPU(NamedTuple):
+    """What a plan has to know of a GPU."""
+
+    name: str
+    capability: int  # compute capability times ten
+    multiprocessors: int
+    shared_bytes: int  # the most that one block may ask for; one such block fits into a multiprocessor
+
+
 class Executor(Protocol):
     """What runs kernels, and owns the arrays they work on."""
 
     array_type: type
+    gpu: GPU
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any: ...
 
@@ -85,6 +95,10 @@ class CupyExecutor:
         self._functions: dict = {}
         self._resident: dict = {}
         self.array_type = cupy.ndarray
+        attributes = self._device.attributes
+        self.gpu = GPU(cupy.cuda.runtime.getDeviceProperties(self._device.id)["name"].decode(),
+                       int(self._device.compute_capability), attributes["MultiProcessorCount"],
+                       attributes["MaxSharedMemoryPerBlockOptin"])
 
     def empty(self, shape, dtype):
         return self._cupy.empty(shape, dtype)
@@ -107,7 +121,7 @@ class CupyExecutor:
             function = self._function(source, kernel, shared_bytes, cooperative=True)
             per_multiprocessor = self._cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
                 function.kernel.ptr, threads, shared_bytes)
-            self._resident[key] = per_multiprocessor * self._device.attributes["MultiProcessorCount"]
+            self._resident[key] = per_multiprocessor * self.gpu.multiprocessors
         return self._resident[key]
 
     def launch(self, source, kernel, grid, block, args, shared_bytes, cooperative):
@@ -125,7 +139,7 @@ class CupyExecutor:
         key = source, kernel, shared_bytes, cooperative
         if key in self._functions:
             return self._functions[key]
-        limit = self._device.attributes["MaxSharedMemoryPerBlockOptin"]
+        limit = self.gpu.shared_bytes
         if (source, cooperative) not in self._modules:
             self._modules[source, cooperative] = self._cupy.RawModule(
                 code=source, options=_OPTIONS, enable_cooperative_groups=cooperative)

@@ -103,6 +103,7 @@ extern "C" __global__ void ring(float *out, float *cell, unsigned *counter, int 
         group_barrier(counter, gridDim.x * (step + 1));
         sum += cell[step % 2 * gridDim.x + next];
     }
+    group_leave(counter, counter + 1, gridDim.x);
     out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
 }
 """
@@ -111,7 +112,7 @@ RING_UNSYNCHRONISED = RING.replace("group_barrier(counter, gridDim.x * (step + 1
 
 def ring_args(steps=20):
     executor = HostExecutor()
-    return [executor.empty(4 * 8, np.float32), executor.empty(2 * 4, np.float32), executor.zeros(1, np.uint32), np.int32(steps)]
+    return [executor.empty(4 * 8, np.float32), executor.empty(2 * 4, np.float32), executor.zeros(2, np.uint32), np.int32(steps)]
 
 
 def test_group_barrier_works_over_many_steps_and_is_counted():
@@ -121,6 +122,13 @@ def test_group_barrier_works_over_many_steps_and_is_counted():
     executor = run(RING, "ring", 4, 8, ring_args(), cooperative=True)
     (launch,) = executor.launches
     assert (launch.kernel, launch.grid, launch.group_barriers) == ("ring", (4, 1, 1), 4 * 20)
+
+
+def test_the_last_block_to_leave_sets_the_counters_back():
+    args = ring_args()
+    first, again = (run(RING, "ring", 4, 8, args, cooperative=True) and args[0].copy() for _ in range(2))
+    np.testing.assert_array_equal(args[2], [0, 0])
+    np.testing.assert_array_equal(first, again)
 
 
 def test_thread_sanitizer_finds_a_missing_group_barrier():

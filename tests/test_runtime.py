@@ -230,9 +230,11 @@ class FakeCupy:
 
     def __init__(self):
         self.modules, self.calls, self.shrinks, self.limits = [], [], False, {}
-        device = types.SimpleNamespace(attributes={"MultiProcessorCount": 10, "MaxSharedMemoryPerBlockOptin": 100_000})
+        device = types.SimpleNamespace(id=0, compute_capability="89",
+                                       attributes={"MultiProcessorCount": 10, "MaxSharedMemoryPerBlockOptin": 100_000})
         self.cuda = types.SimpleNamespace(
             Device=lambda: device,
+            runtime=types.SimpleNamespace(getDeviceProperties=lambda device: {"name": b"NVIDIA L5"}),
             driver=types.SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=lambda pointer, threads, shared_bytes: 2))
 
     def is_available(self):
@@ -273,6 +275,11 @@ def cupy(executor, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", fake)
     with runtime.use(runtime.CupyExecutor()):
         yield fake
+
+
+def test_cupy_executor_tells_what_gpu_it_has(cupy):
+    gpu = runtime.GPU("NVIDIA L5", capability=89, multiprocessors=10, shared_bytes=100_000)
+    assert runtime.current_executor().gpu == gpu
 
 
 def test_cupy_kernels_are_compiled_once_and_cooperative_ones_apart(cupy):

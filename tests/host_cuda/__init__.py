@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kernels.runtime import GPU
+
 __all__ = ["BuildError", "Deadlock", "HostExecutor", "LaunchCounts", "ORDERS", "SanitizerReport", "compiler", "run_sanitized",
            "unwritten"]
 
@@ -134,6 +136,7 @@ class HostExecutor:
     """
 
     array_type = np.ndarray
+    gpu = GPU("CPU", capability=90, multiprocessors=8, shared_bytes=64 * 1024)  # small, as the sizes of tests are
 
     def __init__(self, order: str = "ascending", seed: int = 0, sanitize: str = ""):
         self._order = ORDERS.index(order)
