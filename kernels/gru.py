@@ -7,6 +7,7 @@ import numpy as np
 from . import runtime
 from .input_table import sum_by_id, sum_by_id_scratch_size
 from .matmul import TILE_THREADS, column_sums, constants as matmul_constants, matmul
+from .scratch import scratch
 
 TILE_M, TILE_N = 32, 48  # rows, and columns: three gates of 16 units forward, 48 units of one gate's share backward
 
@@ -63,19 +64,22 @@ def gru_forward(P, ids_tb, W_hh, b_hh, h0, saved: GRUSaved, *, precision="fp32")
                        constants=defines)
 
 
-def gru_backward(dh_tb, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh0, *, precision="fp32") -> None:
-    """Back through time over the window of the last `gru_forward`, from dh_tb, the gradient that reaches each state
-    from outside the recurrence.
+def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh0, *, precision="fp32") -> None:
+    """Back through time over the window of the last `gru_forward`. The gradient that reaches each state from outside
+    the recurrence is dy_tb W_y; where W_y is None it is dy_tb itself.
 
-    tf32 and bf16 round the operands of W_hh^T da and of dW_hh, nothing else.
+    tf32 and bf16 round the operands of dy_tb W_y, of W_hh^T da and of dW_hh, nothing else.
 
-    Shapes: dh_tb (T, B, H); ids_tb (T, B) int32; W_hh (3H, H); results dP (N, 3H), dW_hh (3H, H), db_hh (3H,),
-    dh0 (B, H).
+    Shapes: dy_tb (T, B, M) and W_y (M, H), for the layer below the output dlogits_tb and W_out, or dy_tb (T, B, H) and
+    None; ids_tb (T, B) int32; W_hh (3H, H); results dP (N, 3H), dW_hh (3H, H), db_hh (3H,), dh0 (B, H).
     Raises: ValueError.
     Equals: `rnn.reference.gru_backward`.
     """
     (T, B), H = ids_tb.shape, W_hh.shape[1]
-    runtime.check("dh_tb", dh_tb, np.float32, (T, B, H))
+    M = H if W_y is None else len(W_y)
+    runtime.check("dy_tb", dy_tb, np.float32, (T, B, M))
+    if W_y is not None:
+        runtime.check("W_y", W_y, np.float32, (M, H))
     runtime.check("dP", dP, np.float32, (len(dP), 3 * H))
     runtime.check("dW_hh", dW_hh, np.float32, (3 * H, H))
     runtime.check("db_hh", db_hh, np.float32, (3 * H,))
@@ -83,6 +87,10 @@ def gru_backward(dh_tb, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh0, *,
     _check(ids_tb, W_hh, saved)
     defines, sizes = constants(precision), (np.int32(T), np.int32(B), np.int32(H))
     grid = _tiles(H, TILE_N), _tiles(B, TILE_M), 3
+    dh_tb = dy_tb
+    if W_y is not None:
+        dh_tb = scratch("gru_backward", (T, B, H))
+        matmul(dy_tb.reshape(T * B, M), W_y, dh_tb.reshape(T * B, H), precision=precision)
     for t in range(T - 1, -2, -1):
         runtime.launch("gru", "gru_backward_step", grid, TILE_THREADS,
                        [saved.da_tb, saved.di_n_tb, dh0, saved.dh_z_b, saved.products_gb, saved.arrived, dh_tb, W_hh,

@@ -75,7 +75,7 @@ class LanguageModel:
             for layer in range(layers)]
         self._dP = ops.empty((V, 3 * H), dtype)
         self._dP_upper = ops.empty((T * B, 3 * H), dtype) if layers > 1 else None
-        self._dh_tb = ops.empty_activations((T, B, H), dtype)
+        self._dy_tb = ops.empty_activations((T, B, H), dtype) if layers > 1 else None
         self._dlogits_tb = ops.empty_activations((T, B, V), dtype)
         self._loss, self._norm, self._step_size = (filled((1,), 0) for _ in range(3))
         self._step_number = filled((1,), 0, np.uint64)
@@ -158,23 +158,24 @@ class LanguageModel:
                                   self._dlogits_tb[:T])
 
     def _backward(self) -> None:
-        ops, params, grads, dh_tb = self.ops, self.params, self.grads, self._dh_tb
-        ops.cross_entropy_backward(self._dlogits_tb, self._layers[-1].saved.h_tb[1:], params["W_out"], dh_tb,
-                                   grads["W_out"], grads["b_out"])
+        ops, params, grads = self.ops, self.params, self.grads
+        dy_tb, W_y = self._dlogits_tb, params["W_out"]
+        ops.cross_entropy_backward(dy_tb, self._layers[-1].saved.h_tb[1:], W_y, grads["W_out"], grads["b_out"])
         for layer in reversed(range(self.sizes.layers)):
             buffers = self._layers[layer]
             if self._drops(layer):
-                ops.dropout_backward(dh_tb, self.dropout, buffers.keep_tb, dh_tb)
+                ops.dropout_backward(dy_tb, self.dropout, buffers.keep_tb, dy_tb)
             if layer > 0:
                 below = self._layers[layer - 1]
                 y_tb = below.dropped_tb if self._drops(layer - 1) else below.saved.h_tb[1:]
-                ids_tb, dP, x, dx = self._positions_tb, self._dP_upper, self._rows(y_tb), self._rows(dh_tb)
+                ids_tb, dP, x, dx = self._positions_tb, self._dP_upper, self._rows(y_tb), self._rows(self._dy_tb)
             else:
                 ids_tb, dP, x, dx = self._ids_tb, self._dP, params["W_emb"], grads["W_emb"]
-            ops.gru_backward(dh_tb, ids_tb, params[f"W_hh.{layer}"], buffers.saved, dP, grads[f"W_hh.{layer}"],
+            ops.gru_backward(dy_tb, W_y, ids_tb, params[f"W_hh.{layer}"], buffers.saved, dP, grads[f"W_hh.{layer}"],
                              grads[f"b_hh.{layer}"], self._dstate[layer])
             ops.input_table_backward(dP, x, params[f"W_ih.{layer}"], dx, grads[f"W_ih.{layer}"],
                                      grads[f"b_ih.{layer}"])
+            dy_tb, W_y = self._dy_tb, None
 
     def _carry(self, T: int, state) -> None:
         for layer, buffers in enumerate(self._layers):

@@ -155,16 +155,19 @@ def gru_forward(P, ids_tb, W_hh, b_hh, h0, saved: GRUSaved) -> None:
         saved.h_tb[t + 1] = h
 
 
-def gru_backward(dh_tb, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh0) -> None:
-    """Back through time over the window of the last `gru_forward`, from dh_tb, the gradient that reaches each state
-    from outside the recurrence. With dh the sum of it and of what step t+1 hands back:
+def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh0) -> None:
+    """Back through time over the window of the last `gru_forward`.
+
+    The gradient that reaches each state from outside the recurrence is dy_tb W_y, a product made step by step; where
+    W_y is None it is dy_tb itself. With dh the sum of it and of what step t+1 hands back:
 
         dn = dh (1 - z)                    di_z = dn (h_{t-1} - n) z
         di_n = dn (1 - n^2)                di_r = di_n a_n r (1 - r)
         da = (di_r, di_z, di_n r)          dh handed back = dh z + W_hh^T da
         dW_hh = sum_t da_t^T h_{t-1}       db_hh = sum_t da_t       dP[v] = sum of di over the positions of id v
 
-    Shapes: dh_tb (T, B, H); ids_tb (T, B); W_hh (3H, H); results dP (N, 3H), dW_hh (3H, H), db_hh (3H,), dh0 (B, H).
+    Shapes: dy_tb (T, B, M) and W_y (M, H), for the layer below the output dlogits_tb and W_out, or dy_tb (T, B, H) and
+    None; ids_tb (T, B); W_hh (3H, H); results dP (N, 3H), dW_hh (3H, H), db_hh (3H,), dh0 (B, H).
     """
     T, B = ids_tb.shape
     H = W_hh.shape[1]
@@ -177,7 +180,11 @@ def gru_backward(dh_tb, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh0) ->
     for t in reversed(range(T)):
         gates = saved.gates_tb[t]
         r, z, n = gates[:, :H], gates[:, H:2 * H], gates[:, 2 * H:]
-        dh += dh_tb[t]
+        if W_y is None:
+            dh += dy_tb[t]
+        else:
+            np.matmul(dy_tb[t], W_y, out=product)
+            dh += product
         np.subtract(1, z, out=dn)
         dn *= dh
         np.subtract(saved.h_tb[t], n, out=di_z)
@@ -262,15 +269,14 @@ def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb) -> N
     logits /= T * B
 
 
-def cross_entropy_backward(dlogits_tb, h_tb, W_out, dh_tb, dW_out, db_out) -> None:
-    """Gradients of the output layer.
+def cross_entropy_backward(dlogits_tb, h_tb, W_out, dW_out, db_out) -> None:
+    """Gradients of the output layer's parameters. That of h_tb, dlogits_tb W_out, is `gru_backward`'s to make.
 
-    Shapes: dlogits_tb (T, B, V); h_tb (T, B, H); W_out (V, H); results dh_tb (T, B, H), dW_out (V, H), db_out (V,).
+    Shapes: dlogits_tb (T, B, V); h_tb (T, B, H); W_out (V, H); results dW_out (V, H), db_out (V,).
     """
     T, B, V = dlogits_tb.shape
     H = W_out.shape[1]
     dlogits = dlogits_tb.reshape(T * B, V)
-    np.matmul(dlogits, W_out, out=dh_tb.reshape(T * B, H, copy=False))
     np.matmul(dlogits.T, h_tb.reshape(T * B, H), out=dW_out)
     np.sum(dlogits, axis=0, out=db_out)
 

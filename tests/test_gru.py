@@ -28,25 +28,33 @@ class Layer(NamedTuple):
     W_hh: np.ndarray
     b_hh: np.ndarray
     h0: np.ndarray
-    dh_tb: np.ndarray
+    dy_tb: np.ndarray
+    W_y: np.ndarray | None = None
 
 
-def layer(T: int, B: int, H: int, V: int) -> Layer:
+def layer(T: int, B: int, H: int, V: int, M: int | None = None) -> Layer:
+    """A random case; with M, the gradient of each state comes through a matrix W_y of M rows."""
     rng = np.random.default_rng(H)
-    shapes = {"P": (V, 3 * H), "W_hh": (3 * H, H), "b_hh": (3 * H,), "h0": (B, H), "dh_tb": (T, B, H)}
+    shapes = {"P": (V, 3 * H), "W_hh": (3 * H, H), "b_hh": (3 * H,), "h0": (B, H), "dy_tb": (T, B, M or H)}
+    shapes |= {"W_y": (M, H)} if M else {}
     arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     arrays["W_hh"] /= np.float32(np.sqrt(H))
     return Layer(**arrays, ids_tb=rng.integers(0, V, (T, B)).astype(np.int32))
 
 
+def mapped(function, case: Layer) -> Layer:
+    """The case with a function applied to each of its arrays."""
+    return Layer(*(None if array is None else function(array) for array in case))
+
+
 def both_passes(ops, case: Layer, saved, array=np.array, new=np.empty, **options) -> dict:
     """Every result of the two passes of `ops`, whose arrays `array(values)` and `new(shape, dtype)` make."""
     (T, B), (V, H3), dtype = case.ids_tb.shape, case.P.shape, saved.h_tb.dtype
-    case = Layer(*map(array, case))
+    case = mapped(array, case)
     shapes = {"dP": (V, H3), "dW_hh": (H3, H3 // 3), "db_hh": (H3,), "dh0": (B, H3 // 3)}
     gradients = {name: new(shape, dtype) for name, shape in shapes.items()}
     ops.gru_forward(case.P, case.ids_tb, case.W_hh, case.b_hh, case.h0, saved, **options)
-    ops.gru_backward(case.dh_tb, case.ids_tb, case.W_hh, saved, *gradients.values(), **options)
+    ops.gru_backward(case.dy_tb, case.W_y, case.ids_tb, case.W_hh, saved, *gradients.values(), **options)
     return {"h_tb": saved.h_tb[:T + 1], "gates_tb": saved.gates_tb[:T], "a_n_tb": saved.a_n_tb[:T]} | gradients
 
 
@@ -59,7 +67,7 @@ def on_device(case: Layer, T_saved: int | None = None, **options) -> dict[str, n
 
 def by_reference(case: Layer, dtype) -> dict[str, np.ndarray]:
     (T, B), H = case.ids_tb.shape, case.W_hh.shape[1]
-    case = Layer(*(x if x.dtype == np.int32 else x.astype(dtype) for x in case))
+    case = mapped(lambda x: x if x.dtype == np.int32 else x.astype(dtype), case)
     return both_passes(reference, case, reference.gru_saved(T, B, H, dtype))
 
 
@@ -80,6 +88,13 @@ def test_gru_matches_reference(executor, T, B, H, V):
     assert_matches_reference(case, on_device(case))
 
 
+@pytest.mark.parametrize("M", [1, 7, 66])
+@pytest.mark.parametrize("T, B, H, V", SIZES[:4])
+def test_gradient_through_the_output_layer_matches_reference(executor, T, B, H, V, M):
+    case = layer(T, B, H, V, M)
+    assert_matches_reference(case, on_device(case))
+
+
 class RoundingNumPy:
     """NumPy whose matrix products see their operands rounded to a precision."""
 
@@ -96,7 +111,7 @@ class RoundingNumPy:
 @pytest.mark.parametrize("precision", [precision for precision in PRECISIONS if precision != "fp32"])
 @pytest.mark.parametrize("T, B, H, V", SIZES[1:])
 def test_rounded_operands_err_like_the_reference_with_rounded_operands(executor, monkeypatch, T, B, H, V, precision):
-    case = layer(T, B, H, V)
+    case = layer(T, B, H, V, M=6)
     actual, exact = on_device(case, precision=precision), by_reference(case, np.float64)
     with monkeypatch.context() as patch:
         patch.setattr(reference, "np", RoundingNumPy(precision))
@@ -160,9 +175,9 @@ def test_huge_weights_give_finite_results(executor, precision):
 def test_batch_rows_do_not_interact(executor):
     """With other ids, initial state and gradients in one row, every other row keeps its bits."""
     row, case, other = 32, layer(3, 34, 17, 5), layer(3, 34, 17, 4)
-    ids_tb, h0, dh_tb = case.ids_tb.copy(), case.h0.copy(), case.dh_tb.copy()
-    ids_tb[:, row], h0[row], dh_tb[:, row] = other.ids_tb[:, row], other.h0[row], other.dh_tb[:, row]
-    before, after = on_device(case), on_device(case._replace(ids_tb=ids_tb, h0=h0, dh_tb=dh_tb))
+    ids_tb, h0, dy_tb = case.ids_tb.copy(), case.h0.copy(), case.dy_tb.copy()
+    ids_tb[:, row], h0[row], dy_tb[:, row] = other.ids_tb[:, row], other.h0[row], other.dy_tb[:, row]
+    before, after = on_device(case), on_device(case._replace(ids_tb=ids_tb, h0=h0, dy_tb=dy_tb))
     for name in ("h_tb", "gates_tb", "a_n_tb", "dh0"):
         axis = before[name].ndim - 2
         a, b = (np.moveaxis(result[name], axis, 0) for result in (before, after))
@@ -185,7 +200,7 @@ def test_sanitizer_finds_nothing_in_gru(sanitizer, sizes):
 
 def test_gru_names_the_argument_that_does_not_fit(executor):
     T, B, H = 2, 3, 5
-    P, ids_tb, W_hh, b_hh, h0, dh_tb = map(runtime.to_device, layer(T, B, H, 7))
+    P, ids_tb, W_hh, b_hh, h0, dy_tb, W_y = map(runtime.to_device, layer(T, B, H, 7, M=4))
     saved = launchers.gru_saved(T, B, H)
     dP, dW_hh, db_hh, dh0 = (runtime.empty(array.shape, np.float32) for array in (P, W_hh, b_hh, h0))
     with pytest.raises(ValueError, match="^ids_tb: expected .* int32"):
@@ -197,6 +212,10 @@ def test_gru_names_the_argument_that_does_not_fit(executor):
     with pytest.raises(ValueError, match=r"^saved.h_tb: expected .* \(3, 3, 5\), got float32 \(3, 4, 5\)"):
         launchers.gru_forward(P, ids_tb, W_hh, b_hh, h0, launchers.gru_saved(T, B + 1, H))
     with pytest.raises(ValueError, match="^precision: expected one of fp32, tf32, bf16, got 'fp16'"):
-        launchers.gru_backward(dh_tb, ids_tb, W_hh, saved, dP, dW_hh, db_hh, dh0, precision="fp16")
+        launchers.gru_backward(dy_tb, W_y, ids_tb, W_hh, saved, dP, dW_hh, db_hh, dh0, precision="fp16")
+    with pytest.raises(ValueError, match=r"^dy_tb: expected .* \(2, 3, 5\), got float32 \(2, 3, 4\)"):
+        launchers.gru_backward(dy_tb, None, ids_tb, W_hh, saved, dP, dW_hh, db_hh, dh0)
+    with pytest.raises(ValueError, match="^W_y: expected"):
+        launchers.gru_backward(dy_tb, runtime.zeros((4, H + 1), np.float32), ids_tb, W_hh, saved, dP, dW_hh, db_hh, dh0)
     with pytest.raises(ValueError, match="^dh0: expected"):
-        launchers.gru_backward(dh_tb, ids_tb, W_hh, saved, dP, dW_hh, db_hh, db_hh)
+        launchers.gru_backward(dy_tb, W_y, ids_tb, W_hh, saved, dP, dW_hh, db_hh, db_hh)

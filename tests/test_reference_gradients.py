@@ -51,22 +51,23 @@ def test_model_gradients_match_central_differences(name, dropout):
         assert np.abs(expected).max() > 1e-6, f"{parameter} has no influence in this case, so this shows nothing"
 
 
-def test_gru_backward_takes_any_upstream_gradient():
-    """The loss reaches h only through the output layer; here every state gets a random gradient of its own."""
+@pytest.mark.parametrize("M", [None, 7])
+def test_gru_backward_takes_any_upstream_gradient(M):
+    """The loss reaches h only through the output layer; here every state, or M sums of it, has a random gradient."""
     T, B, H, V = 4, 3, 5, 6
     rng = np.random.default_rng(2)
     P, W_hh, b_hh, h0 = (rng.standard_normal(shape) for shape in ((V, 3 * H), (3 * H, H), (3 * H,), (B, H)))
-    dh_tb = rng.standard_normal((T, B, H))
+    dy_tb, W_y = rng.standard_normal((T, B, M or H)), rng.standard_normal((M, H)) if M else None
     ids_tb = np.array([[1, 1, 4], [1, 5, 0], [2, 2, 2], [0, 3, 1]])
     saved = reference.gru_saved(T, B, H, np.float64)
 
     def weighted_states() -> float:
         reference.gru_forward(P, ids_tb, W_hh, b_hh, h0, saved)
-        return float((saved.h_tb[1:] * dh_tb).sum())
+        return float((saved.h_tb[1:] * (dy_tb @ W_y if M else dy_tb)).sum())
 
     weighted_states()
     results = {"P": np.empty_like(P), "W_hh": np.empty_like(W_hh), "b_hh": np.empty_like(b_hh), "h0": np.empty_like(h0)}
-    reference.gru_backward(dh_tb, ids_tb, W_hh, saved, *results.values())
+    reference.gru_backward(dy_tb, W_y, ids_tb, W_hh, saved, *results.values())
     for name, array in (("P", P), ("W_hh", W_hh), ("b_hh", b_hh), ("h0", h0)):
         np.testing.assert_allclose(results[name], central_differences(weighted_states, array), rtol=1e-7, atol=1e-7,
                                    err_msg=name)
