@@ -1,15 +1,18 @@
-"""Compiles every kernel, with no GPU, and prints what each takes: ``python -m kernels [--arch sm_80 sm_90]``."""
+"""What can be said of the kernels with no GPU: compiles every one and prints what it takes, ``python -m kernels [--arch
+sm_80 sm_90]``; or prints how the recurrence would run, ``python -m kernels --plan --device-like h100``.
+"""
 
+import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import tyro
-
 from .modules import modules_for
-from .runtime import ARCHITECTURES, CompileError, DeviceError, ResourceUse, compile_for, source
+from .plan import GPUS, PACK, RecurrencePlan, backward_plan, forward_plan, precisions
+from .runtime import ARCHITECTURES, GPU, CompileError, DeviceError, ResourceUse, compile_for, current_executor, source
 
 HEADER = ("architecture", "module", "constants", "kernel", "registers", "shared bytes", "spilled bytes")
+_CUT = RecurrencePlan._fields[RecurrencePlan._fields.index("groups"):]
 _WIDTHS = (12, 13, 42, 21, 9, 12, 13)
 
 
@@ -64,5 +67,71 @@ def main(arch: tuple[str, ...] = ARCHITECTURES) -> int:
     return 0
 
 
+def plan_lines(gpu: GPU, precision: str, batch_size: int, rnn_units: int, layers: int,
+               vocabulary: int) -> Iterator[str]:
+    """How each layer's recurrence runs on a GPU, and why.
+
+    Raises: ValueError for a precision that the GPU has not.
+    """
+    if precision == "auto":
+        precision = "tf32" if "tf32" in precisions(gpu) else "fp32"
+    yield (f"{gpu.name}: {gpu.multiprocessors} multiprocessors, {gpu.shared_bytes >> 10} KiB of shared memory a block; "
+           f"{batch_size} rows, {rnn_units} units, {precision}")
+    for layer in range(layers):
+        V_out, V_in = vocabulary * (layer == layers - 1), vocabulary * (layer == 0)
+        for direction, plan in (
+                ("forward", forward_plan(gpu, batch_size, rnn_units, precision)),
+                ("backward", backward_plan(gpu, batch_size, rnn_units, precision, V_out=V_out, V_in=V_in))):
+            yield f"layer {layer} {direction}: {plan.variant}; {plan.reason}"
+            if plan.variant == "persistent":
+                numbers = plan._asdict()
+                yield "    " + " ".join(f"{name}={numbers[name]}" for name in _CUT)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def command(arguments: Sequence[str] | None = None) -> int:
+    """The command line.
+
+    Returns:
+        Exit status: as `main`; 2 also for a bad command line, and for a plan where there is no GPU.
+    """
+    parser = _Parser(prog="python -m kernels", allow_abbrev=False,
+                     description="Compile every kernel and print what it takes, or plan the recurrence; with no GPU.")
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="GPU architectures to compile for")
+    parser.add_argument("--plan", action="store_true", help="print how the recurrence runs on a GPU; compile nothing")
+    of_plan = parser.add_argument_group("with --plan")
+    of_plan.add_argument("--device-like", choices=GPUS, help="the GPU to plan for (default: this machine's)")
+    of_plan.add_argument("--precision", choices=("auto", *PACK), default="auto")
+    of_plan.add_argument("--batch-size", type=_positive, default=64)
+    of_plan.add_argument("--rnn-units", type=_positive, default=1024)
+    of_plan.add_argument("--layers", type=_positive, default=1)
+    of_plan.add_argument("--vocabulary", type=_positive, default=66)
+    options = vars(parser.parse_args(arguments))
+    arch, plan = options.pop("arch"), options.pop("plan")
+    if not plan:
+        if any(value != parser.get_default(name) for name, value in options.items()):
+            parser.error("GPU, precision and sizes are those of a --plan")
+        return main(arch)
+    device_like = options.pop("device_like")
+    try:
+        lines = list(plan_lines(GPUS[device_like] if device_like else current_executor().gpu, **options))
+    except (DeviceError, ValueError) as error:
+        parser.error(str(error))
+    print("\n".join(lines))
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main, prog="python -m kernels"))
+    sys.exit(command())

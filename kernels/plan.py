@@ -6,13 +6,13 @@ step multiplies rows of the batch, which other blocks have written, with a slice
     forward    a (B, 3H) = h (B, H) W_hh^T      K = H;  a block owns the three gates of its units
     backward   dh (B, H) = da (B, 3H) W_hh      K = 3H; a block owns its units' columns of one part of K
 
-The batch is cut into tiles of `rows`. Of the `groups`, which never wait for each other, each owns `row_tiles` tiles, one
-after the other in every step, and all of H. K is cut into `splits`, and each of those among the 8 warps of a block, a warp
-taking `k_steps` steps of 8 words: one element of k in a word (fp32, tf32), or two (bf16). With more than one split, the
-blocks that share units exchange what they have summed, and each finishes some of the units. The weights of
+The batch is cut into tiles of `rows`. Of the `groups`, which never wait for each other, each owns `row_tiles` tiles,
+one after the other in every step, and all of H. K is cut into `splits`, and each of those among the 8 warps of a block;
+a warp takes `k_steps` steps of 8 words: one element of k in a word (fp32, tf32), or two (bf16). With more than one
+split, the blocks that share units exchange what they have summed, and each finishes some of the units. The weights of
 `register_steps` of the steps stay in registers, those of the others in shared memory. Backward, two things ride along
-where that fits and pays: the output layer's share of dh, dlogits W_out, as V more rows of K (`fold_steps`, cut as K is),
-and the sums of di by character (`sums_on_chip`).
+where that fits and pays: the output layer's share of dh, dlogits W_out, as V more rows of K (`fold_steps`, cut as K
+is), and the sums of di by character (`sums_on_chip`).
 
 What a step costs, in cycles of a multiprocessor, whose rates are in RATES:
 
@@ -28,8 +28,9 @@ What a step costs, in cycles of a multiprocessor, whose rates are in RATES:
     elsewhere        what does not ride along, through memory: 8 B H bytes for dh, 16 B H for di
 
 and never less than what memory takes for the states and gates of a step, 20 B H bytes written forward, 32 B H read and
-written backward. Stepwise (gru.cu), a step is a launch, LAUNCH after the last one, whose waves of tiles bring both operands
-through L2; as if L2 held W_hh, which flatters it on a GPU with less.
+written backward. Stepwise (gru.cu), a step is a launch, LAUNCH after the last one, whose waves of tiles bring both
+operands through L2; as if L2 held W_hh, which flatters it on a GPU with less. What a launch costs once, such as
+bringing the weights on chip, is in neither.
 
 Rates and latencies come from data sheets and from other people's measurements; they rank the cuts, and no more.
 """
@@ -130,6 +131,12 @@ class RecurrencePlan(NamedTuple):
         """Units of a block that it finishes, having the other splits' sums of them; even, as `units`."""
         return _round_up(_ceil_div(self.units, self.splits), 2)
 
+    @property
+    def registers(self) -> int:
+        """Of a thread, as estimated."""
+        weights = self.register_steps * weight_registers(self.columns)
+        return REGISTERS_OTHER + accumulators(self.rows, self.columns) + weights
+
     def rows_of(self, group: int) -> range:
         """Rows of the batch."""
         return _part(self.row_tiles * self.rows, group, self.B)
@@ -190,6 +197,11 @@ def sums_bytes(V_in: int, finished_units: int, rows: int) -> int:
 
 # Plans
 
+def precisions(gpu: GPU) -> tuple[str, ...]:
+    """What a GPU multiplies in."""
+    return tuple(_rates(gpu).multiply)
+
+
 def forward_plan(gpu: GPU, B: int, H: int, precision: str) -> RecurrencePlan:
     """The plan for `gru_forward` with B rows and H units.
 
@@ -213,27 +225,28 @@ def backward_plan(gpu: GPU, B: int, H: int, precision: str, *, V_out: int = 0, V
 def _plan(gpu: GPU, stepwise: RecurrencePlan) -> RecurrencePlan:
     if min(stepwise.B, stepwise.H) < 1:
         raise ValueError(f"B, H: expected at least 1, got {stepwise.B} and {stepwise.H}")
-    if stepwise.precision not in _rates(gpu).multiply:
-        precisions = ", ".join(_rates(gpu).multiply)
-        raise ValueError(f"precision: expected one of {precisions} for {gpu.name}, got {stepwise.precision!r}")
+    if stepwise.precision not in precisions(gpu):
+        expected = " or ".join(precisions(gpu))
+        raise ValueError(f"precision: expected {expected} on {gpu.name}, got {stepwise.precision!r}")
     stepwise = stepwise._replace(predicted_us=_microseconds(gpu, stepwise, _stepwise_cycles(gpu, stepwise)))
     persistent = list(_persistent_plans(gpu, stepwise))
-    fitting = [plan for plan in persistent if plan.shared_bytes + SPARE_SHARED_BYTES <= gpu.shared_bytes]
+    fitting = [plan for plan in persistent if plan.registers <= REGISTERS and _shared_bytes(plan) <= gpu.shared_bytes]
     if not fitting:
-        needed = min(plan.shared_bytes for plan in persistent) + SPARE_SHARED_BYTES
+        smallest = min(persistent, key=_shared_bytes)
         return stepwise._replace(reason=(
-            f"nothing persistent fits: W_hh, {12 * stepwise.H**2 / 2**20:.1f} MiB on {gpu.multiprocessors} multiprocessors, "
-            f"takes at least {_kib(needed)} of shared memory a block, of {_kib(gpu.shared_bytes)}"))
+            f"nothing persistent fits: cut for {gpu.multiprocessors} multiprocessors, W_hh takes "
+            f"{_kib(_shared_bytes(smallest))} of shared memory a block, of {_kib(gpu.shared_bytes)}, and "
+            f"{smallest.registers} registers a thread, of {REGISTERS}; predicted {stepwise.predicted_us:.1f} us"))
     cycles = [_persistent_cycles(gpu, plan) for plan in fitting]
     best = fitting[cycles.index(min(cycles))]
     best = best._replace(predicted_us=_microseconds(gpu, best, min(cycles)))
-    reason = f"{_cut(best)}; predicted {best.predicted_us:.1f} us a step, stepwise {stepwise.predicted_us:.1f} us"
+    reason = f"{_cut(best)}; predicted {best.predicted_us:.1f} us, stepwise {stepwise.predicted_us:.1f} us"
     return (best if best.predicted_us <= stepwise.predicted_us else stepwise)._replace(reason=reason)
 
 
 def _persistent_plans(gpu: GPU, stepwise: RecurrencePlan) -> Iterator[RecurrencePlan]:
-    """All cuts with a multiprocessor for every block and a register for everything in a thread; whether shared memory
-    is enough remains to be seen. Of equally good ones, the first is the one to take."""
+    """All cuts with a multiprocessor for every block, whether or not registers and shared memory are enough. Of equally
+    good ones, the first is the one to take."""
     _, precision, B, H, K, V_out, V_in, *_ = stepwise
     for rows in ROWS:
         tiles = _ceil_div(B, rows)
@@ -246,13 +259,11 @@ def _persistent_plans(gpu: GPU, stepwise: RecurrencePlan) -> Iterator[Recurrence
                 if most_blocks == 0:
                     continue
                 columns = _round_up(stepwise.gates * _round_up(_ceil_div(H, most_blocks), 2), 8)
-                registers = REGISTERS - REGISTERS_OTHER - accumulators(rows, columns)
-                if registers < 0:
-                    continue
                 units, k_steps = columns // stepwise.gates // 2 * 2, steps_of(K, splits, precision)
                 plan = stepwise._replace(
                     variant="persistent", groups=groups, blocks=_ceil_div(H, units), splits=splits, rows=rows,
                     row_tiles=row_tiles, units=units, columns=columns, k_steps=k_steps)
+                registers = max(REGISTERS - plan.registers, 0)
                 most = 0 if precision == "fp32" else min(k_steps, registers // weight_registers(columns))
                 for fold_steps in (steps_of(V_out, splits, precision), 0) if V_out else (0,):
                     for sums_on_chip in (True, False) if V_in else (False,):
@@ -265,6 +276,10 @@ def _persistent_plans(gpu: GPU, stepwise: RecurrencePlan) -> Iterator[Recurrence
                             yield plan._replace(
                                 register_steps=register_steps, fold_steps=fold_steps, sums_on_chip=sums_on_chip,
                                 shared_bytes=shared + weights_bytes(k_steps - register_steps, columns))
+
+
+def _shared_bytes(plan: RecurrencePlan) -> int:
+    return plan.shared_bytes + SPARE_SHARED_BYTES
 
 
 def _cut(plan: RecurrencePlan) -> str:
