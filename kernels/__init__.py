@@ -19,9 +19,10 @@ from .gru import GRUSaved, gru_backward, gru_forward, gru_saved
 from .input_table import input_table_backward, input_table_forward
 from .matmul import PRECISIONS
 from .modules import TENSOR_CORES_FROM
+from .runtime import replayable
 
 _OPS = (
-    empty, empty_activations, copy_in, copy, to_host, read_scalar, peak_memory_mib,
+    empty, empty_activations, copy_in, copy, to_host, read_scalar, peak_memory_mib, replayable,
     input_table_forward, input_table_backward, gru_saved, gru_forward, gru_backward, dropout_forward, dropout_backward,
     cross_entropy_forward, cross_entropy_backward, global_norm, adam, sample, generation_saved, generate,
 )

@@ -10,7 +10,7 @@ import importlib.resources
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -49,6 +49,12 @@ class GPU(NamedTuple):
     shared_bytes: int  # the most that one block may ask for; one such block fits into a multiprocessor
 
 
+class Graph(Protocol):
+    """Launches and copies recorded once, to be started together any number of times."""
+
+    def launch(self) -> None: ...
+
+
 class Executor(Protocol):
     """What runs kernels, and owns the arrays they work on."""
 
@@ -63,6 +69,9 @@ class Executor(Protocol):
 
     def to_host(self, array: Any) -> np.ndarray: ...
 
+    def copy(self, destination: Any, source: Any) -> None:
+        """Starts a copy between arrays of equal dtype and shape."""
+
     def peak_memory_mib(self) -> float:
         """The most memory that arrays have taken so far, in MiB."""
 
@@ -73,9 +82,15 @@ class Executor(Protocol):
                shared_bytes: int, cooperative: bool) -> None:
         """Starts the kernel with arguments that ``launch`` has checked."""
 
+    def capture(self, function: Callable[[], None]) -> Graph:
+        """Records what a function launches and copies, without doing it. The arrays have to outlive the graph."""
+
 
 class CupyExecutor:
     """Runs kernels on the current GPU and the current stream, compiled by NVRTC at their first use.
+
+    The thread that makes it gets a stream to work on, since the null stream cannot be captured. Work on the null
+    stream, such as that of other threads, stays in order with it.
 
     Raises: DeviceError where CuPy is not installed or finds no GPU.
     """
@@ -91,6 +106,8 @@ class CupyExecutor:
                               "'char-gru[cuda13]' needs a driver of CUDA 13, 'char-gru[cuda12]' one of CUDA 12")
         self._cupy = cupy
         self._device = cupy.cuda.Device()
+        self._stream = cupy.cuda.Stream()
+        self._stream.__enter__()  # for good; after use(), the end of an inner `with` would return to the null stream
         self._modules: dict = {}
         self._functions: dict = {}
         self._resident: dict = {}
@@ -112,6 +129,9 @@ class CupyExecutor:
     def to_host(self, array):
         return self._cupy.asnumpy(array)
 
+    def copy(self, destination, source):
+        destination.data.copy_from_device_async(source.data, source.nbytes)  # x[...] = y may run a kernel of CuPy's
+
     def peak_memory_mib(self):
         return self._cupy.get_default_memory_pool().total_bytes() / 2**20  # the pool keeps what it once had
 
@@ -132,6 +152,19 @@ class CupyExecutor:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "The grid size will be reduced")  # CuPy does so, and only warns
             function(grid, block, tuple(args), shared_mem=shared_bytes)
+
+    def capture(self, function):
+        stream = self._cupy.cuda.get_current_stream()
+        try:
+            stream.begin_capture()
+            try:
+                function()
+            finally:
+                graph = stream.end_capture()
+        except RuntimeError as error:
+            raise DeviceError(f"CUDA cannot capture a training step as a graph ({error}): use --no-graph, or "
+                              "graph=False from Python") from error
+        return graph
 
     def _function(self, source, kernel, shared_bytes, cooperative):
         """The kernel, with leave to use that much shared memory. CuPy launches all kernels of a module in the same way, so a
@@ -252,6 +285,31 @@ def launch(stem: str, kernel: str, grid: int | Sequence[int], block: int | Seque
             raise ValueError(f"{kernel}: a cooperative grid of {blocks} blocks, of {threads} threads and {shared_bytes} bytes of "
                              f"dynamic shared memory each; the device holds {resident} at once")
     executor.launch(text, kernel, grid, block, list(args), shared_bytes, cooperative)
+
+
+def replayable(function: Callable[..., None]) -> Callable[..., None]:
+    """A fixed sequence of launches and copies on fixed arrays, which becomes a single launch of a graph.
+
+    The first call runs the function as it is: that compiles and loads kernels and makes scratch arrays, all of which a
+    capture must not do. The second call captures it; that one and all later ones launch the graph. Every call is to
+    have the arguments of the first, and the caller keeps the arrays alive.
+
+    The result raises DeviceError where the function cannot be captured.
+    """
+    warm, graph = False, None
+
+    @functools.wraps(function)
+    def replayed(*arguments):
+        nonlocal warm, graph
+        if not warm:
+            function(*arguments)
+            warm = True
+            return
+        if graph is None:
+            graph = current_executor().capture(functools.partial(function, *arguments))
+        graph.launch()
+
+    return replayed
 
 
 def _extent(kernel: str, name: str, extent: int | Sequence[int]) -> tuple[int, int, int]:

@@ -85,6 +85,9 @@ class TrainConfig:
     """where to compute; auto takes an NVIDIA GPU if there is one"""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """arithmetic of matrix products; the CPU has fp32 only"""
+    no_graph: bool = False
+    """launch every kernel of a step on its own, for debugging; a GPU otherwise replays a step as one CUDA graph, with
+    the same results"""
     seed: int = 0
     """seed of initial values, order of sequences, dropout and samples"""
     encoding: str = "utf-8"
@@ -109,9 +112,10 @@ class TrainConfig:
             raise UserError("--patience watches the validation loss; give --val-fraction above 0 as well")
 
     def saved(self) -> dict:
-        """The options that belong to a run: all but where it lies and whether it was resumed, as JSON values."""
+        """The options that belong to a run, as JSON values: all but where it lies, whether it was resumed, and how a
+        GPU launches its steps."""
         options = asdict(self)
-        del options["out"], options["resume"]
+        del options["out"], options["resume"], options["no_graph"]
         return options | {"data": list(self.data)}
 
     @staticmethod

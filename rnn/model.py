@@ -34,16 +34,17 @@ class LanguageModel:
     """Embedding, GRU layers and softmax over characters, with Adam, for windows of up to (T, B).
 
     `train_step` is all that a training loop of your own needs; `params` (a dictionary of arrays by name), `step` and
-    `state` may be read and written between steps.
+    `state` may be read and written between steps, the arrays in place with `ops.copy_in`.
 
     Arguments: sizes; T, B, the window; flat_params (flat_size,) float, initial values in the layout of `rnn.params`
     (default: drawn from `seed`); dropout between layers; clip_norm, the largest global norm of a gradient (0: any);
-    carry_state, whether a step starts from the state in which the step before ended; ops, the op set.
+    carry_state, whether a step starts from the state in which the step before ended; ops, the op set; graph, whether
+    a GPU records a step's launches once and replays them as one CUDA graph, with the same results.
     """
 
     def __init__(self, sizes: Sizes, T: int, B: int, flat_params: np.ndarray | None = None, *, dropout: float = 0.0,
                  clip_norm: float = 0.0, carry_state: bool = False, seed: int = 0, dtype=np.float32,
-                 ops=reference) -> None:
+                 ops=reference, graph: bool = True) -> None:
         if flat_params is None:
             flat_params = initial_parameters(sizes, "pytorch", seed)
         self.sizes, self.T, self.B, self.ops = sizes, T, B, ops
@@ -79,6 +80,8 @@ class LanguageModel:
         self._dlogits_tb = ops.empty_activations((T, B, V), dtype)
         self._loss, self._norm, self._step_size = (filled((1,), 0) for _ in range(3))
         self._step_number = filled((1,), 0, np.uint64)
+        # Not bound to self, so that no cycle keeps the model's memory from being freed at once.
+        self._run_step_ops = ops.replayable(LanguageModel._step_ops) if graph else LanguageModel._step_ops
 
     def train_step(self, inputs, targets, learning_rate: float = 1e-3) -> dict:
         """One step of training: loss, gradients, clipping, Adam.
@@ -94,7 +97,7 @@ class LanguageModel:
         self.ops.copy_in(self._targets_tb, targets)
         self.ops.copy_in(self._step_size, np.array([step_size]))
         self.ops.copy_in(self._step_number, np.array([self.step]))
-        self._step_ops()
+        self._run_step_ops(self)
         self.step = t
         return {"loss": self.ops.read_scalar(self._loss), "grad_norm": self.ops.read_scalar(self._norm)}
 
@@ -133,6 +136,7 @@ class LanguageModel:
         self.ops.copy(self.state, self._zero_state)
 
     def _step_ops(self) -> None:
+        """What may be replayed: always the same ops on the same arrays. What changes from step to step is in arrays."""
         self._forward(self.T, self.state if self.carry_state else self._zero_state, training=True)
         self._backward()
         self.ops.global_norm(self._grads, self._norm)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -68,6 +69,16 @@ def peak_memory_mib() -> float:
     """The largest memory that this process has taken so far, in MiB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+# Launching
+
+def replayable(function: Callable[..., None]) -> Callable[..., None]:
+    """A fixed sequence of ops on fixed arrays, to be run many times with the same arguments.
+
+    Here it is the function itself; an op set for which a launch costs time may record it, to replay it as one.
+    """
+    return function
 
 
 # Input table

@@ -126,7 +126,8 @@ class Run:
             raise UserError(f"{self.folder} holds another run; continue it with --resume, or give another --out")
         self.model = LanguageModel(
             self.sizes, T, B, initial_parameters(self.sizes, config.init, config.seed), dropout=config.dropout,
-            clip_norm=config.clip_norm, carry_state=config.stateful, seed=config.seed, ops=ops)
+            clip_norm=config.clip_norm, carry_state=config.stateful, seed=config.seed, ops=ops,
+            graph=not config.no_graph)
         self.progress = Progress()
         self._signal: int | None = None
         self._unread: tuple[int, dict] | None = None

@@ -416,3 +416,28 @@ def test_persistent_kernel_runs_in_seconds():
     run(text, "persist", 8, 256, args, cooperative=True, executor=executor)
     assert time.monotonic() - start < 30  # half a second on two quiet cores
     assert unwritten(args[0]) == 0 and executor.launches[0].group_barriers == 8 * 200
+
+
+# ---- Graphs -----------------------------------------------------------------------------------------------------------------
+
+def test_captured_launches_and_copies_run_when_launched_with_the_arguments_they_had():
+    executor, source, out, kept = HostExecutor(), *(np.zeros(64, np.float32) for _ in range(3))
+
+    def step():
+        run(REVERSE, "reverse", 1, 64, [out, source], executor=executor)
+        executor.copy(kept, out)
+
+    graph = executor.capture(step)
+    assert not executor.launches
+    for offset in (1, 100):
+        source[...] = np.arange(64) + offset
+        graph.launch()
+        np.testing.assert_array_equal(kept, source[::-1])
+    assert [launch.kernel for launch in executor.launches] == ["reverse", "reverse"]
+
+
+def test_array_made_inside_a_capture_is_refused():
+    executor = HostExecutor()
+    with pytest.raises(RuntimeError, match=r"an array \(3,\) is made while launches are captured"):
+        executor.capture(lambda: executor.zeros((3,), np.float32))
+    assert executor.zeros((3,), np.float32).tolist() == [0, 0, 0]

@@ -1,18 +1,21 @@
 """The language model on the kernels: what it computes is what it computes on the reference."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
 
 import kernels
+from kernels import runtime
 from rnn import reference, training
 from rnn.batches import Batch
+from rnn.model import LanguageModel
 from rnn.params import named_views
 from rnn.sampler import Generator
 from rnn.vocabulary import Vocabulary
 from tests.cases import Case, random_case
-from tests.commands import TINY, make_text, train_here
+from tests.commands import TINY, assert_equal_runs, make_text, train_here
 from tests.compare import assert_close
 from tests.test_golden import KERAS_FILES, TORCH_FILES, load
 
@@ -109,6 +112,59 @@ def test_equal_runs_give_equal_bits(ops):
         np.testing.assert_array_equal(first[name], again[name], err_msg=name)
 
 
+REPLAYED = [  # layers, options
+    (1, {}), (2, {"carry_state": True, "dropout": 0.3, "clip_norm": 0.1, "seed": 5})]
+
+
+@pytest.mark.parametrize("layers, options", REPLAYED, ids=str)
+def test_replayed_steps_give_the_bits_of_steps_launched_kernel_by_kernel(ops, layers, options):
+    """Other data, learning rate and dropout in every step, and other work on the model between them."""
+    case = random_case(T=4, B=3, H=9, layers=layers)
+    vocabulary = Vocabulary("\n abcd")
+
+    def compute(graph: bool) -> list[bytes]:
+        model, bits = case.model(ops, np.float32, graph=graph, **options), []
+        for step in range(5):
+            inputs, targets = (np.roll(ids, step, axis=1) for ids in (case.inputs_tb, case.targets_tb))
+            result = model.train_step(inputs, targets, learning_rate=1e-2 / (step + 1))
+            if step == 2:
+                model.evaluate([Batch(targets, inputs), Batch(targets[:2], inputs[:2])])
+                model.gradients(targets, inputs)
+                Generator(case.sizes, vocabulary, model.params, ops).generate(["a"], 3, seed=step)
+            if step == 3:
+                model.reset_state()
+                for arrays in (model.params, model.m, model.v):  # as a resumed run does
+                    ops.copy_in(arrays["b_out"], 0.5 * ops.to_host(arrays["b_out"]))
+            arrays = (*model.params.values(), *model.m.values(), *model.v.values(), model.state)
+            bits += [np.float32(float(value)).tobytes() for value in result.values()]
+            bits += [ops.to_host(array).tobytes() for array in arrays]
+        return bits
+
+    assert compute(graph=True) == compute(graph=False)
+
+
+@pytest.mark.parametrize("graph, runs", [(True, 2), (False, 5)])
+def test_a_step_runs_once_is_captured_once_and_is_then_only_launched(ops, monkeypatch, graph, runs):
+    steps, step_ops = [], LanguageModel._step_ops
+    monkeypatch.setattr(LanguageModel, "_step_ops", lambda model: (steps.append(model.step), step_ops(model)))
+    case = random_case()
+    model = case.model(ops, np.float32, graph=graph)
+    for _ in range(5):
+        model.train_step(case.inputs_tb, case.targets_tb)
+    assert steps == list(range(runs))
+
+
+def test_a_model_is_freed_with_its_last_name(ops):
+    """Its graph does not hold it, nor does it hold itself in a cycle."""
+    case = random_case()
+    model = case.model(ops, np.float32)
+    for _ in range(3):
+        model.train_step(case.inputs_tb, case.targets_tb)
+    reference_to_model = weakref.ref(model)
+    del model
+    assert reference_to_model() is None
+
+
 def test_gradient_that_is_not_finite_leaves_the_model_as_it_was(ops):
     case = random_case()
     model = case.model(ops, np.float32)
@@ -175,3 +231,24 @@ def test_run_on_the_kernels_resumes_on_the_cpu(ops, tmp_path, monkeypatch, optio
     for line, right in zip(lines, wanted):
         assert line == pytest.approx(right, rel=1e-5)
     assert (moved / "run" / "samples.txt").read_text() == (expected / "samples.txt").read_text()
+
+
+def test_run_without_graphs_writes_the_same_files(ops, tmp_path, monkeypatch):
+    """`--no-graph` tells how steps are launched, so that it may change whenever a run resumes."""
+    monkeypatch.setattr(training, "op_set", lambda device, precision: ops)
+    executor, captured = runtime.current_executor(), []
+    capture = executor.capture
+    monkeypatch.setattr(executor, "capture", lambda function: captured.append(function) or capture(function))
+    folders = [tmp_path / name for name in ("graph", "no-graph")]
+    for folder in folders:
+        folder.mkdir()
+        make_text(folder / "text.txt")
+    arguments = ("--data", "text.txt", *TINY, "--stateful", "--epochs", 1, "--steps", 100)
+    expected = train_here(*arguments, cwd=folders[0])
+    assert len(captured) == 1
+    train_here(*arguments, "--no-graph", "--steps", 3, cwd=folders[1])
+    train_here("--resume", "--no-graph", "--steps", 5, cwd=folders[1])
+    assert len(captured) == 1
+    train_here("--resume", "--steps", 100, cwd=folders[1])
+    assert len(captured) == 2
+    assert_equal_runs(folders[1] / "run", expected)

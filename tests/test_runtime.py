@@ -230,10 +230,11 @@ class FakeCupy:
 
     def __init__(self):
         self.modules, self.calls, self.shrinks, self.limits = [], [], False, {}
+        self.streams = [FakeStream(self, is_null=True)]
         device = types.SimpleNamespace(id=0, compute_capability="89",
                                        attributes={"MultiProcessorCount": 10, "MaxSharedMemoryPerBlockOptin": 100_000})
         self.cuda = types.SimpleNamespace(
-            Device=lambda: device,
+            Device=lambda: device, Stream=lambda: FakeStream(self), get_current_stream=lambda: self.streams[-1],
             runtime=types.SimpleNamespace(getDeviceProperties=lambda device: {"name": b"NVIDIA L5"}),
             driver=types.SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=lambda pointer, threads, shared_bytes: 2))
 
@@ -243,6 +244,31 @@ class FakeCupy:
     def RawModule(self, code, options, enable_cooperative_groups):
         self.modules.append((code, enable_cooperative_groups))
         return types.SimpleNamespace(get_function=lambda name: FakeKernel(self, name, enable_cooperative_groups))
+
+
+class FakeStream:
+    """A stream that captures what is launched while it is current, as CUDA does: the null stream cannot, and an error
+    in between shows again at the end of the capture."""
+
+    def __init__(self, cupy, is_null=False):
+        self.cupy, self.is_null, self.captured, self.invalid = cupy, is_null, None, False
+
+    def __enter__(self):
+        self.cupy.streams.append(self)
+
+    def __exit__(self, *_):
+        assert self.cupy.streams.pop() is self
+
+    def begin_capture(self):
+        if self.is_null:
+            raise RuntimeError("cannot capture on the default (legacy) stream")
+        self.captured, self.invalid = [], False
+
+    def end_capture(self):
+        captured, self.captured = self.captured, None
+        if self.invalid:
+            raise RuntimeError("cudaErrorStreamCaptureInvalidated")
+        return types.SimpleNamespace(launch=lambda: self.cupy.calls.append(captured))
 
 
 class FakeKernel:
@@ -265,7 +291,9 @@ class FakeKernel:
     def __call__(self, grid, block, args, shared_mem):
         if self.cupy.shrinks and self.cooperative:
             warnings.warn("The grid size will be reduced from 4 to 2")
-        self.cupy.calls.append((self.name, grid, block, args, shared_mem, self.cooperative, self.max_dynamic_shared_size_bytes))
+        captured = self.cupy.streams[-1].captured
+        calls = self.cupy.calls if captured is None else captured
+        calls.append((self.name, grid, block, args, shared_mem, self.cooperative, self.max_dynamic_shared_size_bytes))
 
 
 @pytest.fixture
@@ -314,3 +342,74 @@ def test_cupy_warning_of_a_shrunk_grid_is_an_error(cupy):
     with pytest.raises(UserWarning, match="will be reduced"):
         launch(cooperative=True)
     assert cupy.calls == []
+
+
+# ---- Graphs -----------------------------------------------------------------------------------------------------------------
+
+def names_of(calls):
+    """The kernels of calls, those of a graph's launch in a list of their own."""
+    return [names_of(call) if isinstance(call, list) else call[0] for call in calls]
+
+
+def test_replayable_function_is_run_then_captured_then_only_launched(cupy):
+    runs = []
+
+    def step(*arguments):
+        runs.append(arguments)
+        launch([np.int32(len(runs))])
+        launch(cooperative=True)
+
+    replayed = runtime.replayable(step)
+    for calls in (["scale", "scale"], [["scale", "scale"]], [["scale", "scale"]]):
+        replayed("model")
+        assert names_of(cupy.calls) == calls
+        last = cupy.calls[-1]
+        cupy.calls.clear()
+    assert runs == [("model",)] * 2 and last[0][3] == (np.int32(2),)
+    assert [call[5] for call in last] == [False, True]
+
+
+def test_function_that_failed_at_first_is_not_captured(cupy):
+    failures = [ValueError("h0")]
+
+    def step():
+        launch()
+        if failures:
+            raise failures.pop()
+
+    replayed = runtime.replayable(step)
+    with pytest.raises(ValueError, match="h0"):
+        replayed()
+    replayed()
+    assert names_of(cupy.calls) == ["scale", "scale"]
+
+
+def test_kernels_run_on_a_stream_that_can_be_captured(cupy):
+    with cupy.cuda.Stream():
+        pass
+    assert not cupy.cuda.get_current_stream().is_null
+
+
+def test_capture_that_fails_names_the_way_without(cupy):
+    stream = cupy.cuda.get_current_stream()
+
+    def invalid():
+        stream.invalid = True
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    for function in (invalid, lambda: setattr(stream, "invalid", True)):
+        with pytest.raises(runtime.DeviceError, match=r"^CUDA .*Invalidated\): use --no-graph, or graph=False"):
+            runtime.current_executor().capture(function)
+        assert stream.captured is None
+    with cupy.streams[0], pytest.raises(runtime.DeviceError, match=r"default \(legacy\) stream\): use --no-graph"):
+        runtime.current_executor().capture(launch)
+
+
+def test_error_of_the_function_ends_the_capture_and_stays_what_it_is(cupy):
+    def wrong():
+        launch(block=2000)
+
+    with pytest.raises(ValueError, match="2000 threads per block"):
+        runtime.current_executor().capture(wrong)
+    launch()
+    assert names_of(cupy.calls) == ["scale"]

@@ -464,4 +464,5 @@ def test_training_loads_no_plotting_and_no_gpu_library_before_it_needs_them():
 def test_help_names_every_option(tmp_path):
     result = run("train.py", "--help", cwd=tmp_path)
     assert result.returncode == 0
-    assert all(f"--{option}" in result.stdout for option in ("data", "out", "rnn-units", "stateful", "resume"))
+    options = ("data", "out", "rnn-units", "stateful", "no-graph", "resume")
+    assert all(f"--{option}" in result.stdout for option in options)

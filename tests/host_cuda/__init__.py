@@ -27,6 +27,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,6 +128,16 @@ def unwritten(array: np.ndarray) -> int:
     return int((content.reshape(-1, 1).view(np.uint8) == _POISON).all(axis=1).sum())
 
 
+class _Graph(NamedTuple):
+    """Launches and copies with their arguments, as they were when captured."""
+
+    recorded: list[tuple]
+
+    def launch(self) -> None:
+        for run, *arguments in self.recorded:
+            run(*arguments)
+
+
 class HostExecutor:
     """Executor of ``kernels.runtime`` that runs launches on the CPU.
 
@@ -143,9 +154,15 @@ class HostExecutor:
         self._seed = seed
         self._sanitize = sanitize
         self.launches: list[LaunchCounts] = []
+        self._captured: list[tuple] | None = None
 
     def empty(self, shape, dtype) -> np.ndarray:
-        """Array full of poison: NaN in every float format, -1 as an integer."""
+        """Array full of poison: NaN in every float format, -1 as an integer.
+
+        Raises: RuntimeError inside ``capture``, where it need not outlive the graph.
+        """
+        if self._captured is not None:
+            raise RuntimeError(f"an array {tuple(shape)} is made while launches are captured; make it before")
         dtype = np.dtype(dtype)
         size = int(np.prod(shape)) * dtype.itemsize
         memory = np.full(size + _ALIGNMENT, _POISON, np.uint8)
@@ -168,6 +185,13 @@ class HostExecutor:
         """Copy of an array as a NumPy array."""
         return array.copy()
 
+    def copy(self, destination: np.ndarray, source: np.ndarray) -> None:
+        """Copies between arrays of equal dtype and shape."""
+        if self._captured is not None:
+            self._captured.append((self.copy, destination, source))
+            return
+        destination[...] = source
+
     def peak_memory_mib(self) -> float:
         """The most memory that this process has taken so far, in MiB."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -175,6 +199,15 @@ class HostExecutor:
     def resident_blocks(self, source: str, kernel: str, threads: int, shared_bytes: int) -> int:
         """How many blocks a cooperative launch may have."""
         return _RESIDENT_BLOCKS
+
+    def capture(self, function: Callable[[], None]) -> "_Graph":
+        """Records what a function launches and copies; ``launch`` of the result does it, as often as called."""
+        self._captured = []
+        try:
+            function()
+            return _Graph(self._captured)
+        finally:
+            self._captured = None
 
     def compile(self, source: str) -> None:
         """Builds a source, or finds it in the cache.
@@ -193,6 +226,9 @@ class HostExecutor:
         Raises: BuildError; TypeError for arguments that do not fit the signature; ValueError for an unknown kernel; Deadlock;
         SanitizerReport.
         """
+        if self._captured is not None:
+            self._captured.append((self.launch, source, kernel, grid, block, args, shared_bytes, cooperative))
+            return
         module = _build(source, self._sanitize)
         if kernel not in module.signatures:
             raise ValueError(f"no kernel {kernel!r} in the source; it has {', '.join(module.signatures) or 'none'}")
