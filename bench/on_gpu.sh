@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What needs an NVIDIA GPU, in one go, past failures: bench/on_gpu.sh OUTDIR [TEXT]
-#   tests of all kernels on the GPU; compute-sanitizer on a small training run and a small generation; the tutorial's ten
-#   epochs twice, which must give equal bytes. TEXT is what to train on (default: what train.py takes by default).
+#   tests of all kernels on the GPU; compute-sanitizer on a small training run and a small generation; one epoch of the
+#   tutorial with and without CUDA graphs, and ten epochs twice, which must give equal bytes. TEXT is what to train on
+#   (default: what train.py takes by default).
 # Each part's output goes to OUTDIR/PART.log; a summary is printed last and kept in OUTDIR/summary.txt.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -30,8 +31,8 @@ equal_bytes() {  # the files of two runs that hold no clock times
 }
 
 part device nvidia-smi
-part tests python -m pytest -q --gpu tests/test_{mma,matmul,input_table,gru,cross_entropy,adam,dropout}.py \
-    tests/test_{sample,generate_kernels,interface,model_on_kernels}.py
+part tests python -m pytest -q --gpu tests/test_{mma,matmul,input_table,gru,cross_entropy,adam,dropout}*.py \
+    tests/test_generate_kernels*.py tests/test_{sample,interface,model_on_kernels}.py
 
 small=(--data python-docs --rnn-units 70 --embedding-dim 20 --batch-size 5 --seq-length 7 --layers 2 --dropout 0.2
        --val-fraction 0 --steps 2 --device cuda)
@@ -44,12 +45,17 @@ for tool in memcheck racecheck initcheck synccheck; do
         bash -c 'command_line generate "$@"' _ "$out/small" --prompt the --num-samples 3 --length 5 --top-k 5 --device cuda
 done
 
+rm -rf "$out/graph" "$out/no-graph"
+part one-epoch-graph python train.py "${text[@]}" --epochs 1 --device cuda --out "$out/graph"
+part one-epoch-no-graph python train.py "${text[@]}" --epochs 1 --device cuda --no-graph --out "$out/no-graph"
+part graph-equal-bytes equal_bytes "$out/graph" "$out/no-graph"
+
 for run in first second; do
     rm -rf "$out/$run"
     part "ten-epochs-$run" python train.py "${text[@]}" --epochs 10 --device cuda --out "$out/$run"
 done
 part equal-bytes equal_bytes "$out/first" "$out/second"
 part generate python generate.py "$out/first" --prompt "ROMEO:" --length 1000 --seed 1 --device cuda
-rm -rf "$out/small" "$out/second" "$out"/first/*.safetensors
+rm -rf "$out/small" "$out/graph" "$out/no-graph" "$out/second" "$out"/first/*.safetensors
 
 cat "$out/summary.txt"
