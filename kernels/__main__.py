@@ -12,7 +12,7 @@ from .plan import GPUS, PACK, RecurrencePlan, backward_plan, forward_plan, preci
 from .runtime import ARCHITECTURES, GPU, CompileError, DeviceError, ResourceUse, compile_for, current_executor, source
 
 HEADER = ("architecture", "module", "constants", "kernel", "registers", "shared bytes", "spilled bytes")
-_CUT = RecurrencePlan._fields[RecurrencePlan._fields.index("groups"):]
+_CUT = RecurrencePlan._fields[RecurrencePlan._fields.index("groups"):] + ("registers", "shared_bytes")
 _WIDTHS = (12, 13, 42, 21, 9, 12, 13)
 
 
@@ -84,8 +84,7 @@ def plan_lines(gpu: GPU, precision: str, batch_size: int, rnn_units: int, layers
                 ("backward", backward_plan(gpu, batch_size, rnn_units, precision, V_out=V_out, V_in=V_in))):
             yield f"layer {layer} {direction}: {plan.variant}; {plan.reason}"
             if plan.variant == "persistent":
-                numbers = plan._asdict()
-                yield "    " + " ".join(f"{name}={numbers[name]}" for name in _CUT)
+                yield "    " + " ".join(f"{name}={getattr(plan, name)}" for name in _CUT)
 
 
 class _Parser(argparse.ArgumentParser):

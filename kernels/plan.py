@@ -114,7 +114,6 @@ class RecurrencePlan(NamedTuple):
     register_steps: int = 0
     fold_steps: int = 0  # of a warp; 0: another launch computes dlogits W_out
     sums_on_chip: bool = False
-    shared_bytes: int = 0  # dynamic, of a block
 
     @property
     def gates(self) -> int:
@@ -136,6 +135,14 @@ class RecurrencePlan(NamedTuple):
         """Of a thread, as estimated."""
         weights = self.register_steps * weight_registers(self.columns)
         return REGISTERS_OTHER + accumulators(self.rows, self.columns) + weights
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block: weights, sums of the warps, sums by character."""
+        weights = weights_bytes(self.k_steps - self.register_steps + self.fold_steps, self.columns)
+        rows = self.row_tiles * self.rows
+        sums = sums_bytes(self.V_in, self.finished_units, rows) if self.sums_on_chip else 0
+        return weights + reduction_bytes(self.rows, self.columns) + sums
 
     def rows_of(self, group: int) -> range:
         """Rows of the batch."""
@@ -202,46 +209,57 @@ def precisions(gpu: GPU) -> tuple[str, ...]:
     return tuple(_rates(gpu).multiply)
 
 
-def forward_plan(gpu: GPU, B: int, H: int, precision: str) -> RecurrencePlan:
-    """The plan for `gru_forward` with B rows and H units.
+def forward_plan(gpu: GPU, B: int, H: int, precision: str, *, variant: str = "auto") -> RecurrencePlan:
+    """The plan for `gru_forward` with B rows and H units, the quickest there is.
 
-    Raises: ValueError for sizes below 1, and for a precision that there is not, or not on this GPU.
+    `variant` is for tests and benchmarks: auto, or persistent or stepwise whatever that costs.
+
+    Raises: ValueError for sizes below 1, for a precision that there is not, or not on this GPU, and where what is to be
+    persistent does not fit.
     """
-    return _plan(gpu, RecurrencePlan("stepwise", precision, B, H, K=H))
+    return _plan(gpu, RecurrencePlan("stepwise", precision, B, H, K=H), variant)
 
 
-def backward_plan(gpu: GPU, B: int, H: int, precision: str, *, V_out: int = 0, V_in: int = 0) -> RecurrencePlan:
-    """The plan for `gru_backward` with B rows and H units.
+def backward_plan(gpu: GPU, B: int, H: int, precision: str, *, V_out: int = 0, V_in: int = 0,
+                  variant: str = "auto") -> RecurrencePlan:
+    """The plan for `gru_backward` with B rows and H units, the quickest there is.
 
     V_out is the number of characters if the output layer lies on top (dlogits W_out may be folded in), V_in if the
     layer's inputs are characters (the sums of di by character may stay on chip); 0 if not.
 
     Raises: ValueError as `forward_plan`.
     """
-    return _plan(gpu, RecurrencePlan("stepwise", precision, B, H, K=3 * H, V_out=V_out, V_in=V_in))
+    return _plan(gpu, RecurrencePlan("stepwise", precision, B, H, K=3 * H, V_out=V_out, V_in=V_in), variant)
 
 
 @functools.lru_cache(maxsize=None)
-def _plan(gpu: GPU, stepwise: RecurrencePlan) -> RecurrencePlan:
+def _plan(gpu: GPU, stepwise: RecurrencePlan, variant: str) -> RecurrencePlan:
+    if variant not in ("auto", "persistent", "stepwise"):
+        raise ValueError(f"variant: expected auto, persistent or stepwise, got {variant!r}")
     if min(stepwise.B, stepwise.H) < 1:
         raise ValueError(f"B, H: expected at least 1, got {stepwise.B} and {stepwise.H}")
     if stepwise.precision not in precisions(gpu):
         expected = " or ".join(precisions(gpu))
         raise ValueError(f"precision: expected {expected} on {gpu.name}, got {stepwise.precision!r}")
     stepwise = stepwise._replace(predicted_us=_microseconds(gpu, stepwise, _stepwise_cycles(gpu, stepwise)))
+    if variant == "stepwise":
+        return stepwise._replace(reason=f"as asked for; predicted {stepwise.predicted_us:.1f} us")
     persistent = list(_persistent_plans(gpu, stepwise))
     fitting = [plan for plan in persistent if plan.registers <= REGISTERS and _shared_bytes(plan) <= gpu.shared_bytes]
     if not fitting:
         smallest = min(persistent, key=_shared_bytes)
-        return stepwise._replace(reason=(
-            f"nothing persistent fits: cut for {gpu.multiprocessors} multiprocessors, W_hh takes "
-            f"{_kib(_shared_bytes(smallest))} of shared memory a block, of {_kib(gpu.shared_bytes)}, and "
-            f"{smallest.registers} registers a thread, of {REGISTERS}; predicted {stepwise.predicted_us:.1f} us"))
+        misfit = (f"nothing persistent fits: cut for {gpu.multiprocessors} multiprocessors, W_hh takes "
+                  f"{_kib(_shared_bytes(smallest))} of shared memory a block, of {_kib(gpu.shared_bytes)}, and "
+                  f"{smallest.registers} registers a thread, of {REGISTERS}")
+        if variant == "persistent":
+            raise ValueError(f"variant: {misfit}")
+        return stepwise._replace(reason=f"{misfit}; predicted {stepwise.predicted_us:.1f} us")
     cycles = [_persistent_cycles(gpu, plan) for plan in fitting]
     best = fitting[cycles.index(min(cycles))]
     best = best._replace(predicted_us=_microseconds(gpu, best, min(cycles)))
     reason = f"{_cut(best)}; predicted {best.predicted_us:.1f} us, stepwise {stepwise.predicted_us:.1f} us"
-    return (best if best.predicted_us <= stepwise.predicted_us else stepwise)._replace(reason=reason)
+    chosen = stepwise if variant == "auto" and stepwise.predicted_us < best.predicted_us else best
+    return chosen._replace(reason=reason)
 
 
 def _persistent_plans(gpu: GPU, stepwise: RecurrencePlan) -> Iterator[RecurrencePlan]:
@@ -263,22 +281,19 @@ def _persistent_plans(gpu: GPU, stepwise: RecurrencePlan) -> Iterator[Recurrence
                 plan = stepwise._replace(
                     variant="persistent", groups=groups, blocks=_ceil_div(H, units), splits=splits, rows=rows,
                     row_tiles=row_tiles, units=units, columns=columns, k_steps=k_steps)
-                registers = max(REGISTERS - plan.registers, 0)
-                most = 0 if precision == "fp32" else min(k_steps, registers // weight_registers(columns))
+                most = 0 if precision == "fp32" else min(
+                    k_steps, max(REGISTERS - plan.registers, 0) // weight_registers(columns))
                 for fold_steps in (steps_of(V_out, splits, precision), 0) if V_out else (0,):
                     for sums_on_chip in (True, False) if V_in else (False,):
-                        shared = reduction_bytes(rows, columns) + weights_bytes(fold_steps, columns)
-                        if sums_on_chip:
-                            shared += sums_bytes(V_in, plan.finished_units, rows * row_tiles)
-                        room = (gpu.shared_bytes - SPARE_SHARED_BYTES - shared) // weights_bytes(1, columns)
-                        fewest = min(max(k_steps - room, 0), most)
-                        for register_steps in (fewest, most):
-                            yield plan._replace(
-                                register_steps=register_steps, fold_steps=fold_steps, sums_on_chip=sums_on_chip,
-                                shared_bytes=shared + weights_bytes(k_steps - register_steps, columns))
+                        plan = plan._replace(register_steps=0, fold_steps=fold_steps, sums_on_chip=sums_on_chip)
+                        too_much = _shared_bytes(plan) - gpu.shared_bytes
+                        fewest = min(max(_ceil_div(too_much, weights_bytes(1, columns)), 0), most)
+                        yield plan._replace(register_steps=fewest)
+                        yield plan._replace(register_steps=most)  # quicker where shared memory is what limits a step
 
 
 def _shared_bytes(plan: RecurrencePlan) -> int:
+    """What has to be there."""
     return plan.shared_bytes + SPARE_SHARED_BYTES
 
 

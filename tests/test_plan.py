@@ -1,0 +1,262 @@
+"""Every plan fits its GPU and covers the work exactly once, for every known GPU; the choices are the ones that pay."""
+
+import itertools
+import pathlib
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels import __main__ as kernels_main
+from kernels import gru, plan as planning, runtime
+from kernels.plan import GPUS, RecurrencePlan, backward_plan, forward_plan, precisions
+from kernels.runtime import GPU
+from tests.host_cuda import HostExecutor
+
+ALL_GPUS = {**GPUS, "harness": HostExecutor.gpu}
+V = 66
+BATCHES = (1, 7, 16, 17, 64, 65, 200, 513, 1024)
+UNITS = (64, 100, 257, 512, 1000, 1024, 1536, 2047, 3000, 4096)
+
+
+def both_plans(gpu: GPU, B: int, H: int, precision: str, **options) -> tuple[RecurrencePlan, RecurrencePlan]:
+    """Forward, and backward with everything that may ride along."""
+    return (forward_plan(gpu, B, H, precision, **options),
+            backward_plan(gpu, B, H, precision, V_out=V, V_in=V, **options))
+
+
+# ---- Limits and cover -----------------------------------------------------------------------------------------------
+
+def assert_fits(plan: RecurrencePlan, gpu: GPU) -> None:
+    """The limits of the GPU, with everything a block holds counted again."""
+    assert 1 <= plan.grid == plan.groups * plan.blocks * plan.splits <= gpu.multiprocessors
+    assert plan.units >= 2 and plan.units % 2 == 0
+    assert plan.columns % 8 == 0 and 0 <= plan.columns - plan.gates * plan.units < 8
+    assert plan.rows in (16, 32, 64) and plan.splits in ((1,) if plan.gates == 3 else (1, 2, 4, 8))
+
+    assert 0 <= plan.register_steps <= plan.k_steps
+    assert plan.precision != "fp32" or plan.register_steps == 0
+    accumulators = plan.rows // 16 * (plan.columns // 8) * 4
+    assert accumulators + plan.register_steps * (plan.columns // 8) * 2 + 32 + 56 == plan.registers <= 255
+
+    weights = (plan.k_steps - plan.register_steps + plan.fold_steps) * 8 * plan.columns * 8 * 4
+    reduction = 4 * plan.rows * (plan.columns + 8) * 4
+    sums = plan.V_in * 3 * plan.finished_units * 4 + plan.row_tiles * plan.rows * 4 if plan.sums_on_chip else 0
+    assert weights + reduction + sums == plan.shared_bytes <= gpu.shared_bytes - 2048
+
+
+def covers_once(parts, n: int) -> bool:
+    """Whether consecutive ranges are 0, 1, ..., n - 1."""
+    return list(itertools.chain.from_iterable(parts)) == list(range(n))
+
+
+def assert_covers(plan: RecurrencePlan) -> None:
+    """A block finishes the rows of its group times units of its own, so that rows and units may be counted apart. What
+    it finishes, the blocks that share it have multiplied with all of K."""
+    splits, warps = range(plan.splits), range(8)
+    rows = [plan.rows_of(group) for group in range(plan.groups)]
+    assert covers_once(rows, plan.B) and all(rows)
+    assert all(len(part) <= plan.row_tiles * plan.rows for part in rows)
+    assert covers_once((plan.finished_of(block, split) for block in range(plan.blocks) for split in splits), plan.H)
+    for block in range(plan.blocks):
+        units = plan.units_of(block)
+        assert 1 <= len(units) <= plan.units
+        assert list(itertools.chain.from_iterable(plan.finished_of(block, split) for split in splits)) == list(units)
+    assert covers_once((plan.k_of(split, warp) for split in splits for warp in warps), plan.K)
+    folded = plan.V_out if plan.fold_steps else 0
+    assert covers_once((plan.fold_of(split, warp) for split in splits for warp in warps), folded)
+
+
+@pytest.mark.parametrize("name", ALL_GPUS)
+def test_every_plan_fits_and_covers_the_work_once(name):
+    gpu = ALL_GPUS[name]
+    for precision, B, H in itertools.product(precisions(gpu), BATCHES, UNITS):
+        for plan in both_plans(gpu, B, H, precision):
+            if plan.variant == "persistent":
+                assert_fits(plan, gpu)
+                assert_covers(plan)
+            else:
+                assert plan.variant == "stepwise" and plan.groups == plan.shared_bytes == 0
+
+
+@given(multiprocessors=st.integers(1, 200), shared_kib=st.integers(16, 256), B=st.integers(1, 300),
+       H=st.integers(1, 1100), V_out=st.integers(0, 3000), V_in=st.integers(0, 3000),
+       precision=st.sampled_from(("fp32", "tf32", "bf16")))
+def test_plans_fit_and_cover_on_gpus_and_sizes_of_all_kinds(multiprocessors, shared_kib, B, H, V_out, V_in, precision):
+    gpu = GPU("any", 90, multiprocessors, shared_kib << 10)
+    for plan in (forward_plan(gpu, B, H, precision), backward_plan(gpu, B, H, precision, V_out=V_out, V_in=V_in)):
+        assert plan.predicted_us > 0 and plan.reason
+        if plan.variant == "persistent":
+            assert_fits(plan, gpu)
+            assert_covers(plan)
+
+
+@pytest.mark.parametrize("units, splits", [(8, 8), (24, 8), (40, 4), (56, 8), (16, 1)])
+def test_two_units_of_a_word_are_finished_by_one_block(units, splits):
+    plan = backward_plan(GPUS["h100"], 64, 1000, "bf16")._replace(units=units, blocks=-(-1000 // units), splits=splits)
+    parts = [plan.finished_of(block, split) for block in range(plan.blocks) for split in range(splits)]
+    assert covers_once(parts, 1000) and all(part.start % 2 == 0 for part in parts)
+
+
+# ---- Choices --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("name", ["h100", "h200"])
+def test_the_tutorials_sizes_are_persistent_on_a_large_gpu(name, precision):
+    for plan in both_plans(GPUS[name], 64, 1024, precision):
+        assert plan.variant == "persistent"
+
+
+def test_bf16_on_an_h100_takes_four_groups():
+    forward, backward = both_plans(GPUS["h100"], 64, 1024, "bf16")
+    assert (forward.groups, forward.blocks, forward.splits, forward.rows, forward.units) == (4, 32, 1, 16, 32)
+    assert (backward.groups, backward.blocks, backward.splits, backward.rows, backward.units) == (4, 32, 1, 16, 32)
+    assert backward.sums_on_chip and backward.fold_steps == 1
+    assert forward.predicted_us < 3.5 and backward.predicted_us < 4.5
+
+
+def test_the_reason_has_the_numbers_that_decided():
+    plan = forward_plan(GPUS["h100"], 64, 1024, "bf16")
+    assert plan.reason == ("4 groups of 32 blocks: W_hh takes 192 KiB a block (96 KiB in registers), a step gathers "
+                           "32 KiB per block; predicted 2.6 us, stepwise 10.1 us")
+
+
+@pytest.mark.parametrize("name, precision, H", [("t4", "fp32", 1024), ("l4", "bf16", 4096), ("3060", "tf32", 1024)])
+def test_stepwise_where_nothing_fits_says_what_did_not(name, precision, H):
+    gpu = GPUS[name]
+    for plan in both_plans(gpu, 64, H, precision):
+        assert plan.variant == "stepwise"
+        assert plan.reason.startswith(
+            f"nothing persistent fits: cut for {gpu.multiprocessors} multiprocessors, W_hh takes ")
+        assert f" KiB of shared memory a block, of {gpu.shared_bytes >> 10} KiB, and " in plan.reason
+    with pytest.raises(ValueError, match="^variant: nothing persistent fits"):
+        forward_plan(gpu, 64, H, precision, variant="persistent")
+
+
+def test_stepwise_where_it_is_quicker_and_persistent_where_that_is_asked_for():
+    quickest, persistent, stepwise = (
+        forward_plan(GPUS["t4"], 64, 257, "fp32", variant=variant) for variant in ("auto", "persistent", "stepwise"))
+    assert (quickest.variant, persistent.variant, stepwise.variant) == ("stepwise", "persistent", "stepwise")
+    assert quickest.predicted_us == stepwise.predicted_us < persistent.predicted_us
+    assert quickest.reason == persistent.reason  # what the two cost
+
+
+def test_the_harness_has_persistent_plans_for_sizes_of_tests():
+    for precision, B, H in itertools.product(precisions(HostExecutor.gpu), (1, 5, 17, 33), (1, 3, 8, 24, 40, 64)):
+        for plan in both_plans(HostExecutor.gpu, B, H, precision, variant="persistent"):
+            assert_fits(plan, HostExecutor.gpu)
+            assert_covers(plan)
+
+
+def test_fewer_bits_and_more_shared_memory_are_never_slower():
+    for gpu, B, H in itertools.product(ALL_GPUS.values(), (1, 64, 200), (100, 512, 1024)):
+        roomier = gpu._replace(shared_bytes=2 * gpu.shared_bytes)
+        for plan in (forward_plan, backward_plan):
+            predicted = [plan(gpu, B, H, precision).predicted_us for precision in precisions(gpu)]
+            assert predicted == sorted(predicted, reverse=True)
+            for precision, us in zip(precisions(gpu), predicted):
+                assert plan(roomier, B, H, precision).predicted_us <= us
+
+
+def test_what_a_layer_has_not_does_not_ride_along():
+    middle = backward_plan(GPUS["h100"], 64, 512, "bf16")
+    assert middle.variant == "persistent" and middle.fold_steps == 0 and not middle.sums_on_chip
+    top = backward_plan(GPUS["h100"], 64, 512, "bf16", V_out=V)
+    assert top.fold_steps == 1 and not top.sums_on_chip
+    lowest = backward_plan(GPUS["h100"], 64, 512, "bf16", V_in=V)
+    assert lowest.fold_steps == 0 and lowest.sums_on_chip
+    many = backward_plan(GPUS["h100"], 64, 512, "bf16", V_out=100_000, V_in=100_000)
+    assert many.variant == "persistent" and many.fold_steps == 0 and not many.sums_on_chip
+
+
+def test_a_capability_in_between_is_planned_as_the_one_below():
+    h100 = GPUS["h100"]
+    assert forward_plan(h100._replace(capability=103), 64, 1024, "bf16") == forward_plan(h100, 64, 1024, "bf16")
+    assert precisions(GPU("Orin", 87, 16, 166912)) == ("fp32", "tf32", "bf16")
+
+
+def test_stepwise_tiles_are_those_of_the_launcher():
+    assert (planning.STEPWISE_ROWS, planning.STEPWISE_COLUMNS) == (gru.TILE_M, gru.TILE_N)
+
+
+def test_planning_is_quick_and_done_once():
+    times = []
+    for B in range(1024, 1034):
+        before = time.perf_counter()
+        plan = backward_plan(GPUS["h100"], B, 1024, "bf16", V_out=V, V_in=V)
+        times.append(time.perf_counter() - before)
+        assert backward_plan(GPUS["h100"], B, 1024, "bf16", V_out=V, V_in=V) is plan
+    assert min(times) < 0.05
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ((0, 64, "fp32"), "B, H: expected at least 1, got 0 and 64"),
+    ((64, 0, "fp32"), "B, H: expected at least 1, got 64 and 0"),
+    ((64, 64, "bf16"), "precision: expected fp32 on NVIDIA T4, got 'bf16'"),
+    ((64, 64, "fp8"), "precision: expected fp32 on NVIDIA T4, got 'fp8'"),
+])
+def test_bad_arguments_are_named(arguments, message):
+    for plan in (forward_plan, backward_plan):
+        with pytest.raises(ValueError) as error:
+            plan(GPUS["t4"], *arguments)
+        assert str(error.value) == message
+
+
+def test_an_unknown_variant_is_refused():
+    with pytest.raises(ValueError, match="variant: expected auto, persistent or stepwise, got 'fast'"):
+        forward_plan(GPUS["t4"], 64, 64, "fp32", variant="fast")
+
+
+# ---- The command ----------------------------------------------------------------------------------------------------
+
+def test_command_prints_both_directions_of_every_layer(capsys):
+    assert kernels_main.command(["--plan", "--device-like", "h100", "--precision", "bf16", "--layers", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == ("NVIDIA H100 SXM: 132 multiprocessors, 227 KiB of shared memory a block; "
+                        "64 rows, 1024 units, bf16")
+    assert [line.split(";")[0] for line in lines[1::2]] == [
+        f"layer {layer} {direction}: persistent" for layer in (0, 1) for direction in ("forward", "backward")]
+    numbers = [dict(word.split("=") for word in line.split()) for line in lines[2::2]]
+    assert [int(n["groups"]) for n in numbers] == [4, 4, 4, 4]
+    assert [n["sums_on_chip"] for n in numbers] == ["False", "True", "False", "False"]  # layer 0 alone has characters
+
+
+@pytest.mark.parametrize("name, precision", [("t4", "fp32"), ("4090", "tf32")])
+def test_command_takes_tf32_where_the_gpu_has_it(name, precision, capsys):
+    assert kernels_main.command(["--plan", "--device-like", name, "--rnn-units", "256", "--batch-size", "16"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(f"; 16 rows, 256 units, {precision}")
+
+
+def test_command_plans_for_the_gpu_there_is(capsys):
+    with runtime.use(types.SimpleNamespace(gpu=GPU("NVIDIA L5", 89, 10, 101376))):
+        assert kernels_main.command(["--plan"]) == 0
+    assert capsys.readouterr().out.startswith("NVIDIA L5: 10 multiprocessors, 99 KiB")
+
+
+def test_command_is_what_the_module_runs():
+    done = subprocess.run([sys.executable, "-m", "kernels", "--plan", "--device-like", "t4"],
+                          capture_output=True, text=True, cwd=pathlib.Path(__file__).parent.parent)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.count("stepwise; nothing persistent fits") == 2
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    (["--plan", "--device-like", "h10"], "argument --device-like: invalid choice: 'h10'"),
+    (["--plan", "--device-like", "t4", "--precision", "bf16"], "precision: expected fp32 on NVIDIA T4, got 'bf16'"),
+    (["--plan", "--device-like", "t4", "--rnn-units", "0"], "argument --rnn-units: '0' is not a positive integer"),
+    (["--plan", "--device-like", "t4", "--batch-size", "x"], "argument --batch-size: 'x' is not a positive integer"),
+    (["--plan", "--bogus"], "unrecognized arguments: --bogus"),
+    (["--device-like", "t4"], "GPU, precision and sizes are those of a --plan"),
+    (["--plan"], "CuPy is not installed"),
+])
+def test_a_bad_command_line_is_one_line_and_status_2(arguments, complaint, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(SystemExit) as stop:
+        kernels_main.command(arguments)
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and output.out == ""
+    assert output.err.startswith(f"python -m kernels: {complaint}") and output.err.count("\n") == 1
