@@ -243,6 +243,136 @@ def test_reading_an_asynchronous_copy_without_waiting_finds_the_old_bytes():
     assert unwritten(out) == 32
 
 
+# ---- Bytes ------------------------------------------------------------------------------------------------------------
+
+def bytes_of(text, kernel, grid, block, args, **options):
+    """What one launch read and wrote, per argument."""
+    executor = HostExecutor(count_bytes=True)
+    (launch,) = run(text, kernel, grid, block, args, executor=executor, **options).launches
+    return launch.bytes_read, launch.bytes_written
+
+
+COPY = """
+extern "C" __global__ void copy(float *out, const float *in, int n)
+{
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n)
+        out[i] = in[i];
+}
+"""
+
+
+def test_copy_reads_and_writes_each_byte_once():
+    values, out = np.arange(1000, dtype=np.float32), np.zeros(1024, np.float32)
+    assert bytes_of(COPY, "copy", 16, 64, [out, values, np.int32(1000)]) == ((0, 4000, 0), (4000, 0, 0))
+    np.testing.assert_array_equal(out[:1000], values)
+
+
+def test_without_the_switch_nothing_is_counted():
+    (launch,) = run(COPY, "copy", 1, 64, [np.zeros(64, np.float32), np.zeros(64, np.float32), np.int32(64)]).launches
+    assert (launch.bytes_read, launch.bytes_written) == ((), ())
+
+
+def test_an_array_that_overlaps_others_counts_for_the_first():
+    flat = np.zeros(96, np.float32)
+    args = [flat[:64], flat[32:], np.int32(64)]
+    assert bytes_of(COPY, "copy", 1, 64, args) == ((32 * 4, 32 * 4, 0), (64 * 4, 0, 0))
+
+
+def test_accesses_count_with_the_width_and_as_often_as_the_source_says():
+    text = """
+    __device__ float4 twice(float4 v) { return make_float4(2 * v.x, 2 * v.y, 2 * v.z, 2 * v.w); }
+    extern "C" __global__ void widths(float4 *quads, float2 *pairs, unsigned short *halves, unsigned char *bytes,
+                                      double *doubles, const float4 *__restrict__ in, int *sums)
+    {
+        const float4 v = __ldg(in + threadIdx.x);
+        quads[threadIdx.x] = twice(in[threadIdx.x]);
+        pairs[threadIdx.x] = make_float2(v.x, 0.0f);
+        halves[threadIdx.x] = 1;
+        bytes[threadIdx.x] = 1;
+        doubles[threadIdx.x] = in->x;
+        sums[threadIdx.x] += 1;
+    }"""
+    args = [np.zeros((32, 4), np.float32), np.zeros((32, 2), np.float32), np.zeros(32, np.uint16),
+            np.zeros(32, np.uint8), np.zeros(32, np.float64), np.ones((32, 4), np.float32), np.zeros(32, np.int32)]
+    read, written = bytes_of(text, "widths", 1, 32, args)
+    assert read == (0, 0, 0, 0, 0, 32 * (16 + 16 + 4), 32 * 4)
+    assert written == (32 * 16, 32 * 8, 32 * 2, 32 * 1, 32 * 8, 0, 32 * 4)
+    assert (args[0] == 2).all() and (args[6] == 1).all()
+
+
+def test_stencil_reads_thrice_and_only_global_memory_counts():
+    text = """
+    #include "common.cuh"
+    extern "C" __global__ void stencil(float *out, const float *in)
+    {
+        __shared__ float tile[64];
+        extern __shared__ __align__(16) float sums[];
+        float near[3];
+        for (int i = 0; i < 3; ++i)
+            near[i] = in[threadIdx.x + i];
+        tile[threadIdx.x] = near[0] + near[1] + near[2];
+        const float sum = block_sum(tile[threadIdx.x], sums);
+        out[threadIdx.x] = tile[63 - threadIdx.x] / sum;
+    }
+    """
+    args = [np.zeros(64, np.float32), np.ones(66, np.float32)]
+    assert bytes_of(text, "stencil", 1, 64, args, shared_bytes=8) == ((0, 3 * 64 * 4), (64 * 4, 0))
+
+
+def test_asynchronous_copies_count_what_is_inside_even_where_nobody_waits():
+    text = """
+    #include "mma.cuh"
+    extern "C" __global__ void stage(float *out, const float *in, int size, int waited)
+    {
+        __shared__ __align__(16) float tile[32];
+        cp_async_16(&tile[4 * threadIdx.x], in + 4 * threadIdx.x, 4 * int(threadIdx.x) < size);
+        if (waited) {
+            cp_async_commit();
+            cp_async_wait<0>();
+        }
+        out[threadIdx.x] = tile[4 * threadIdx.x];
+    }
+    """
+    for waited in (0, 1):
+        args = [np.zeros(8, np.float32), np.ones(32, np.float32), np.int32(24), np.int32(waited)]
+        assert bytes_of(text, "stage", 1, 8, args) == ((0, 24 * 4, 0, 0), (8 * 4, 0, 0, 0))
+        assert args[0][0] == 1 or not waited
+
+
+def test_counts_do_not_depend_on_the_order_and_leave_out_atomics():
+    steps = 5
+    for order in ORDERS:
+        executor = HostExecutor(order, seed=3, count_bytes=True)
+        (launch,) = run(RING, "ring", 4, 8, ring_args(steps), cooperative=True, executor=executor).launches
+        assert launch.bytes_read == (0, 4 * 8 * steps * 4, 0, 0)
+        assert launch.bytes_written == (4 * 8 * 4, 4 * steps * 4, 0, 0)
+        assert launch.group_barriers == 4 * steps
+
+
+def test_atomics_work_where_bytes_are_counted():
+    text = """extern "C" __global__ void count(unsigned *out, unsigned long long *wide) {
+        atomicAdd(out, 2u);
+        atomicMax(out + 1, threadIdx.x);
+        atomicMin(out + 2, threadIdx.x);
+        if (atomicCAS(out + 3, 0u, 7u) == 7u) atomicExch(out + 4, 9u);
+        atomicMax(wide, atomicAdd(wide + 1, 1ull << 40));
+    }"""
+    out, wide = np.array([0, 0, 99, 0, 0], np.uint32), np.zeros(2, np.uint64)
+    assert bytes_of(text, "count", 4, 32, [out, wide]) == ((0, 0), (0, 0))
+    assert out.tolist() == [2 * 4 * 32, 31, 0, 7, 9] and wide.tolist() == [127 << 40, 128 << 40]
+
+
+def test_what_could_not_be_counted_is_refused():
+    text = 'extern "C" __global__ void odd(unsigned *out) {{ {} }}'
+    for statement, message in (("memcpy(out, out + 8, 32);", "memcpy"),
+                               ("__atomic_fetch_or(out, 1u, __ATOMIC_RELAXED);", "__tsan_atomic32_fetch_or")):
+        with pytest.raises(BuildError, match=message):
+            bytes_of(text.format(statement), "odd", 1, 1, [np.zeros(16, np.uint32)])
+    with pytest.raises(ValueError, match="sanitizer"):
+        HostExecutor(sanitize="thread", count_bytes=True)
+
+
 # ---- Deadlocks --------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("body, message", [

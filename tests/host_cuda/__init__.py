@@ -4,7 +4,8 @@ A kernel source is compiled by the host compiler behind ``host_cuda.h`` and run 
 fiber, one block one OS thread. The order in which threads get their turns is selectable (a result that changes is a missing
 barrier), shared memory and fresh arrays are poisoned (what nobody wrote stays visible), a deadlock is reported with who waits
 where, and launches can run under AddressSanitizer and UndefinedBehaviorSanitizer, or under ThreadSanitizer, which sees races
-between blocks and inside a block.
+between blocks and inside a block. A launch can also count the bytes that it reads from and writes to the array of each
+argument.
 
     with kernels.runtime.use(HostExecutor(order="descending")):
         ...  # any launcher
@@ -56,6 +57,9 @@ _SANITIZER_FLAGS = {
     ADDRESS: ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"),
     THREAD: ("-fsanitize=thread", "-fno-omit-frame-pointer"),
 }
+# See counting.cpp.
+_COUNTING_FLAGS = ("-O0", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0",
+                   "-DHOST_CUDA_COUNT_BYTES")
 _SANITIZER_DEFINES = {"": (), ADDRESS: ("-DHOST_CUDA_SANITIZE_ADDRESS",), THREAD: ("-DHOST_CUDA_SANITIZE_THREAD",)}
 _SANITIZER_ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=0",
@@ -84,6 +88,8 @@ class LaunchCounts(NamedTuple):
     block: tuple[int, int, int]
     group_barriers: int  # arrivals of blocks at group barriers: blocks times barriers
     mma_calls: int  # mma instructions, one per warp
+    bytes_read: tuple[int, ...]  # per argument, 0 for a number; empty unless counted
+    bytes_written: tuple[int, ...]
 
 
 class _Parameter(NamedTuple):
@@ -99,6 +105,12 @@ class _Parameter(NamedTuple):
         return ("const " if self.readonly else "") + name + (" *" if self.pointer else "")
 
 
+class _Traffic(ctypes.Structure):
+    """Traffic of launch.h."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in ("start", "size", "read", "written")]
+
+
 class _Request(ctypes.Structure):
     """LaunchRequest of launch.h."""
 
@@ -111,6 +123,7 @@ class _Request(ctypes.Structure):
         ("order", ctypes.c_int32),
         ("seed", ctypes.c_uint64),
         ("arguments", ctypes.POINTER(ctypes.c_void_p)),
+        ("traffic", ctypes.POINTER(_Traffic)),
         ("group_barriers", ctypes.c_uint64),
         ("mma_calls", ctypes.c_uint64),
     ]
@@ -144,15 +157,23 @@ class HostExecutor:
     ``order`` is the order in which the threads of a block, and the blocks, get their turns; ``seed`` that of the random one.
     ``sanitize`` is "", "address,undefined" or "thread": each launch then runs as a process of its own, and what the sanitizer
     finds is raised as SanitizerReport. ``launches`` lists what every launch did.
+
+    With ``count_bytes``, and no sanitizer, that includes the bytes that all threads together read from and wrote to the
+    array of each argument, as the source says: what it reads twice counts twice, a float4 counts 16, and there is no
+    cache. Asynchronous copies count what they read. Atomics do not count. Where arrays overlap, the first takes it all.
+    It needs GCC, and makes kernels run about ten times as long.
     """
 
     array_type = np.ndarray
     gpu = GPU("CPU", capability=90, multiprocessors=8, shared_bytes=64 * 1024)  # small, as the sizes of tests are
 
-    def __init__(self, order: str = "ascending", seed: int = 0, sanitize: str = ""):
+    def __init__(self, order: str = "ascending", seed: int = 0, sanitize: str = "", count_bytes: bool = False):
+        if sanitize and count_bytes:
+            raise ValueError("bytes are not counted under a sanitizer")
         self._order = ORDERS.index(order)
         self._seed = seed
         self._sanitize = sanitize
+        self._count_bytes = count_bytes
         self.launches: list[LaunchCounts] = []
         self._captured: list[tuple] | None = None
 
@@ -214,7 +235,7 @@ class HostExecutor:
 
         Raises: BuildError with the compiler's messages.
         """
-        _build(source, self._sanitize)
+        _build(source, self._sanitize, self._count_bytes)
 
     def launch(self, source: str, kernel: str, grid: tuple[int, int, int], block: tuple[int, int, int], args: list,
                shared_bytes: int, cooperative: bool) -> None:
@@ -229,18 +250,24 @@ class HostExecutor:
         if self._captured is not None:
             self._captured.append((self.launch, source, kernel, grid, block, args, shared_bytes, cooperative))
             return
-        module = _build(source, self._sanitize)
+        module = _build(source, self._sanitize, self._count_bytes)
         if kernel not in module.signatures:
             raise ValueError(f"no kernel {kernel!r} in the source; it has {', '.join(module.signatures) or 'none'}")
         parameters = module.signatures[kernel]
         _check_arguments(kernel, parameters, args)
         request = _Request(kernel.encode(), (ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block), shared_bytes,
                            cooperative, self._order, self._seed)
+        traffic = ()
+        if self._count_bytes:
+            places = ((arg.ctypes.data, arg.nbytes) if isinstance(arg, np.ndarray) else () for arg in args)
+            traffic = request.traffic = (_Traffic * len(args))(*places)
         if self._sanitize:
             group_barriers, mma_calls = _run_standalone(module.path, request, parameters, args)
         else:
             group_barriers, mma_calls = _run_inside(module.library, request, args)
-        self.launches.append(LaunchCounts(kernel, grid, block, group_barriers, mma_calls))
+        self.launches.append(LaunchCounts(kernel, grid, block, group_barriers, mma_calls,
+                                          tuple(argument.read for argument in traffic),
+                                          tuple(argument.written for argument in traffic)))
 
 
 def run_sanitized(function, sanitize: str, order: str = "ascending", seed: int = 0) -> str:
@@ -266,16 +293,21 @@ class _Module(NamedTuple):
 
 
 @functools.lru_cache(maxsize=None)
-def _build(source: str, sanitize: str) -> _Module:
+def _build(source: str, sanitize: str, count_bytes: bool) -> _Module:
     runtime = _object("runtime.cpp", ("-std=c++20", *_SANITIZER_DEFINES[sanitize]))
     text = f'#include "host_cuda.h"\n{_with_dynamic_shared(source)}\n{_kernel_table(source)}'
-    if sanitize:
+    header = (_HERE / "host_cuda.h").read_text()
+    if count_bytes:  # linked without -fsanitize, which would bring the runtime that counting.cpp replaces
+        counting = _object("counting.cpp", ("-std=c++17",))
+        kernel = _compiled(text, ("-std=c++17", *_FLAGS, *_COUNTING_FLAGS, "-c"), header, ())
+        text, flags, objects = "", ("-shared", *_FLAGS, "-Wl,-z,defs"), (runtime, counting, kernel)
+    elif sanitize:
         flags = ("-std=c++17", *_FLAGS, *_SANITIZER_FLAGS[sanitize])
         objects = (runtime, _object("standalone.cpp", ("-std=c++17",)))
     else:
         flags = ("-std=c++17", "-shared", *_FLAGS)
         objects = (runtime,)
-    path = _compiled(text, flags, (_HERE / "host_cuda.h").read_text(), objects)
+    path = _compiled(text, flags, header, objects)
     if sanitize:
         library, listing = None, subprocess.run([path], check=True, capture_output=True, text=True).stdout
     else:

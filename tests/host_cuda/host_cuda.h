@@ -16,12 +16,16 @@
 #define __CUDA_ARCH__ 900
 
 #define __global__
-#define __device__
 #define __shared__ thread_local  // of block scope: static as well, so one instance per block
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
+#ifdef HOST_CUDA_COUNT_BYTES
+#define __device__ __attribute__((always_inline))  // a structure that a call takes or returns would not be counted
+#else
+#define __device__
+#endif
 
 // Functions that move data between the fibers of a warp, hidden from ThreadSanitizer: a shuffle or an mma orders no memory.
 #define HOST_CUDA_UNCHECKED __attribute__((no_sanitize("thread")))
@@ -47,12 +51,12 @@ struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+__forceinline__ float2 make_float2(float x, float y) { return {x, y}; }
+__forceinline__ float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+__forceinline__ int2 make_int2(int x, int y) { return {x, y}; }
+__forceinline__ int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+__forceinline__ uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+__forceinline__ uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 namespace host_cuda {
 
@@ -78,6 +82,10 @@ void fence();
 void count_group_barrier();
 void count_mma();
 int lane_in_warp();
+
+// For counting.cpp: bytes in the arrays of the arguments count, others do not.
+void count_read(const void *address, std::uint64_t bytes);
+void count_write(const void *address, std::uint64_t bytes);
 
 // Asynchronous copies happen as late as they may, in finish_copies: a read without the wait finds the old bytes.
 struct Copy {
@@ -232,7 +240,7 @@ inline HostAtomic<T> atomicMin(T *address, std::common_type_t<T> value)
 }
 
 template <class T>
-inline T __ldg(const T *address)
+__forceinline__ T __ldg(const T *address)
 {
     return *address;
 }
@@ -332,4 +340,8 @@ struct Trampoline<function> {
 
 #ifndef HOST_CUDA_RUNTIME
 #define asm inline_ptx_needs_a_host_branch
+#endif
+
+#ifdef HOST_CUDA_COUNT_BYTES
+#pragma GCC poison memcpy memmove memset  // what they access would not be counted
 #endif

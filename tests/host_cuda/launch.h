@@ -5,6 +5,11 @@
 
 enum class Order : std::int32_t { ASCENDING, DESCENDING, RANDOM };
 
+struct Traffic {
+    std::uint64_t start, size;    // where the array of an argument lies, in bytes; both 0 where it is a number
+    std::uint64_t read, written;  // results: bytes, as often as threads ask for them
+};
+
 struct LaunchRequest {
     const char *kernel;
     std::uint32_t grid[3], block[3];
@@ -13,6 +18,7 @@ struct LaunchRequest {
     Order order;                 // in which the threads of a block, and the blocks, get their turns
     std::uint64_t seed;          // of the random order
     void *const *arguments;      // one pointer per parameter, to its value
+    Traffic *traffic;            // one per parameter, or null where no bytes are counted
 
     std::uint64_t group_barriers, mma_calls;  // results: arrivals of blocks at group barriers, mma instructions of warps
 };

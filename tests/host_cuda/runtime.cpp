@@ -237,6 +237,7 @@ public:
     unsigned at_barrier = 0, barriers_passed = 0;
     char barrier_keys[2];
     std::uint64_t group_barriers = 0, mma_calls = 0;
+    std::vector<Traffic> traffic;  // per argument; empty where no bytes are counted
 
     Block(Launch &launch, unsigned index);
     ~Block();
@@ -244,6 +245,7 @@ public:
     void leave(bool last);           // called by a fiber: back to run()
     void settle(void *fake_stack);  // the first thing that a fiber does in its turn
     bool meet(const Fiber &candidate);
+    void count(std::uint64_t Traffic::*what, const void *address, std::uint64_t bytes);
 
 private:
     std::vector<unsigned> order;
@@ -340,6 +342,9 @@ void fiber_entry()
 {
     block->settle(nullptr);
     block->launch.kernel.call(block->launch.request.arguments);
+    for (Copy copy; next_finished_copy(-1, copy);)  // never committed or waited for, but read all the same
+        if (copy.inside)
+            count_read(copy.source, copy.bytes);
     order_before(&block->launch);
     self->state = State::RETURNED;
     ++block->returned;
@@ -358,6 +363,8 @@ Block::Block(Launch &launch, unsigned index)
       random(launch.request.seed * 0x9e3779b97f4a7c15u + index),
       stacks(take_stacks(launch.threads * STACK_BYTES))
 {
+    for (int i = 0; launch.request.traffic && i < launch.kernel.parameter_count; ++i)
+        traffic.push_back({launch.request.traffic[i].start, launch.request.traffic[i].size, 0, 0});
     const std::size_t shared_bytes = launch.request.shared_bytes;
     if (shared_bytes > 0) {
         if (posix_memalign(&shared, SHARED_ALIGNMENT, shared_bytes))
@@ -462,8 +469,22 @@ void Block::run()
         launch.waiting[index] = describe();
     launch.group_barriers += group_barriers;
     launch.mma_calls += mma_calls;
+    for (std::size_t i = 0; i < traffic.size(); ++i) {
+        std::atomic_ref(launch.request.traffic[i].read) += traffic[i].read;
+        std::atomic_ref(launch.request.traffic[i].written) += traffic[i].written;
+    }
     launch.progress();
     --launch.live;  // only now: a block that looks before sees everything that this one wrote
+}
+
+// An access belongs to the first argument whose array it starts in.
+void Block::count(std::uint64_t Traffic::*what, const void *address, std::uint64_t bytes)
+{
+    for (Traffic &argument : traffic)
+        if (reinterpret_cast<std::uint64_t>(address) - argument.start < argument.size) {
+            argument.*what += bytes;
+            return;
+        }
 }
 
 std::string Block::describe() const
@@ -699,6 +720,10 @@ void fence()
 void count_group_barrier() { ++block->group_barriers; }
 
 void count_mma() { ++block->mma_calls; }
+
+void count_read(const void *address, std::uint64_t bytes) { block->count(&Traffic::read, address, bytes); }
+
+void count_write(const void *address, std::uint64_t bytes) { block->count(&Traffic::written, address, bytes); }
 
 int lane_in_warp() { return int(self->linear % WARP); }
 
