@@ -124,6 +124,14 @@ __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&registers)[4], cons
 }
 
 #if __CUDA_ARCH__ >= 800
+// An operand of mma_m16n8k8_tf32 from the bits of a float: truncated, as the tensor core does it, this is the nearest tf32. An
+// instruction less than to_tf32 where each operand counts.
+__device__ __forceinline__ unsigned tf32_operand(unsigned bits)
+{
+    const float infinity = __uint_as_float(0x7f800000u);
+    return fabsf(__uint_as_float(bits)) < infinity ? bits + 0x1000u : bits;
+}
+
 // d += a b in tf32.
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2])
 {

@@ -91,7 +91,12 @@ extern "C" __global__ void bf16(float *out, const float *a, const float *b)
     STORE
 }
 
-extern "C" __global__ void rounded_tf32(unsigned *out, const float *in) { out[thread_in_grid()] = to_tf32(in[thread_in_grid()]); }
+extern "C" __global__ void rounded_tf32(unsigned *out, unsigned *operand, const float *in)
+{
+    const size_t i = thread_in_grid();
+    out[i] = to_tf32(in[i]);
+    operand[i] = tf32_operand(__float_as_uint(in[i]));
+}
 
 extern "C" __global__ void copies(float *out, const float *in)
 {
@@ -203,13 +208,20 @@ def test_tf32_rounds_to_nearest_away_from_zero(executor):
     values = awkward_floats()
     values = values[np.abs(values) > 1e-30]  # neither NaN nor zero
     values = np.resize(values, 256)
-    (out,) = launched(executor, "rounded_tf32", [((256,), np.uint32)], [values], threads=256)
+    out, operand = launched(executor, "rounded_tf32", [((256,), np.uint32)] * 2, [values], threads=256)
     finite = np.isfinite(values)
     mantissa, exponent = np.frexp(values[finite].astype(np.float64))
     expected = np.copysign(np.floor(np.abs(mantissa) * 2**11 + 0.5), mantissa) * 2.0 ** (exponent - 11)
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(out.view(np.float32)[finite], expected.astype(np.float32))
     np.testing.assert_array_equal(out.view(np.float32)[~finite], values[~finite])
+    np.testing.assert_array_equal(truncated_tf32(operand), out.view(np.float32))
+
+
+def test_tf32_operand_keeps_nan(executor):
+    values = np.full(256, 0x7FFFFFFF, np.uint32).view(np.float32)  # as the GPU itself makes them
+    _, operand = launched(executor, "rounded_tf32", [((256,), np.uint32)] * 2, [values], threads=256)
+    assert np.isnan(truncated_tf32(operand)).all()
 
 
 @pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)
