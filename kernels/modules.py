@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from .cross_entropy import TILE as CROSS_ENTROPY_TILE
+from .cross_entropy import constants as cross_entropy_constants
 from .generate import MAX_ROWS, constants as generate_constants
 from .gru import constants as gru_constants
 from .matmul import PRECISIONS, TILES, constants as matmul_constants
@@ -12,7 +12,7 @@ TENSOR_CORES_FROM = 80
 
 MODULES: dict[str, tuple[dict[str, int], ...]] = {
     "adam": ({},),
-    "cross_entropy": tuple(matmul_constants(precision) | CROSS_ENTROPY_TILE for precision in PRECISIONS),
+    "cross_entropy": tuple(cross_entropy_constants(precision) for precision in PRECISIONS),
     "dropout": ({},),
     "generate": tuple(generate_constants(R) for R in (1, 2, 4, MAX_ROWS)),
     "gru": tuple(gru_constants(precision) for precision in PRECISIONS),
