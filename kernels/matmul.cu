@@ -6,7 +6,7 @@
 //   add_partials   C = partials[0] + partials[1] + ... (+ bias)  partials (splits, M, N)
 //   column_sums    sums[n] = A[0, n] + A[1, n] + ...             A (M, N), sums (N,)
 //
-// Everything is float32 and C-contiguous.
+// Everything is float32 and C-contiguous; with OPERAND_BYTES 2, A and B of a product are bfloat16 as unsigned shorts.
 //
 // A block of a product owns a TILE_M x TILE_N tile of C and K_split of the K products: blockIdx.x counts tiles along M,
 // blockIdx.y along N, blockIdx.z splits of K. What its warps and threads own: tile.cuh. A block of column_sums owns 32
@@ -14,14 +14,29 @@
 //
 // Bytes: a product reads 4 M K for each column of tiles and 4 K N for each row of tiles, mostly from L2, and writes
 // 4 M N; a split one also writes and reads its partials. column_sums reads 4 M N, 128 bytes per warp and row.
-// Variants: PRECISION, see tile.cuh; tiles of 128 for large C, of 64 for others; K split among blocks where C has too
-// few tiles to occupy a GPU, with the partial sums added in ascending order.
+// Variants: PRECISION, see tile.cuh; OPERAND_BYTES, 4 or 2; tiles of 128 for large C, of 64 for others; K split among
+// blocks where C has too few tiles to occupy a GPU, with the partial sums added in ascending order. Large products go
+// through matmul_pipelined.cu where they can: this is what runs at any sizes, and on any GPU.
 // Source: CUTLASS, "Efficient GEMM in CUDA", section "Parallelized Reductions".
 #include "tile.cuh"
 
+#if !defined(OPERAND_BYTES)
+#error "the launcher defines OPERAND_BYTES"
+#endif
+static_assert(OPERAND_BYTES == 4 || (OPERAND_BYTES == 2 && PRECISION == 2), "fp32, or bf16 to be multiplied as such");
+
+#if OPERAND_BYTES == 2
+using Element = unsigned short;
+__device__ __forceinline__ float to_float(Element x) { return from_bf16(x); }
+#else
+using Element = float;
+__device__ __forceinline__ float to_float(Element x) { return x; }
+#endif
+
 template <bool TRANSPOSE_A, bool TRANSPOSE_B>
-__device__ __forceinline__ void product(float *__restrict__ C, const float *__restrict__ A, const float *__restrict__ B,
-                                        const float *__restrict__ bias, int M, int N, int K, int K_split, int add_bias)
+__device__ __forceinline__ void product(float *__restrict__ C, const Element *__restrict__ A,
+                                        const Element *__restrict__ B, const float *__restrict__ bias, int M, int N,
+                                        int K, int K_split, int add_bias)
 {
     __shared__ __align__(16) float shared[TILE_STAGES];
     const int m0 = blockIdx.x * TILE_M, n0 = blockIdx.y * TILE_N, k0 = blockIdx.z * K_split;
@@ -30,11 +45,11 @@ __device__ __forceinline__ void product(float *__restrict__ C, const float *__re
         shared, min(K_split, K - k0),
         [=](int i, int p) {
             const int m = m0 + i, k = k0 + p;
-            return m < M ? A[TRANSPOSE_A ? size_t(k) * M + m : size_t(m) * K + k] : 0.0f;
+            return m < M ? to_float(A[TRANSPOSE_A ? size_t(k) * M + m : size_t(m) * K + k]) : 0.0f;
         },
         [=](int p, int j) {
             const int k = k0 + p, n = n0 + j;
-            return n < N ? B[TRANSPOSE_B ? size_t(n) * K + k : size_t(k) * N + n] : 0.0f;
+            return n < N ? to_float(B[TRANSPOSE_B ? size_t(n) * K + k : size_t(k) * N + n]) : 0.0f;
         });
     sums.each([=](int i, int j, float value) {
         const int m = m0 + i, n = n0 + j;
@@ -44,21 +59,21 @@ __device__ __forceinline__ void product(float *__restrict__ C, const float *__re
 }
 
 extern "C" __global__ void __launch_bounds__(TILE_THREADS)
-    matmul_nn(float *__restrict__ C, const float *__restrict__ A, const float *__restrict__ B,
+    matmul_nn(float *__restrict__ C, const Element *__restrict__ A, const Element *__restrict__ B,
               const float *__restrict__ bias, int M, int N, int K, int K_split, int add_bias)
 {
     product<false, false>(C, A, B, bias, M, N, K, K_split, add_bias);
 }
 
 extern "C" __global__ void __launch_bounds__(TILE_THREADS)
-    matmul_nt(float *__restrict__ C, const float *__restrict__ A, const float *__restrict__ B,
+    matmul_nt(float *__restrict__ C, const Element *__restrict__ A, const Element *__restrict__ B,
               const float *__restrict__ bias, int M, int N, int K, int K_split, int add_bias)
 {
     product<false, true>(C, A, B, bias, M, N, K, K_split, add_bias);
 }
 
 extern "C" __global__ void __launch_bounds__(TILE_THREADS)
-    matmul_tn(float *__restrict__ C, const float *__restrict__ A, const float *__restrict__ B,
+    matmul_tn(float *__restrict__ C, const Element *__restrict__ A, const Element *__restrict__ B,
               const float *__restrict__ bias, int M, int N, int K, int K_split, int add_bias)
 {
     product<true, false>(C, A, B, bias, M, N, K, K_split, add_bias);

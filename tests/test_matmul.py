@@ -1,5 +1,7 @@
 """Tiles, matrix products and column sums on the device, against NumPy."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from tests import host_cuda
 from tests.compare import assert_close, rounded
 
 PRECISIONS = list(launchers.PRECISIONS)
+LAYOUTS = {"nn": {}, "tn": {"transpose_a": True}, "nt": {"transpose_b": True}}
 
 # Columns in two rounds: the second product starts while the first one's results are in shared memory.
 TILE_PRODUCTS = """
@@ -51,13 +54,19 @@ def assert_product(C: np.ndarray, A: np.ndarray, B: np.ndarray, bias, precision:
     assert_close("C", C, A.astype(float) @ B + bias, A @ B + bias, dtype=np.float32)
 
 
-def product(A, B, bias=None, *, transpose_a=False, transpose_b=False, **options) -> np.ndarray:
+def bf16_bits(x: np.ndarray) -> np.ndarray:
+    return (rounded(x, "bf16").view(np.uint32) >> 16).astype(np.uint16)
+
+
+def product(A, B, bias=None, *, transpose_a=False, transpose_b=False, operand_bytes=4, **options) -> np.ndarray:
     """A B + bias for A (M, K) and B (K, N), on the device, C being a slice of an array that nothing else may touch."""
     M, N = len(A), B.shape[1]
     C = runtime.to_device(np.full(M * N + 2, 7.0, np.float32))
-    launchers.matmul(runtime.to_device(A.T if transpose_a else A), runtime.to_device(B.T if transpose_b else B),
-                     C[1:-1].reshape(M, N), transpose_a=transpose_a, transpose_b=transpose_b,
-                     bias=None if bias is None else runtime.to_device(bias), **options)
+    operands = (A.T if transpose_a else A, B.T if transpose_b else B)
+    if operand_bytes == 2:
+        operands = map(bf16_bits, operands)
+    launchers.matmul(*map(runtime.to_device, operands), C[1:-1].reshape(M, N), transpose_a=transpose_a,
+                     transpose_b=transpose_b, bias=None if bias is None else runtime.to_device(bias), **options)
     result = runtime.to_host(C)
     assert result[0] == result[-1] == 7, "neighbours were written"
     return result[1:-1].reshape(M, N)
@@ -78,12 +87,44 @@ def test_tile_product_matches_numpy(executor, precision, TILE_M, TILE_N, TILE_K)
             assert_product(executor.to_host(C), A, B, 0, precision)
 
 
-@pytest.mark.parametrize("transposed", [{}, {"transpose_a": True}, {"transpose_b": True}], ids=["nn", "tn", "nt"])
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_matmul_matches_numpy(executor, precision, transposed):
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("precision, operand_bytes", launchers.OPERANDS)
+def test_matmul_matches_numpy(executor, precision, operand_bytes, layout):
     for M, N, K in ((1, 2, 3), (2, 65, 1), (63, 130, 17), (64, 64, 32), (65, 1, 5), (66, 31, 33)):
         A, B = random(M, K), random(K, N)
-        assert_product(product(A, B, precision=precision, **transposed), A, B, 0, precision)
+        C = product(A, B, precision=precision, operand_bytes=operand_bytes, **LAYOUTS[layout])
+        assert_product(C, A, B, 0, precision)
+
+
+# Below, at and above a tile, as near as rows of 16 bytes allow; K of less than a round, of whole rounds, of more than
+# all stages.
+PIPELINED_SIZES = {"nn": ((191, 120, 24), (192, 128, 96), (193, 136, 40), (1, 8, 8)),
+                   "tn": ((184, 120, 31), (192, 128, 64), (200, 136, 133), (8, 8, 1)),
+                   "nt": ((191, 127, 24), (192, 128, 96), (193, 129, 40), (1, 1, 8))}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("precision, operand_bytes", launchers.OPERANDS)
+def test_pipelined_matmul_matches_numpy(executor, precision, operand_bytes, layout):
+    for M, N, K in PIPELINED_SIZES[layout]:
+        A, B, bias = random(M, K), random(K, N), random(N)
+        C = product(A, B, bias, precision=precision, operand_bytes=operand_bytes, variant="pipelined",
+                    **LAYOUTS[layout])
+        assert_product(C, A, B, bias, precision)
+
+
+@pytest.mark.parametrize("precision, operand_bytes", launchers.OPERANDS[1:])
+def test_pipelined_matmul_in_large_tiles_matches_numpy(executor, precision, operand_bytes):
+    A, B = random(264, 35), random(35, 136)
+    C = product(A, B, transpose_a=True, precision=precision, operand_bytes=operand_bytes, variant="pipelined", tile=256)
+    assert_product(C, A, B, 0, precision)
+
+
+def test_pipelined_matmul_split_along_k_matches_numpy(executor):
+    assert launchers._balanced(200, 136, 601, 16, executor.gpu.multiprocessors, (192,)).splits == 2
+    A, B, bias = random(200, 601), random(601, 136), random(136)
+    C = product(A, B, bias, transpose_a=True, precision="tf32", variant="pipelined", tile=192)
+    assert_product(C, A, B, bias, "tf32")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -110,6 +151,43 @@ def test_splits_cover_k_and_fit_in_the_scratch_array(M, N, K, tile):
     assert splits == 1 or splits * M * N <= launchers.SPLIT_BLOCKS * launchers.TILES[0]**2
 
 
+def plan(M, N, K, *, multiprocessors=132, capability=90, shared_bytes=99 * 1024, aligned=True) -> launchers.Plan:
+    """How a GPU would compute a product in tf32."""
+    gpu = runtime.GPU("", capability, multiprocessors, shared_bytes)
+    with runtime.use(types.SimpleNamespace(gpu=gpu)):
+        return launchers._plan(M, N, K, "tf32", 4, aligned, None, None)
+
+
+@pytest.mark.parametrize("multiprocessors, tile", [(132, 192), (128, 192), (108, 256)],
+                         ids=["H100", "RTX 4090", "A100"])
+def test_gradient_of_recurrent_weights_is_one_wave_of_pipelined_tiles(multiprocessors, tile):
+    assert plan(3072, 1024, 6400, multiprocessors=multiprocessors) == ("pipelined", tile, 128, 1, 6400)
+
+
+@pytest.mark.parametrize("M, N, K", [(1536, 512, 6400), (2048, 1024, 6400), (20_000, 1024, 6400), (6400, 3072, 1024),
+                                     (1000, 1000, 10**6), (3072, 1024, 1), (4096, 128, 0)])
+@pytest.mark.parametrize("multiprocessors", [1, 82, 108, 132, 170])
+def test_pipelined_splits_cover_k_and_keep_all_multiprocessors_busy(M, N, K, multiprocessors):
+    variant, tile, columns, splits, K_split = plan(M, N, K, multiprocessors=multiprocessors)
+    assert variant == "pipelined" and tile in launchers.PIPELINED_TILES["tf32"]
+    assert splits == 1 and K_split >= K or (splits - 1) * K_split < K <= splits * K_split
+    assert splits == 1 or K_split % 16 == 0 and splits * M * N <= launchers.MAX_PARTIALS
+    tiles = launchers._tiles(M, N, tile, columns)
+    waves = -(-tiles * splits // multiprocessors)
+    if K >= 6400:
+        assert M * N * K >= 0.6 * waves * multiprocessors * tile * columns * K_split
+
+
+@pytest.mark.parametrize("why_not", [{"capability": 75}, {"shared_bytes": 64 * 1024}, {"aligned": False}])
+def test_product_is_tiled_where_the_pipelined_variant_cannot_run(why_not):
+    assert plan(3072, 1024, 6400, **why_not).variant == "tiled"
+
+
+@pytest.mark.parametrize("M, N, K", [(66, 1024, 6400), (66, 256, 3072), (3072, 66, 6400)])
+def test_small_product_is_tiled(M, N, K):
+    assert plan(M, N, K).variant == "tiled"
+
+
 @pytest.mark.parametrize("M, N", [(1, 1), (2, 31), (31, 32), (32, 33), (33, 65), (300, 3)])
 def test_column_sums_match_numpy(executor, M, N):
     A, sums = random(M, N), runtime.to_device(np.full(N + 2, 7.0, np.float32))
@@ -126,7 +204,9 @@ def all_kernels(precision: str) -> list[np.ndarray]:
     launchers.column_sums(runtime.to_device(random(40, 66)), sums)
     return [product(A, B, random(66), precision=precision), product(A, B, precision=precision, transpose_b=True),
             product(A, B, precision=precision, transpose_a=True),
-            product(random(3, 523), random(523, 5), random(5), precision=precision), runtime.to_host(sums)]
+            product(random(3, 523), random(523, 5), random(5), precision=precision), runtime.to_host(sums),
+            *(product(random(8, 72), random(72, 136), precision=name, operand_bytes=size, variant="pipelined", **layout)
+              for name, size in launchers.OPERANDS if name == precision for layout in LAYOUTS.values())]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -153,6 +233,17 @@ def test_sanitizer_finds_nothing_in_matmul(monkeypatch, sanitizer, precision):
     assert host_cuda.run_sanitized(sums, sanitizer) == ""
 
 
+@pytest.mark.parametrize("precision, operand_bytes", [("fp32", 4), ("tf32", 4), ("bf16", 2)])
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizer_finds_nothing_in_pipelined_matmul(sanitizer, precision, operand_bytes):
+    def pipelined():
+        for layout in LAYOUTS.values():
+            product(random(8, 136), random(136, 8), precision=precision, operand_bytes=operand_bytes,
+                    variant="pipelined", **layout)
+
+    assert host_cuda.run_sanitized(pipelined, sanitizer) == ""
+
+
 @pytest.mark.parametrize("name", ["A", "B", "C", "bias"])
 def test_matmul_names_the_argument_that_does_not_fit(executor, name):
     arrays = {key: runtime.zeros(shape, np.float64 if key == name else np.float32) for key, shape in
@@ -167,3 +258,16 @@ def test_matmul_refuses_an_unknown_precision_and_two_transposed_operands(executo
         launchers.matmul(A, A, A, precision="fp16")
     with pytest.raises(ValueError, match="^transpose_a, transpose_b: expected at most one"):
         launchers.matmul(A, A, A, transpose_a=True, transpose_b=True)
+
+
+def test_matmul_refuses_an_unknown_variant_and_rows_that_pipelined_copies_cannot_take(executor):
+    A = runtime.zeros((6, 6), np.float32)
+    with pytest.raises(ValueError, match="^variant: expected one of tiled, pipelined, got 'fast'"):
+        launchers.matmul(A, A, A, variant="fast")
+    with pytest.raises(ValueError, match="^A, B: expected rows at multiples of 16 bytes .* M, N, K = 6, 6, 6"):
+        launchers.matmul(A, A, A, variant="pipelined")
+    B = runtime.zeros((65,), np.float32)[1:].reshape(8, 8)
+    with pytest.raises(ValueError, match="^A, B: expected rows at multiples of 16 bytes"):
+        launchers.matmul(B, B, runtime.zeros((8, 8), np.float32), variant="pipelined")
+    with pytest.raises(ValueError, match="^A: expected .* float32"):
+        launchers.matmul(A.astype(np.uint16), A, A, precision="tf32")
