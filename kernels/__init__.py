@@ -26,8 +26,8 @@ _OPS = (
     input_table_forward, input_table_backward, gru_saved, gru_forward, gru_backward, dropout_forward, dropout_backward,
     cross_entropy_forward, cross_entropy_backward, global_norm, adam, sample, generation_saved, generate,
 )
-_WITH_PRODUCTS = {
-    input_table_forward, input_table_backward, gru_forward, gru_backward, cross_entropy_forward, cross_entropy_backward,
+_BY_PRECISION = {
+    input_table_forward, input_table_backward, gru_saved, gru_forward, gru_backward, cross_entropy_forward, cross_entropy_backward,
 }
 
 __all__ = [*(op.__name__ for op in _OPS), "GRUSaved", "GenerationSaved", "op_set"]
@@ -48,5 +48,5 @@ def op_set(precision: str = "auto") -> types.SimpleNamespace:
         precision = "tf32" if has_all and not on_host else "fp32"
     if precision != "fp32" and not has_all:
         raise ValueError(f"precision: {precision} needs a GPU of compute capability {TENSOR_CORES_FROM / 10} or more")
-    ops = {op.__name__: functools.partial(op, precision=precision) if op in _WITH_PRODUCTS else op for op in _OPS}
+    ops = {op.__name__: functools.partial(op, precision=precision) if op in _BY_PRECISION else op for op in _OPS}
     return types.SimpleNamespace(**ops)

@@ -11,6 +11,7 @@
 //   P (N, 3H); ids_tb (T, B) int32, in [0, N); W_hh (3H, H); b_hh (3H,); h0 (B, H)
 //   h_tb (T+1, B, H), h_tb[0] a copy of h0; gates_tb (T, B, 3H): r, z, n; a_n_tb (T, B, H)
 //   dh_tb (T, B, H); da_tb (T, B, 3H); di_n_tb (T, B, H); dh0 (B, H)
+//   h16_tb (T, B, H), da16_tb (T, B, 3H) bf16, only in bf16: the operands of dW_hh, which are h_tb[:T] and da_tb
 //   dh_z_b (B, H): z dh of the step done last; products_gb (3, B, H): the share of each gate in W_hh^T da
 //   arrived (tiles of dh,) uint32: blocks that have added their share; zero between launches
 //
@@ -26,7 +27,8 @@
 // writes 1.3 MB (h, gates, a_n); backward writes and reads again 0.8 MB of products, reads 1.8 MB (h, gates, a_n, dh,
 // dh_z) and writes 1.3 MB (da, di_n, dh_z).
 //
-// Variants: this one, for all sizes and GPUs. PRECISION (tile.cuh) concerns the products alone.
+// Variants: this one, for all sizes and GPUs; gru_forward_persistent.cu and gru_backward_persistent.cu, a window in one
+// launch, where they fit. PRECISION (tile.cuh) concerns the products alone.
 // Source: Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation",
 // with the reset gate after the product, as in cuDNN.
 #include "common.cuh"
@@ -37,8 +39,8 @@ constexpr int UNITS = TILE_N / 3;
 
 // Step t. Blocks: x by UNITS, y by TILE_M rows.
 extern "C" __global__ void __launch_bounds__(TILE_THREADS)
-gru_forward_step(float *h_tb, float *__restrict__ gates_tb, float *__restrict__ a_n_tb, const float *__restrict__ P,
-                 const int *__restrict__ ids_tb, const float *__restrict__ W_hh, const float *__restrict__ b_hh,
+gru_forward_step(float *h_tb, float *__restrict__ gates_tb, float *__restrict__ a_n_tb,
+                 unsigned short *__restrict__ h16_tb, const float *__restrict__ P, const int *__restrict__ ids_tb, const float *__restrict__ W_hh, const float *__restrict__ b_hh,
                  const float *h0, int t, int B, int H)  // h0 not restrict: h may be h_tb, which other launches write
 {
     __shared__ __align__(16) float shared[TILE_SHARED];
@@ -68,6 +70,9 @@ gru_forward_step(float *h_tb, float *__restrict__ gates_tb, float *__restrict__ 
         gates[H] = z;
         gates[2 * H] = n;
         a_n_tb[(step + b) * H + j] = a_n;
+#if PRECISION == 2
+        h16_tb[(step + b) * H + j] = to_bf16(before);
+#endif
         h_tb[(step + B + b) * H + j] = n + z * (before - n);
         if (t == 0)
             h_tb[size_t(b) * H + j] = before;
@@ -94,7 +99,7 @@ __device__ __forceinline__ bool arrives_last(unsigned *arrived, unsigned blocks)
 
 // Step t, from T - 1 down to -1, where the initial state lies. Blocks: x by TILE_N units, y by TILE_M rows, z by gate.
 extern "C" __global__ void __launch_bounds__(TILE_THREADS)
-gru_backward_step(float *da_tb, float *__restrict__ di_n_tb, float *__restrict__ dh0, float *__restrict__ dh_z_b,
+gru_backward_step(float *da_tb, unsigned short *__restrict__ da16_tb, float *__restrict__ di_n_tb, float *__restrict__ dh0, float *__restrict__ dh_z_b,
                   float *products_gb, unsigned *arrived, const float *__restrict__ dh_tb,
                   const float *__restrict__ W_hh, const float *__restrict__ h_tb, const float *__restrict__ gates_tb,
                   const float *__restrict__ a_n_tb, int t, int T, int B, int H)
@@ -131,9 +136,14 @@ gru_backward_step(float *da_tb, float *__restrict__ di_n_tb, float *__restrict__
         const size_t row = size_t(t) * B + b, at = row * H + j, at_gates = row * 3 * H + j;
         const float r = gates_tb[at_gates], z = gates_tb[at_gates + H], n = gates_tb[at_gates + 2 * H];
         const float dh = dh_tb[at] + returned, dn = dh * (1.0f - z), di_n = dn * (1.0f - n * n);
-        da_tb[at_gates] = di_n * a_n_tb[at] * (r * (1.0f - r));
-        da_tb[at_gates + H] = dn * (h_tb[at] - n) * z;
-        da_tb[at_gates + 2 * H] = di_n * r;
+        const float da[3] = {di_n * a_n_tb[at] * (r * (1.0f - r)), dn * (h_tb[at] - n) * z, di_n * r};
+#pragma unroll
+        for (int of_gate = 0; of_gate < 3; ++of_gate) {
+            da_tb[at_gates + of_gate * H] = da[of_gate];
+#if PRECISION == 2
+            da16_tb[at_gates + of_gate * H] = to_bf16(da[of_gate]);
+#endif
+        }
         di_n_tb[at] = di_n;
         dh_z_b[place] = dh * z;  // in place: the step read it above
     }

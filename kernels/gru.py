@@ -1,12 +1,13 @@
-"""Launchers of gru.cu: the recurrence over a window, and back through time."""
+"""Launchers of gru.cu: the recurrence over a window, and back through time; persistent where the plan says so."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import runtime
+from . import gru_persistent, runtime
 from .input_table import sum_by_id, sum_by_id_scratch_size
 from .matmul import TILE_THREADS, column_sums, constants as matmul_constants, matmul
+from .plan import RecurrencePlan, backward_plan, forward_plan
 from .scratch import scratch
 
 TILE_M, TILE_N = 32, 48  # rows, and columns: three gates of 16 units forward, 48 units of one gate's share backward
@@ -16,8 +17,9 @@ class GRUSaved(NamedTuple):
     """What one layer's forward pass leaves to its backward pass, and room for both to work in.
 
     h_tb (T+1, B, H): states, `h_tb[0]` the initial one; gates_tb (T, B, 3H): r, z, n; a_n_tb (T, B, H);
-    da_tb (T, B, 3H), di_n_tb (T, B, H): gradients, written by the backward pass. The others serve it from step to step,
-    as gru.cu says, and in the end to sort positions by id.
+    da_tb (T, B, 3H), di_n_tb (T, B, H): gradients, written by the backward pass. h16_tb (T, B, H) and da16_tb
+    (T, B, 3H): the operands of dW_hh in bf16, without steps in other precisions. The others serve the backward pass from step to
+    step, as gru.cu says, and in the end to sort positions by id.
     """
 
     h_tb: Any
@@ -25,26 +27,33 @@ class GRUSaved(NamedTuple):
     a_n_tb: Any
     da_tb: Any
     di_n_tb: Any
+    h16_tb: Any
+    da16_tb: Any
     dh_z_b: Any
     products_gb: Any
     arrived: Any
     sorting: Any
 
 
-def gru_saved(T: int, B: int, H: int, dtype=np.float32) -> GRUSaved:
-    """Arrays for `gru_forward` and `gru_backward` over windows of up to T steps; the kernels take float32 only."""
+def gru_saved(T: int, B: int, H: int, dtype=np.float32, *, precision="fp32") -> GRUSaved:
+    """Arrays for `gru_forward` and `gru_backward`, in that precision, over windows of up to T steps; the kernels take
+    float32 only."""
+    def bf16(n: int):
+        return runtime.empty((_bf16_steps(T, precision), B, n), np.uint16)
+
     return GRUSaved(
         h_tb=runtime.empty((T + 1, B, H), dtype), gates_tb=runtime.empty((T, B, 3 * H), dtype),
         a_n_tb=runtime.empty((T, B, H), dtype), da_tb=runtime.empty((T, B, 3 * H), dtype),
-        di_n_tb=runtime.empty((T, B, H), dtype), dh_z_b=runtime.empty((B, H), dtype),
+        di_n_tb=runtime.empty((T, B, H), dtype), h16_tb=bf16(H), da16_tb=bf16(3 * H), dh_z_b=runtime.empty((B, H), dtype),
         products_gb=runtime.empty((3, B, H), dtype), arrived=runtime.zeros((_dh_tiles(B, H),), np.uint32),
         sorting=runtime.empty((sum_by_id_scratch_size(T * B),), np.int32))
 
 
-def gru_forward(P, ids_tb, W_hh, b_hh, h0, saved: GRUSaved, *, precision="fp32") -> None:
+def gru_forward(P, ids_tb, W_hh, b_hh, h0, saved: GRUSaved, *, precision="fp32", plan: RecurrencePlan | None = None) -> None:
     """One GRU layer over a window; the input product of step t, row b is `P[ids_tb[t, b]]`.
 
     tf32 and bf16 round the operands of W_hh h, nothing else. The window may be shorter than what `saved` is made for.
+    `plan` is for tests and benchmarks; the default is that of this GPU.
 
     Shapes: P (N, 3H); ids_tb (T, B) int32, in [0, N); W_hh (3H, H); b_hh (3H,); h0 (B, H), no part of `saved`; result
     in `saved`: the states `saved.h_tb[:T + 1]`, of which the last is the state to carry on.
@@ -55,20 +64,25 @@ def gru_forward(P, ids_tb, W_hh, b_hh, h0, saved: GRUSaved, *, precision="fp32")
     runtime.check("P", P, np.float32, (len(P), 3 * H))
     runtime.check("b_hh", b_hh, np.float32, (3 * H,))
     runtime.check("h0", h0, np.float32, (B, H))
-    _check(ids_tb, W_hh, saved)
-    defines, sizes = constants(precision), (np.int32(B), np.int32(H))
-    grid = _tiles(H, TILE_N // 3), _tiles(B, TILE_M)
+    _check(ids_tb, W_hh, saved, precision)
+    plan = plan or forward_plan(runtime.current_executor().gpu, B, H, precision)
+    if plan.variant == "persistent":
+        gru_persistent.forward(plan, P, ids_tb, W_hh, b_hh, h0, saved)
+        return
+    grid, module = (_tiles(H, TILE_N // 3), _tiles(B, TILE_M)), constants(precision)
     for t in range(T):
         runtime.launch("gru", "gru_forward_step", grid, TILE_THREADS,
-                       [saved.h_tb, saved.gates_tb, saved.a_n_tb, P, ids_tb, W_hh, b_hh, h0, np.int32(t), *sizes],
-                       constants=defines)
+                       [saved.h_tb, saved.gates_tb, saved.a_n_tb, saved.h16_tb, P, ids_tb, W_hh, b_hh, h0,
+                        np.int32(t), np.int32(B), np.int32(H)], constants=module)
 
 
-def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh0, *, precision="fp32") -> None:
+def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh0, *, precision="fp32",
+                 plan: RecurrencePlan | None = None) -> None:
     """Back through time over the window of the last `gru_forward`. The gradient that reaches each state from outside
     the recurrence is dy_tb W_y; where W_y is None it is dy_tb itself.
 
-    tf32 and bf16 round the operands of dy_tb W_y, of W_hh^T da and of dW_hh, nothing else.
+    tf32 and bf16 round the operands of dy_tb W_y, of W_hh^T da and of dW_hh, nothing else. `plan` is for tests and
+    benchmarks; the default is that of this GPU.
 
     Shapes: dy_tb (T, B, M) and W_y (M, H), for the layer below the output dlogits_tb and W_out, or dy_tb (T, B, H) and
     None; ids_tb (T, B) int32; W_hh (3H, H); results dP (N, 3H), dW_hh (3H, H), db_hh (3H,), dh0 (B, H).
@@ -84,24 +98,35 @@ def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh
     runtime.check("dW_hh", dW_hh, np.float32, (3 * H, H))
     runtime.check("db_hh", db_hh, np.float32, (3 * H,))
     runtime.check("dh0", dh0, np.float32, (B, H))
-    _check(ids_tb, W_hh, saved)
-    defines, sizes = constants(precision), (np.int32(T), np.int32(B), np.int32(H))
-    grid = _tiles(H, TILE_N), _tiles(B, TILE_M), 3
-    dh_tb = dy_tb
-    if W_y is not None:
+    _check(ids_tb, W_hh, saved, precision)
+    plan = plan or backward_plan(runtime.current_executor().gpu, B, H, precision, V_out=0 if W_y is None else M, V_in=len(dP))
+    if W_y is not None and not plan.fold_steps:
         dh_tb = scratch("gru_backward", (T, B, H))
         matmul(dy_tb.reshape(T * B, M), W_y, dh_tb.reshape(T * B, H), precision=precision)
+        dy_tb, W_y = dh_tb, None
+    if plan.variant == "persistent":
+        gru_persistent.backward(plan, dy_tb, W_y, ids_tb, W_hh, saved, dP, db_hh, dh0)
+    else:
+        _backward_stepwise(dy_tb, W_hh, saved, db_hh, dh0, T, precision)
+    da, h = (saved.da_tb, saved.h_tb) if precision != "bf16" else (saved.da16_tb, saved.h16_tb)
+    matmul(da[:T].reshape(T * B, 3 * H), h[:T].reshape(T * B, H), dW_hh, transpose_a=True, precision=precision)
+    if not plan.sums_on_chip:
+        sum_by_id(saved.da_tb[:T], saved.di_n_tb[:T], ids_tb, dP, saved.sorting[:sum_by_id_scratch_size(T * B)])
+
+
+def _backward_stepwise(dh_tb, W_hh, saved: GRUSaved, db_hh, dh0, T: int, precision: str) -> None:
+    """da, di_n, db_hh and dh0, one launch per time step."""
+    B, H = dh0.shape
+    grid, module = (_tiles(H, TILE_N), _tiles(B, TILE_M), 3), constants(precision)
     for t in range(T - 1, -2, -1):
         runtime.launch("gru", "gru_backward_step", grid, TILE_THREADS,
-                       [saved.da_tb, saved.di_n_tb, dh0, saved.dh_z_b, saved.products_gb, saved.arrived, dh_tb, W_hh,
-                        saved.h_tb, saved.gates_tb, saved.a_n_tb, np.int32(t), *sizes], constants=defines)
-    da, h = saved.da_tb[:T].reshape(T * B, 3 * H), saved.h_tb[:T].reshape(T * B, H)
-    matmul(da, h, dW_hh, transpose_a=True, precision=precision)
-    column_sums(da, db_hh)
-    sum_by_id(saved.da_tb[:T], saved.di_n_tb[:T], ids_tb, dP, saved.sorting[:sum_by_id_scratch_size(T * B)])
+                       [saved.da_tb, saved.da16_tb, saved.di_n_tb, dh0, saved.dh_z_b, saved.products_gb,
+                        saved.arrived, dh_tb, W_hh, saved.h_tb, saved.gates_tb, saved.a_n_tb,
+                        *map(np.int32, (t, T, B, H))], constants=module)
+    column_sums(saved.da_tb[:T].reshape(T * B, 3 * H), db_hh)
 
 
-def _check(ids_tb, W_hh, saved: GRUSaved) -> None:
+def _check(ids_tb, W_hh, saved: GRUSaved, precision: str) -> None:
     """What both directions take."""
     (T, B), H = ids_tb.shape, W_hh.shape[1]
     T_saved = len(saved.gates_tb)
@@ -113,8 +138,14 @@ def _check(ids_tb, W_hh, saved: GRUSaved) -> None:
               "da_tb": (T_saved, B, 3 * H), "di_n_tb": (T_saved, B, H), "dh_z_b": (B, H), "products_gb": (3, B, H)}
     for name, shape in shapes.items():
         runtime.check(f"saved.{name}", getattr(saved, name), np.float32, shape)
+    for name, n in (("h16_tb", H), ("da16_tb", 3 * H)):
+        runtime.check(f"saved.{name}", getattr(saved, name), np.uint16, (_bf16_steps(T_saved, precision), B, n))
     runtime.check("saved.arrived", saved.arrived, np.uint32, (_dh_tiles(B, H),))
     runtime.check("saved.sorting", saved.sorting, np.int32, (sum_by_id_scratch_size(T_saved * B),))
+
+
+def _bf16_steps(T: int, precision: str) -> int:
+    return T if precision == "bf16" else 0
 
 
 def constants(precision: str) -> dict[str, int]:

@@ -168,6 +168,20 @@ def _balanced(M: int, N: int, K: int, TILE_K: int, multiprocessors: int, tiles: 
                key=lambda plan: (plan.splits, time(plan), -plan.TILE_M))
 
 
+def sum_partials(partials, sums) -> None:
+    """Sums over the first axis, in ascending order.
+
+    Shapes: partials (splits, M, N) or (splits, N); result sums (M, N) or (N,).
+    Raises: ValueError.
+    Equals: partials.sum(axis=0)
+    """
+    runtime.check("partials", partials, np.float32, (len(partials), *sums.shape))
+    runtime.check("sums", sums, np.float32, sums.shape)
+    runtime.launch("matmul", "add_partials", -(-sums.size // TILE_THREADS), TILE_THREADS,
+                   [sums, partials, sums, np.int32(sums.size), np.int32(1), np.int32(len(partials)), np.int32(0)],
+                   constants=tiled_constants("fp32"))
+
+
 def column_sums(A, sums) -> None:
     """Sums over the rows of a matrix.
 

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from .cross_entropy import constants as cross_entropy_constants
 from .generate import MAX_ROWS, constants as generate_constants
 from .gru import constants as gru_constants
+from .gru_persistent import constants as gru_persistent_constants
 from .matmul import OPERANDS, PIPELINED_TILES, PRECISIONS, TILES, pipelined_constants, tiled_constants
+from .plan import GPUS, backward_plan, forward_plan, precisions
 
 TENSOR_CORES_FROM = 80
 """Compute capability, times ten, of the first GPUs that multiply tf32 and bf16, and that copy asynchronously."""
@@ -23,11 +25,33 @@ MODULES: dict[str, tuple[dict[str, int], ...]] = {
 }
 """Stem of a .cu file -> the sets of constants that its launchers compile it with, each name -> value."""
 
+PLANNED = ("gru_forward_persistent", "gru_backward_persistent")
+"""Stems of the .cu files whose constants a plan gives, for each GPU and for each size of the model."""
+
+SIZES = ((64, 1024), (32, 256))  # rows and hidden units of README's two models
+CHARACTERS = 66
+
 
 def modules_for(architecture: str) -> Iterator[tuple[str, dict[str, int]]]:
-    """Stem and constants of everything that an architecture such as "sm_90" can run."""
-    has_all = int(architecture.removeprefix("sm_")) >= TENSOR_CORES_FROM
+    """Stem and constants of everything that an architecture such as "sm_90" can run; of what is planned, the plans of
+    the known GPUs of that architecture for README's models."""
+    capability = int(architecture.removeprefix("sm_"))
+    yield from _planned(capability)
+    has_all = capability >= TENSOR_CORES_FROM
     for stem, variants in MODULES.items():
         for constants in variants:
             if has_all or (constants.get("PRECISION", 0) == PRECISIONS["fp32"] and stem != "matmul_pipelined"):
                 yield stem, constants
+
+
+def _planned(capability: int) -> list[tuple[str, dict[str, int]]]:
+    found = []
+    for gpu in GPUS.values():
+        for precision in precisions(gpu) if gpu.capability == capability else ():
+            for B, H in SIZES:
+                plans = (forward_plan(gpu, B, H, precision),
+                         backward_plan(gpu, B, H, precision, V_out=CHARACTERS, V_in=CHARACTERS))
+                for stem, plan in zip(PLANNED, plans):
+                    if plan.variant == "persistent" and (stem, gru_persistent_constants(plan)) not in found:
+                        found.append((stem, gru_persistent_constants(plan)))
+    return found

@@ -36,18 +36,20 @@ Rates and latencies come from data sheets and from other people's measurements; 
 """
 
 import functools
+import operator
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from .runtime import GPU
 
 WARPS, WORDS = 8, 8  # warps of a block; words of k that a warp multiplies in a step
+THREADS = 32 * WARPS
 PACK = {"fp32": 1, "tf32": 1, "bf16": 2}  # elements of k per word
 ROWS = (16, 32, 64)  # of a tile
 SPLITS = (1, 2, 4, 8)  # of K, backward
 REGISTERS = 255  # of a thread
-REGISTERS_OTHER = 32 + 56  # gathered operands in flight; addresses, counters, gates
-SPARE_SHARED_BYTES = 2048  # for a kernel's own small arrays
+REGISTERS_OTHER = 32 + 56  # gathered operands in flight; addresses, counters
+REGISTERS_PER_UNIT = {False: 8, True: 12}  # backward or not: what a thread keeps of each row and unit that it finishes
 STEPWISE_ROWS, STEPWISE_COLUMNS = 32, 48  # a tile of gru.cu
 
 BARRIER, GATES = 1900, 600  # cycles
@@ -87,6 +89,7 @@ GPUS = {
     "3060": GPU("NVIDIA GeForce RTX 3060", 86, 28, 101376),
     "t4": GPU("NVIDIA T4", 75, 40, 65536),
     "l4": GPU("NVIDIA L4", 89, 58, 101376),
+    "5090": GPU("NVIDIA GeForce RTX 5090", 120, 170, 101376),
 }
 """Known GPUs, to plan for without having one."""
 
@@ -134,15 +137,14 @@ class RecurrencePlan(NamedTuple):
     def registers(self) -> int:
         """Of a thread, as estimated."""
         weights = self.register_steps * weight_registers(self.columns)
-        return REGISTERS_OTHER + accumulators(self.rows, self.columns) + weights
+        finished = _ceil_div(self.rows * self.finished_units, THREADS) * REGISTERS_PER_UNIT[self.K > self.H]
+        return REGISTERS_OTHER + accumulators(self.rows, self.columns) + weights + finished
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block: weights, sums of the warps, sums by character."""
-        weights = weights_bytes(self.k_steps - self.register_steps + self.fold_steps, self.columns)
-        rows = self.row_tiles * self.rows
-        sums = sums_bytes(self.V_in, self.finished_units, rows) if self.sums_on_chip else 0
-        return weights + reduction_bytes(self.rows, self.columns) + sums
+        """Of a block, all of it dynamic."""
+        weights = weights_bytes(self.k_steps + self.fold_steps - self.register_steps, self.columns)
+        return weights + reduction_bytes(self.rows, self.columns) + gradients_bytes(self)
 
     def rows_of(self, group: int) -> range:
         """Rows of the batch."""
@@ -192,14 +194,24 @@ def accumulators(rows: int, columns: int) -> int:
     return rows * columns // 32
 
 
+def steps_in_flight(rows: int, precision: str) -> int:
+    """Steps whose operands a warp loads at a time; what lies in registers is loaded as a whole."""
+    return 1 if precision == "fp32" else 64 // rows
+
+
 def reduction_bytes(rows: int, columns: int) -> int:
-    """Sums of half the warps of a block, on their way to the other half, with room for padding."""
-    return WARPS // 2 * rows * (columns + 8) * 4
+    """Sums of half the warps of a block, on their way to the other half; rows of sums are padded against bank
+    conflicts."""
+    padding = 8 if columns % 16 == 0 else 0
+    return WARPS // 2 * rows * (columns + padding) * 4
 
 
-def sums_bytes(V_in: int, finished_units: int, rows: int) -> int:
-    """Sums by character of the three gates of a block's finished units, and the ids of all its rows."""
-    return V_in * 3 * finished_units * 4 + rows * 4
+def gradients_bytes(plan: "RecurrencePlan") -> int:
+    """Backward: di of a tile and of a block's finished units, their sums by character, and the ids of a tile's rows."""
+    if plan.variant == "stepwise" or plan.K == plan.H:
+        return 0
+    characters = plan.V_in if plan.sums_on_chip else 0
+    return (plan.rows + characters) * 3 * plan.finished_units * 4 + plan.rows * 4
 
 
 # Plans
@@ -245,11 +257,11 @@ def _plan(gpu: GPU, stepwise: RecurrencePlan, variant: str) -> RecurrencePlan:
     if variant == "stepwise":
         return stepwise._replace(reason=f"as asked for; predicted {stepwise.predicted_us:.1f} us")
     persistent = list(_persistent_plans(gpu, stepwise))
-    fitting = [plan for plan in persistent if plan.registers <= REGISTERS and _shared_bytes(plan) <= gpu.shared_bytes]
+    fitting = [plan for plan in persistent if plan.registers <= REGISTERS and plan.shared_bytes <= gpu.shared_bytes]
     if not fitting:
-        smallest = min(persistent, key=_shared_bytes)
+        smallest = min(persistent, key=operator.attrgetter("shared_bytes"))
         misfit = (f"nothing persistent fits: cut for {gpu.multiprocessors} multiprocessors, W_hh takes "
-                  f"{_kib(_shared_bytes(smallest))} of shared memory a block, of {_kib(gpu.shared_bytes)}, and "
+                  f"{_kib(smallest.shared_bytes)} of shared memory a block, of {_kib(gpu.shared_bytes)}, and "
                   f"{smallest.registers} registers a thread, of {REGISTERS}")
         if variant == "persistent":
             raise ValueError(f"variant: {misfit}")
@@ -281,20 +293,16 @@ def _persistent_plans(gpu: GPU, stepwise: RecurrencePlan) -> Iterator[Recurrence
                 plan = stepwise._replace(
                     variant="persistent", groups=groups, blocks=_ceil_div(H, units), splits=splits, rows=rows,
                     row_tiles=row_tiles, units=units, columns=columns, k_steps=k_steps)
-                most = 0 if precision == "fp32" else min(
-                    k_steps, max(REGISTERS - plan.registers, 0) // weight_registers(columns))
+                at_a_time = steps_in_flight(rows, precision)
+                most = 0 if precision == "fp32" else _round_down(min(
+                    k_steps, max(REGISTERS - plan.registers, 0) // weight_registers(columns)), at_a_time)
                 for fold_steps in (steps_of(V_out, splits, precision), 0) if V_out else (0,):
                     for sums_on_chip in (True, False) if V_in else (False,):
                         plan = plan._replace(register_steps=0, fold_steps=fold_steps, sums_on_chip=sums_on_chip)
-                        too_much = _shared_bytes(plan) - gpu.shared_bytes
-                        fewest = min(max(_ceil_div(too_much, weights_bytes(1, columns)), 0), most)
-                        yield plan._replace(register_steps=fewest)
+                        too_much = max(plan.shared_bytes - gpu.shared_bytes, 0)
+                        fewest = _round_up(_ceil_div(too_much, weights_bytes(1, columns)), at_a_time)
+                        yield plan._replace(register_steps=min(fewest, most))
                         yield plan._replace(register_steps=most)  # quicker where shared memory is what limits a step
-
-
-def _shared_bytes(plan: RecurrencePlan) -> int:
-    """What has to be there."""
-    return plan.shared_bytes + SPARE_SHARED_BYTES
 
 
 def _cut(plan: RecurrencePlan) -> str:
@@ -363,6 +371,10 @@ def _kib(size: float) -> str:
 
 def _ceil_div(n: int, d: int) -> int:
     return -(-n // d)
+
+
+def _round_down(n: int, multiple: int) -> int:
+    return n // multiple * multiple
 
 
 def _round_up(n: int, multiple: int) -> int:

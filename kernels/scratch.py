@@ -10,14 +10,14 @@ from . import runtime
 _arrays: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def scratch(op: str, shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
-    """The array of this op and shape, its content undefined: made at the first call, alive and in place as long as the
-    executor in use, so that a captured CUDA graph may go on using it.
+def scratch(op: str, shape: tuple[int, ...], dtype: Any = np.float32, zeros: bool = False) -> Any:
+    """The array of this op and shape: made at the first call, alive and in place as long as the executor in use, so that
+    a captured CUDA graph may go on using it. Its content is undefined, or zeros when it is made.
 
     Launches that share it have to follow one another, on one stream.
     """
     arrays = _arrays.setdefault(runtime.current_executor(), {})
     key = op, shape, np.dtype(dtype)
     if key not in arrays:
-        arrays[key] = runtime.empty(shape, dtype)
+        arrays[key] = (runtime.zeros if zeros else runtime.empty)(shape, dtype)
     return arrays[key]

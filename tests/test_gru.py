@@ -1,4 +1,4 @@
-"""The recurrence and back-propagation through time on the device against the reference."""
+"""The recurrence and back-propagation through time on the device, stepwise, against the reference."""
 
 from typing import NamedTuple
 
@@ -8,6 +8,7 @@ import pytest
 from kernels import gru as launchers
 from kernels import runtime
 from kernels.matmul import PRECISIONS
+from kernels.plan import RecurrencePlan, backward_plan, forward_plan
 from rnn import reference
 from tests import host_cuda
 from tests.compare import assert_close, rounded
@@ -47,21 +48,33 @@ def mapped(function, case: Layer) -> Layer:
     return Layer(*(None if array is None else function(array) for array in case))
 
 
-def both_passes(ops, case: Layer, saved, array=np.array, new=np.empty, **options) -> dict:
-    """Every result of the two passes of `ops`, whose arrays `array(values)` and `new(shape, dtype)` make."""
+def both_passes(ops, case: Layer, saved, array=np.array, new=np.empty, plans=None, **options) -> dict:
+    """Every result of the two passes of `ops`, whose arrays `array(values)` and `new(shape, dtype)` make; `plans` are for
+    the kernels, one for each pass."""
     (T, B), (V, H3), dtype = case.ids_tb.shape, case.P.shape, saved.h_tb.dtype
     case = mapped(array, case)
     shapes = {"dP": (V, H3), "dW_hh": (H3, H3 // 3), "db_hh": (H3,), "dh0": (B, H3 // 3)}
     gradients = {name: new(shape, dtype) for name, shape in shapes.items()}
-    ops.gru_forward(case.P, case.ids_tb, case.W_hh, case.b_hh, case.h0, saved, **options)
-    ops.gru_backward(case.dy_tb, case.W_y, case.ids_tb, case.W_hh, saved, *gradients.values(), **options)
+    forward, backward = ({"plan": plan} for plan in plans) if plans else ({}, {})
+    ops.gru_forward(case.P, case.ids_tb, case.W_hh, case.b_hh, case.h0, saved, **options, **forward)
+    ops.gru_backward(case.dy_tb, case.W_y, case.ids_tb, case.W_hh, saved, *gradients.values(), **options, **backward)
     return {"h_tb": saved.h_tb[:T + 1], "gates_tb": saved.gates_tb[:T], "a_n_tb": saved.a_n_tb[:T]} | gradients
 
 
-def on_device(case: Layer, T_saved: int | None = None, **options) -> dict[str, np.ndarray]:
+def stepwise(case: Layer, precision: str = "fp32") -> tuple[RecurrencePlan, RecurrencePlan]:
+    B, H = case.h0.shape
+    M = 0 if case.W_y is None else len(case.W_y)
+    gpu = runtime.current_executor().gpu
+    return (forward_plan(gpu, B, H, precision, variant="stepwise"),
+            backward_plan(gpu, B, H, precision, V_out=M, V_in=len(case.P), variant="stepwise"))
+
+
+def on_device(case: Layer, precision: str = "fp32", plans=None, T_saved: int | None = None) -> dict[str, np.ndarray]:
+    """Every result of both passes, stepwise unless there are plans."""
     (T, B), H = case.ids_tb.shape, case.W_hh.shape[1]
-    saved = launchers.gru_saved(T_saved or T, B, H)
-    results = both_passes(launchers, case, saved, runtime.to_device, runtime.empty, **options)
+    saved = launchers.gru_saved(T_saved or T, B, H, precision=precision)
+    results = both_passes(launchers, case, saved, runtime.to_device, runtime.empty, plans or stepwise(case, precision),
+                          precision=precision)
     return {name: runtime.to_host(result) for name, result in results.items()}
 
 
@@ -137,7 +150,7 @@ def test_saved_serves_window_after_window(executor):
     long, short = layer(4, 3, 49, 5), layer(2, 3, 49, 7)
     saved = launchers.gru_saved(4, 3, 49)
     for case in (long, short, long):
-        results = both_passes(launchers, case, saved, runtime.to_device, runtime.empty)
+        results = both_passes(launchers, case, saved, runtime.to_device, runtime.empty, stepwise(case))
         assert_equal_bits({name: runtime.to_host(result) for name, result in results.items()}, on_device(case))
 
 
@@ -145,9 +158,9 @@ def test_only_the_window_is_written(executor):
     case = layer(2, 3, 5, 4)
     saved = launchers.gru_saved(4, 3, 5)
     sequences = {name: runtime.to_device(np.full(array.shape, 7, np.float32))
-                 for name, array in saved._asdict().items() if name.endswith("_tb")}
+                 for name, array in saved._asdict().items() if name.endswith("_tb") and len(array)}
     saved = saved._replace(**sequences)
-    both_passes(launchers, case, saved, runtime.to_device, runtime.empty)
+    both_passes(launchers, case, saved, runtime.to_device, runtime.empty, stepwise(case))
     for name, array in sequences.items():
         assert (runtime.to_host(array)[3 if name == "h_tb" else 2:] == 7).all(), name
 
@@ -211,7 +224,7 @@ def test_gru_names_the_argument_that_does_not_fit(executor):
         launchers.gru_forward(P, ids_tb, runtime.zeros((H, 3 * H), np.float32).T, b_hh, h0, saved)
     with pytest.raises(ValueError, match=r"^saved.h_tb: expected .* \(3, 3, 5\), got float32 \(3, 4, 5\)"):
         launchers.gru_forward(P, ids_tb, W_hh, b_hh, h0, launchers.gru_saved(T, B + 1, H))
-    with pytest.raises(ValueError, match="^precision: expected one of fp32, tf32, bf16, got 'fp16'"):
+    with pytest.raises(ValueError, match="^precision: expected fp32 or tf32 or bf16 on .*, got 'fp16'"):
         launchers.gru_backward(dy_tb, W_y, ids_tb, W_hh, saved, dP, dW_hh, db_hh, dh0, precision="fp16")
     with pytest.raises(ValueError, match=r"^dy_tb: expected .* \(2, 3, 5\), got float32 \(2, 3, 4\)"):
         launchers.gru_backward(dy_tb, None, ids_tb, W_hh, saved, dP, dW_hh, db_hh, dh0)

@@ -1,0 +1,59 @@
+"""Launchers of gru_forward_persistent.cu and gru_backward_persistent.cu: a window of the recurrence in one launch."""
+
+import numpy as np
+
+from . import runtime
+from .matmul import PRECISIONS, sum_partials
+from .plan import THREADS, WARPS, WORDS, RecurrencePlan
+from .scratch import scratch
+
+COUNTER_WORDS = 32  # a counter has a line of L2 to itself
+
+
+def forward(plan: RecurrencePlan, P, ids_tb, W_hh, b_hh, h0, saved) -> None:
+    """`kernels.gru.gru_forward`, its arguments checked, as a persistent plan says."""
+    (T, B), H = ids_tb.shape, W_hh.shape[1]
+    runtime.launch("gru_forward_persistent", "gru_forward_persistent", plan.grid, THREADS,
+                   [saved.h_tb, saved.gates_tb, saved.a_n_tb, saved.h16_tb, _exchange("gru_forward", plan),
+                    _counters("gru_forward", plan.groups), P, ids_tb, W_hh, b_hh, h0, np.int32(T), np.int32(B),
+                    np.int32(H), np.int32(plan.groups)],
+                   constants=constants(plan), shared_bytes=plan.shared_bytes, cooperative=True)
+
+
+def backward(plan: RecurrencePlan, dy_tb, W_y, ids_tb, W_hh, saved, dP, db_hh, dh0) -> None:
+    """`kernels.gru.gru_backward`, its arguments checked, as a persistent plan says, but for dW_hh; and for dP, unless
+    `plan.sums_on_chip`. Where W_y is not None, `plan.fold_steps` is not 0."""
+    (T, B), H = ids_tb.shape, W_hh.shape[1]
+    groups, N, V = plan.groups, 0 if W_y is None else len(W_y), len(dP) if plan.sums_on_chip else 0
+    dP_g = scratch("gru_backward dP", (groups, V, 3 * H)) if V and groups > 1 else dP
+    db_g = scratch("gru_backward db", (groups, 3 * H)) if groups > 1 else db_hh
+    partials = scratch("gru_backward partials", (groups * plan.row_tiles, plan.blocks, plan.splits, plan.rows, plan.units))
+    runtime.launch("gru_backward_persistent", "gru_backward_persistent", plan.grid, THREADS,
+                   [saved.da_tb, saved.da16_tb, saved.di_n_tb, dh0, dP_g, db_g, saved.dh_z_b, _exchange("gru_backward", plan),
+                    partials, _counters("gru_backward", groups * (1 + plan.blocks)), dy_tb,
+                    W_hh if W_y is None else W_y, W_hh, saved.h_tb, saved.gates_tb, saved.a_n_tb, ids_tb,
+                    *map(np.int32, (T, B, H, N, V, groups))],
+                   constants=constants(plan), shared_bytes=plan.shared_bytes, cooperative=True)
+    if groups > 1:
+        sum_partials(db_g, db_hh)
+        if V:
+            sum_partials(dP_g, dP)
+
+
+def constants(plan: RecurrencePlan) -> dict[str, int]:
+    """What the kernel of a persistent plan is compiled with."""
+    sizes = {"PRECISION": PRECISIONS[plan.precision], "ROWS": plan.rows, "K_STEPS": plan.k_steps,
+             "REGISTER_STEPS": plan.register_steps}
+    forward = plan.K == plan.H
+    return sizes | ({"COLUMNS": 3 * plan.units} if forward else {"COLUMNS": plan.units, "SPLITS": plan.splits})
+
+
+def _exchange(op: str, plan: RecurrencePlan):
+    """Zero where k lies behind the matrix: nobody writes there."""
+    steps = plan.splits * WARPS * plan.k_steps
+    return scratch(f"{op} {plan.K}", (2, plan.groups * plan.row_tiles, steps, plan.rows * WORDS), np.uint32, zeros=True)
+
+
+def _counters(op: str, count: int):
+    """Pairs of counters for barrier.cuh, which leaves them at zero."""
+    return scratch(f"{op} counters", (count, 2, COUNTER_WORDS), np.uint32, zeros=True)

@@ -1,0 +1,235 @@
+"""The persistent recurrence: equal to the reference and to the stepwise one, however its work is cut."""
+
+import functools
+import re
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from kernels import runtime
+from kernels.gru_persistent import constants
+from kernels.matmul import PRECISIONS
+from kernels.plan import RecurrencePlan, backward_plan, forward_plan, steps_of
+from rnn import reference
+from tests import host_cuda
+from tests.compare import assert_close
+from tests.test_gru import Layer, RoundingNumPy, assert_equal_bits, by_reference, layer, on_device
+
+
+class Cut(NamedTuple):
+    """Sizes of a case, and how both directions are cut; M is the number of rows of W_y, None without it."""
+
+    T: int
+    B: int
+    H: int
+    V: int
+    M: int | None
+    groups: int
+    rows: int
+    units: int  # forward
+    units_back: int
+    splits: int = 1
+    register_steps: int = 0  # tf32 and bf16
+
+    @property
+    def case(self) -> Layer:
+        return layer(self.T, self.B, self.H, self.V, self.M)
+
+    def plans(self, precision: str, fold: bool = True, sums_on_chip: bool = True) -> tuple[RecurrencePlan, RecurrencePlan]:
+        gpu, M = runtime.current_executor().gpu, self.M or 0
+        forward = forward_plan(gpu, self.B, self.H, precision, variant="stepwise")
+        backward = backward_plan(gpu, self.B, self.H, precision, V_out=M, V_in=self.V, variant="stepwise")
+        fold_steps = steps_of(M, self.splits, precision) if fold else 0
+        return (self._persistent(forward, self.units, 1),
+                self._persistent(backward, self.units_back, self.splits)._replace(
+                    fold_steps=fold_steps, sums_on_chip=sums_on_chip))
+
+    def _persistent(self, plan: RecurrencePlan, units: int, splits: int) -> RecurrencePlan:
+        tiles = -(-self.B // self.rows)
+        return plan._replace(
+            variant="persistent", groups=self.groups, blocks=-(-self.H // units), splits=splits, rows=self.rows,
+            row_tiles=-(-tiles // self.groups), units=units, columns=-(-plan.gates * units // 8) * 8,
+            k_steps=steps_of(plan.K, splits, plan.precision),
+            register_steps=self.register_steps if plan.precision != "fp32" else 0)
+
+
+CUTS = [
+    Cut(T=1, B=1, H=1, V=1, M=1, groups=1, rows=16, units=2, units_back=2),
+    Cut(T=3, B=5, H=10, V=7, M=6, groups=1, rows=16, units=6, units_back=4),
+    Cut(T=4, B=33, H=20, V=5, M=9, groups=2, rows=16, units=6, units_back=10, splits=2),  # a group with one tile less
+    Cut(T=2, B=32, H=63, V=4, M=None, groups=1, rows=32, units=64, units_back=32, splits=2),  # one below a step of K
+    Cut(T=2, B=31, H=64, V=4, M=65, groups=1, rows=32, units=32, units_back=64),
+    Cut(T=2, B=65, H=65, V=9, M=None, groups=2, rows=64, units=24, units_back=22, splits=4),  # one above
+    Cut(T=3, B=50, H=70, V=5, M=9, groups=2, rows=16, units=12, units_back=18, splits=4),
+    Cut(T=2, B=17, H=129, V=3, M=11, groups=2, rows=16, units=44, units_back=34, splits=8),
+    Cut(T=2, B=20, H=400, V=3, M=5, groups=1, rows=16, units=88, units_back=96, register_steps=4),
+    Cut(T=2, B=40, H=300, V=3, M=70, groups=1, rows=32, units=50, units_back=76, splits=2, register_steps=2),
+]
+
+
+def assert_matches_reference(case: Layer, actual: dict[str, np.ndarray], by_rounding: dict[str, np.ndarray]) -> None:
+    exact = by_reference(case, np.float64)
+    for name, result in actual.items():
+        assert_close(name, result, exact[name], by_rounding[name])
+
+
+def rounded_reference(case: Layer, precision: str, monkeypatch) -> dict[str, np.ndarray]:
+    """What the reference computes in float32 from rounded operands."""
+    with monkeypatch.context() as patch:
+        if precision != "fp32":
+            patch.setattr(reference, "np", RoundingNumPy(precision))
+        return by_reference(case, np.float32)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", CUTS, ids=str)
+def test_persistent_gru_matches_reference(executor, monkeypatch, size, precision):
+    by_rounding = rounded_reference(size.case, precision, monkeypatch)
+    assert_matches_reference(size.case, on_device(size.case, precision, size.plans(precision)), by_rounding)
+
+
+@pytest.mark.parametrize("options", [{"fold": False}, {"sums_on_chip": False}], ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_does_not_fit_on_chip_is_computed_elsewhere(executor, monkeypatch, precision, options):
+    size = CUTS[2]
+    by_rounding = rounded_reference(size.case, precision, monkeypatch)
+    assert_matches_reference(size.case, on_device(size.case, precision, size.plans(precision, **options)), by_rounding)
+
+
+@pytest.mark.parametrize("B, H", [(2, 5), (33, 70), (65, 129)])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_plan_of_the_device_at_hand_is_persistent_and_right(executor, monkeypatch, B, H, precision):
+    """What the planner does by itself, for the small GPU that the CPU passes for."""
+    case, gpu = layer(3, B, H, 5, 7), runtime.current_executor().gpu
+    plans = (forward_plan(gpu, B, H, precision, variant="persistent"),
+             backward_plan(gpu, B, H, precision, V_out=7, V_in=5, variant="persistent"))
+    assert_matches_reference(case, on_device(case, precision, plans), rounded_reference(case, precision, monkeypatch))
+    best = forward_plan(gpu, B, H, precision), backward_plan(gpu, B, H, precision, V_out=7, V_in=5)
+    assert_equal_bits(on_device(case, precision, (None, None)), on_device(case, precision, best))
+
+
+def test_persistent_equals_stepwise(executor):
+    """fp32: the same numbers but for the order of sums, over a window so long that a lost step would show."""
+    size = Cut(T=100, B=17, H=33, V=5, M=6, groups=2, rows=16, units=6, units_back=12, splits=2)
+    expected = by_reference(size.case, np.float64)
+    persistent, plain = on_device(size.case, "fp32", size.plans("fp32")), on_device(size.case)
+    for name, result in persistent.items():
+        assert_close(name, result, expected[name], plain[name])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", [CUTS[2], CUTS[8]], ids=str)
+def test_persistent_gru_does_not_depend_on_the_order_of_threads(ordered_executor, size, precision):
+    results = on_device(size.case, precision, size.plans(precision))
+    with runtime.use(host_cuda.HostExecutor()):
+        assert_equal_bits(results, on_device(size.case, precision, size.plans(precision)))
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_thousand_steps_in_random_order(precision, seed, monkeypatch):
+    """A barrier that is missing shows only now and then."""
+    size = Cut(T=2000, B=17, H=6, V=3, M=2, groups=2, rows=16, units=4, units_back=6, splits=2)
+    with runtime.use(host_cuda.HostExecutor(order="random", seed=seed)):
+        results = on_device(size.case, precision, size.plans(precision))
+    assert_matches_reference(size.case, results, rounded_reference(size.case, precision, monkeypatch))
+
+
+@pytest.mark.parametrize("sanitizer, size", [
+    ("address,undefined", CUTS[2]),
+    ("thread", Cut(T=3, B=17, H=6, V=3, M=2, groups=2, rows=16, units=4, units_back=6, splits=2))], ids=["address", "thread"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_sanitizer_finds_nothing_in_persistent_gru(sanitizer, size, precision):
+    report = host_cuda.run_sanitized(lambda: on_device(size.case, precision, size.plans(precision)), sanitizer)
+    assert report == ""
+
+
+def test_launches_follow_each_other_on_the_same_counters(executor):
+    """Window after window, of any length: barriers end where they began."""
+    size = CUTS[2]
+    plans = size.plans("fp32")
+    long, short = size.case, layer(2, size.B, size.H, size.V, size.M)
+    for case in (long, short, long):
+        first = on_device(case, "fp32", plans, T_saved=size.T)
+        assert_equal_bits(first, on_device(case, "fp32", plans, T_saved=size.T))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_batch_rows_do_not_interact(executor, precision):
+    """With other ids, initial state and gradients in one row, every other row keeps its bits."""
+    size, row = CUTS[2], 32
+    case, other = size.case, layer(size.T, size.B, size.H, 4, size.M)
+    ids_tb, h0, dy_tb = case.ids_tb.copy(), case.h0.copy(), case.dy_tb.copy()
+    ids_tb[:, row], h0[row], dy_tb[:, row] = other.ids_tb[:, row], other.h0[row] + 1, other.dy_tb[:, row] + 1
+    plans = size.plans(precision)
+    before = on_device(case, precision, plans)
+    after = on_device(case._replace(ids_tb=ids_tb, h0=h0, dy_tb=dy_tb), precision, plans)
+    for name in ("h_tb", "gates_tb", "a_n_tb", "dh0"):
+        a, b = (np.moveaxis(result[name], result[name].ndim - 2, 0) for result in (before, after))
+        assert (a[row] != b[row]).any(), name
+        np.testing.assert_array_equal(np.delete(a, row, 0), np.delete(b, row, 0), name)
+
+
+# ---- What it costs --------------------------------------------------------------------------------------------------
+
+FITTING = {  # no padding: what is counted is what is needed
+    precision: Cut(T=3, B=32, H=128, V=5, M=64, groups=2, rows=16, units=32, units_back=64, splits=splits)
+    for precision, splits in {"fp32": 2, "tf32": 2, "bf16": 1}.items()}
+
+
+@functools.cache
+def counted(size: Cut, precision: str) -> dict[str, tuple[host_cuda.LaunchCounts, dict[str, tuple[int, int]]]]:
+    """Direction -> what its launch did, and the bytes that it read from and wrote to each array, by name."""
+    results = {}
+    with runtime.use(host_cuda.HostExecutor(count_bytes=True)) as executor:
+        plans = size.plans(precision)
+        on_device(size.case, precision, plans)
+        for direction, plan in zip(("forward", "backward"), plans):
+            stem = f"gru_{direction}_persistent"
+            signature = re.search(rf"\n{stem}\((.*?)\)\n", runtime.source(stem, constants(plan)), re.DOTALL)[1]
+            names = [re.findall(r"\w+", parameter)[-1] for parameter in signature.split(",")]
+            [launch] = [launch for launch in executor.launches if launch.kernel == stem]
+            results[direction] = launch, dict(zip(names, zip(launch.bytes_read, launch.bytes_written)))
+    return results
+
+
+@pytest.mark.parametrize("precision, size", FITTING.items(), ids=FITTING)
+def test_one_barrier_per_step_and_a_second_where_K_is_split(precision, size):
+    forward, backward = (launch.group_barriers / launch.grid[0] for launch, _ in counted(size, precision).values())
+    assert forward == size.T
+    assert backward == size.T + (size.T + 1 if size.splits > 1 else 0)  # the initial state is one step more
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_multiply_adds_are_those_of_the_products(precision):
+    size, step = FITTING[precision], {"tf32": 8, "bf16": 16}[precision]
+    for direction, (launch, _) in counted(size, precision).items():
+        K_folded = size.splits * 8 * step if direction == "backward" else 0  # every warp takes a step of W_y
+        assert launch.mma_calls * 16 * 8 * step == size.T * size.B * size.H * (3 * size.H + K_folded)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_step_moves_little_more_than_its_plan_needs(precision):
+    """Bytes of all blocks, through L2 or from memory; the weights, once, are apart."""
+    size = FITTING[precision]
+    T, B, H, V, M = size[:5]
+    element = 2 if precision == "bf16" else 4
+    state = T * B * H * 4
+    for direction, (launch, arrays) in counted(size, precision).items():
+        assert arrays["W_hh"] == (size.groups * 3 * H * H * 4, 0)
+        read, written = arrays["exchange"]
+        # Of a group's rows, every block reads all of K that is its own. In fp32, four lanes read the same 16 bytes at once.
+        blocks = launch.grid[0] // size.groups // (1 if direction == "forward" else size.splits)
+        gathered = blocks * state // 4 * element * (1 if direction == "forward" else 3)
+        assert read == gathered * (4 if precision == "fp32" else 1)
+        total = sum(r + w for name, (r, w) in arrays.items() if name not in ("W_hh", "W_y")) - read + gathered
+        if direction == "forward":
+            own = 5 * state + 5 * state  # input products, their ids, and h; h, gates and a_n
+            published = (T + 1) * B * H * element
+        else:
+            own = 6 * state + 4 * state + T * B * M * 4 * blocks  # gates, a_n, h and dh_z; da and dh_z; dy
+            own += 2 * (T + 1) * B * H * 4 * size.splits  # partial sums
+            published = 3 * T * B * H * element
+        assert written == published
+        assert total <= 1.3 * (gathered + published + own), (direction, arrays)
