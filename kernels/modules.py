@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 
-from .cross_entropy import constants as cross_entropy_constants
+from .cross_entropy import TILE as CROSS_ENTROPY_TILE
 from .generate import MAX_ROWS, constants as generate_constants
 from .gru import constants as gru_constants
 from .gru_persistent import constants as gru_persistent_constants
-from .matmul import OPERANDS, PIPELINED_TILES, PRECISIONS, TILES, pipelined_constants, tiled_constants
+from .matmul import (OPERANDS, PIPELINED_TILES, PRECISIONS, TILES, constants as tile_constants, pipelined_constants,
+                     tiled_constants)
 from .plan import GPUS, backward_plan, forward_plan, precisions
 
 TENSOR_CORES_FROM = 80
@@ -14,7 +15,7 @@ TENSOR_CORES_FROM = 80
 
 MODULES: dict[str, tuple[dict[str, int], ...]] = {
     "adam": ({},),
-    "cross_entropy": tuple(cross_entropy_constants(precision) for precision in PRECISIONS),
+    "cross_entropy": tuple(tile_constants(precision) | CROSS_ENTROPY_TILE for precision in PRECISIONS),
     "dropout": ({},),
     "generate": tuple(generate_constants(R) for R in (1, 2, 4, MAX_ROWS)),
     "gru": tuple(gru_constants(precision) for precision in PRECISIONS),

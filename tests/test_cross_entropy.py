@@ -10,7 +10,7 @@ from rnn import reference
 from tests import host_cuda
 from tests.compare import assert_close, rounded
 
-TILE_M, TILE_N, TILE_K = launchers.TILE["TILE_M"], launchers.TILE["TILE_N"], launchers.constants("fp32")["TILE_K"]
+TILE_M, TILE_N, TILE_K = (launchers.TILE[name] for name in ("TILE_M", "TILE_N", "TILE_K"))
 SIZES = [  # T, B, H, V: one below, at and above each tile; V of one sweep and of several
     (1, 1, 1, 2), (3, 2, 5, 7), (3, 21, TILE_K, 66), (4, TILE_M // 4, TILE_K - 1, TILE_N - 1),
     (5, 13, TILE_K + 1, TILE_N), (2, 3, 2 * TILE_K + 1, TILE_N + 1), (11, 7, 34, 257), (1, 3, 4, 20_011)]
