@@ -95,7 +95,7 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
 
 def constants(R: int) -> dict[str, int]:
     """What generate.cu is compiled with: ROWS is the power of two that is enough for R rows, up to MAX_ROWS."""
-    return {"THREADS": THREADS, "ROWS": min(1 << (R - 1).bit_length(), MAX_ROWS)}
+    return {"THREADS": THREADS, "ROWS": min(1 << (R - 1).bit_length(), MAX_ROWS), "BF16": 0}
 
 
 def _options(V: int, temperature: float, top_k: int, top_p: float, min_p: float) -> list:
