@@ -1,13 +1,85 @@
-"""Launchers of generate.cu: drawing characters, and writing text with a model."""
+"""Launchers of generate.cu and generate_persistent.cu: drawing characters, and writing text with a model."""
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import runtime
+from .scratch import scratch
 
 THREADS = 256
+WARPS = THREADS // 32
 MAX_ROWS = 8  # that a warp multiplies its weights with; more do not fit into registers
+CHUNK = 128  # k of a stage of the persistent kernel's ring
+STAGES = (8, 4, 2)
+WEIGHTS = ("fp32", "bf16")
+STATIC_SHARED_BYTES = 96  # of the persistent kernel, for drawing
+
+
+class GenerationPlan(NamedTuple):
+    """How `generate` runs: the variant, why, and what generate_persistent.cu has to know."""
+
+    variant: str
+    reason: str
+    constants: dict[str, int]
+    groups: int = 0  # of rows, that do not wait for each other
+    group_rows: int = 0
+    blocks: int = 0  # of a group
+    units: int = 0  # of a block, in every layer
+    stage_rows: int = 0
+    shared_bytes: int = 0
+
+
+@functools.lru_cache
+def generation_plan(gpu: runtime.GPU, R: int, V: int, H: int, layers: int, weights: str = "fp32") -> GenerationPlan:
+    """The persistent variant where a GPU holds all weights on chip, else the stepwise one.
+
+    More groups read fewer states, each its own, but hold the weights as many times: of the numbers of groups that fit
+    and leave each MAX_ROWS rows, the largest whose blocks have the least to multiply.
+    """
+    most = max(1, min(R // MAX_ROWS, gpu.multiprocessors))
+    plans = [_persistent_plan(gpu, -(-R // groups), R, V, H, layers, weights) for groups in range(1, most + 1)]
+    fitting = [(work, plan) for work, plan in plans if plan.shared_bytes + STATIC_SHARED_BYTES <= gpu.shared_bytes]
+    if fitting:
+        return min(fitting, key=lambda fit: (fit[0], -fit[1].groups))[1]
+    least = min(plan.shared_bytes for work, plan in plans)
+    reason = (f"a block's share of {weights} weights and states takes {least / 1024:.0f} KiB of shared memory; "
+              f"{gpu.name} has {gpu.shared_bytes / 1024:.0f}")
+    return GenerationPlan("stepwise", reason, constants(R, weights))
+
+
+def _persistent_plan(gpu: runtime.GPU, group_rows: int, R: int, V: int, H: int, layers: int,
+                     weights: str) -> tuple[int, GenerationPlan]:
+    """What a warp multiplies per k, and the plan with groups of so many rows, in as many stages as fit."""
+    width, groups, rows = _width(H), -(-R // group_rows), _tile_rows(group_rows)
+    # With fewer units than warps in a block, warps would idle, and drawing would have more parts to sum.
+    units = max(WARPS, -(-width // (gpu.multiprocessors // groups)))
+    blocks, row_tiles = -(-width // units), -(-group_rows // rows)
+    # A tile of 3 * tile_units gates by rows needs as many loads from shared memory as their sum, for as many products
+    # as their product: the larger the better, as long as there are tiles for the warps.
+    tile_units = 1 if rows < MAX_ROWS else 4 if row_tiles * -(-units // 4) >= WARPS else 2
+    unit_tiles = -(-units // tile_units)
+    stage_rows = rows * min(row_tiles, max(1, WARPS // unit_tiles))
+    passes = -(-group_rows // stage_rows) * -(-unit_tiles // WARPS)
+    for stages in STAGES:
+        module = constants(group_rows, weights) | {"UNITS": tile_units, "STAGES": stages}
+        shared_bytes = _shared_bytes(V, width, layers, units, group_rows, stage_rows, module)
+        if shared_bytes + STATIC_SHARED_BYTES <= gpu.shared_bytes:
+            break
+    reason = f"{groups} x {blocks} blocks hold {weights} weights on chip, in {shared_bytes / 1024:.0f} KiB each"
+    return passes * tile_units * rows, GenerationPlan("persistent", reason, module, groups, group_rows, blocks, units,
+                                                      stage_rows, shared_bytes)
+
+
+def _shared_bytes(V: int, width: int, layers: int, units: int, group_rows: int, stage_rows: int,
+                  module: dict[str, int]) -> int:
+    """Dynamic shared memory of write_text, in its order."""
+    matrices, gates, padded_rows, quads = 2 * layers - 1, 3 * units, _round_up(group_rows, module["ROWS"]), -(-V // 4)
+    floats = [matrices * gates * width // (1 + module["BF16"]), module["STAGES"] * stage_rows * CHUNK,
+              max(THREADS // quads, 1) * 4 * quads, layers * units * padded_rows, V * gates, V * units,
+              matrices * gates, min(layers, 2) * gates * (padded_rows | 1)]
+    return 4 * sum(floats)
 
 
 def sample(logits, uniforms, ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> None:
@@ -32,23 +104,30 @@ def sample(logits, uniforms, ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0
 
 
 class GenerationSaved(NamedTuple):
-    """Room for `generate` to work in: h_new_r (2, R, H), new states on their way to the next layer; logits_r (R, V)."""
+    """Room for `generate` to work in: h_new_r (2, R, H), new states on their way to the next layer; logits_r (R, V);
+    counters (R, 32), of the barriers of up to R groups, zero between two launches."""
 
     h_new_r: Any
     logits_r: Any
+    counters: Any
 
 
 def generation_saved(R: int, H: int, V: int, dtype=np.float32) -> GenerationSaved:
     """Arrays for `generate` with R rows."""
-    return GenerationSaved(h_new_r=runtime.empty((2, R, H), dtype), logits_r=runtime.empty((R, V), dtype))
+    return GenerationSaved(h_new_r=runtime.empty((2, R, H), dtype), logits_r=runtime.empty((R, V), dtype),
+                           counters=runtime.zeros((R, 32), np.uint32))
 
 
 def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: GenerationSaved,
-             temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> None:
+             temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, *, weights="fp32", variant=None) -> None:
     """Read and write R rows of text, one character per row and step.
 
     Each step reads the character before, moves the states on and yields the next character: the forced one where
     forced_tr is not negative (that is how prompts are read), else one drawn as `sample` says.
+
+    weights: bf16 rounds W_hh, W_ih above layer 0 and W_out, and nothing else, so that larger models fit on chip.
+    variant: persistent or stepwise; None takes what `generation_plan` says. Calls that continue each other leave the
+    same bits as one call.
 
     Shapes: params name -> array, as `rnn.params.named_views` gives them; P (V, 3H), the input table of layer 0;
     h (layers, R, H), moved on in place; ids (R,) int32, the characters before the first step, replaced by the last
@@ -70,13 +149,51 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
         runtime.check(name, array, np.float32, shape)
     for name, array, shape in (("ids", ids, (R,)), ("forced_tr", forced_tr, (T, R)), ("ids_tr", ids_tr, (T, R))):
         runtime.check(name, array, np.int32, shape)
-    module, options = constants(R), _options(V, temperature, top_k, top_p, min_p)
+    runtime.check("counters", saved.counters, np.uint32, (R, 32))
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights: expected {' or '.join(WEIGHTS)}, got {weights!r}")
+    plan = generation_plan(runtime.current_executor().gpu, R, V, H, layers, weights)
+    variant = variant or plan.variant
+    possible = ("persistent", "stepwise") if plan.variant == "persistent" else ("stepwise",)
+    if variant not in possible:
+        raise ValueError(f"variant: expected {' or '.join(possible)}, got {variant!r}: {plan.reason}")
+    options = _options(V, temperature, top_k, top_p, min_p)
+    if variant == "stepwise":
+        _generate_stepwise(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved, options, constants(R, weights))
+    else:
+        _generate_persistent(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved.counters, options, plan)
+
+
+def _generate_persistent(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, counters, options: list,
+                         plan: GenerationPlan) -> None:
+    layers, R, H = h.shape
+    T, V, width, matrices, padded_units = len(forced_tr), len(P), _width(H), 2 * layers - 1, plan.blocks * plan.units
+    weights = scratch("generate weights", (matrices, padded_units, 3, width // (1 + plan.constants["BF16"])), np.uint32)
+    biases = scratch("generate biases", (matrices, padded_units, 3))
+    states = scratch("generate states", (2, layers, R, width))
+    logits = scratch("generate logits", (plan.groups * plan.blocks, plan.group_rows, _round_up(V, 4)))
+    for matrix in range(matrices):
+        of = f"hh.{matrix // 2}" if matrix % 2 == 0 else f"ih.{matrix // 2 + 1}"
+        runtime.launch("generate_persistent", "pack", -(-weights[matrix].size // THREADS), THREADS,
+                       [weights[matrix], biases[matrix], params[f"W_{of}"], params[f"b_{of}"], np.int32(H),
+                        np.int32(width), np.int32(padded_units)], constants=plan.constants)
+    sizes = [T, R, V, H, layers, plan.group_rows, plan.units, plan.stage_rows]
+    runtime.launch("generate_persistent", "write_text", plan.groups * plan.blocks, THREADS,
+                   [h, ids, ids_tr, states, logits, counters, weights, biases, P, params["W_out"], params["b_out"],
+                    forced_tr, uniforms_tr, *map(np.int32, sizes), *options],
+                   constants=plan.constants, shared_bytes=plan.shared_bytes, cooperative=True)
+
+
+def _generate_stepwise(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: GenerationSaved, options: list,
+                       module: dict[str, int]) -> None:
+    layers, R, H = h.shape
+    T, V = len(forced_tr), len(P)
     h_of_layer, h_new = list(h), list(saved.h_new_r)
 
     def launch(kernel: str, outputs: int, args: list) -> None:
         """A kernel of which a warp owns one of the `outputs` of ROWS rows."""
         warps = outputs * -(-R // module["ROWS"])
-        runtime.launch("generate", kernel, -(-warps // (THREADS // 32)), THREADS, args, constants=module)
+        runtime.launch("generate", kernel, -(-warps // WARPS), THREADS, args, constants=module)
 
     for t in range(T):
         for layer, h_layer in enumerate(h_of_layer):
@@ -93,9 +210,23 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
                        [ids, ids_tr, saved.logits_r, forced_tr, uniforms_tr, *step, *options], constants=module)
 
 
-def constants(R: int) -> dict[str, int]:
-    """What generate.cu is compiled with: ROWS is the power of two that is enough for R rows, up to MAX_ROWS."""
-    return {"THREADS": THREADS, "ROWS": min(1 << (R - 1).bit_length(), MAX_ROWS), "BF16": 0}
+def constants(R: int, weights: str = "fp32") -> dict[str, int]:
+    """What generate.cu is compiled with, and generate_persistent.cu for groups of R rows, with UNITS and STAGES."""
+    return {"THREADS": THREADS, "ROWS": _tile_rows(R), "BF16": int(weights == "bf16")}
+
+
+def _tile_rows(R: int) -> int:
+    """The power of two that is enough for R rows, up to MAX_ROWS."""
+    return min(1 << (R - 1).bit_length(), MAX_ROWS)
+
+
+def _width(H: int) -> int:
+    """Units of a layer with those that pad it, so that rows of bf16 are multiples of 16 bytes."""
+    return _round_up(H, 8)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 def _options(V: int, temperature: float, top_k: int, top_p: float, min_p: float) -> list:

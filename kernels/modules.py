@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from .cross_entropy import TILE as CROSS_ENTROPY_TILE
-from .generate import MAX_ROWS, constants as generate_constants
+from .generate import MAX_ROWS, constants as generate_constants, generation_plan
 from .gru import constants as gru_constants
 from .gru_persistent import constants as gru_persistent_constants
 from .matmul import (OPERANDS, PIPELINED_TILES, PRECISIONS, TILES, constants as tile_constants, pipelined_constants,
@@ -17,7 +17,9 @@ MODULES: dict[str, tuple[dict[str, int], ...]] = {
     "adam": ({},),
     "cross_entropy": tuple(tile_constants(precision) | CROSS_ENTROPY_TILE for precision in PRECISIONS),
     "dropout": ({},),
-    "generate": tuple(generate_constants(R) for R in (1, 2, 4, MAX_ROWS)),
+    "generate": (*(generate_constants(R) for R in (1, 2, 4, MAX_ROWS)), generate_constants(MAX_ROWS, "bf16")),
+    "generate_persistent": tuple(generation_plan(GPUS["h100"], R, V=66, H=1024, layers=1, weights=weights).constants
+                                 for R, weights in ((1, "fp32"), (5, "fp32"), (64, "fp32"), (1, "bf16"), (64, "bf16"))),
     "gru": tuple(gru_constants(precision) for precision in PRECISIONS),
     "input_table": ({},),
     "matmul": tuple(tiled_constants(*operands, tile) for operands in OPERANDS for tile in TILES),

@@ -5,19 +5,21 @@ import pytest
 
 import kernels
 from kernels import runtime
-from kernels.generate import MAX_ROWS
+from kernels.generate import MAX_ROWS, STATIC_SHARED_BYTES, WEIGHTS, generation_plan
+from kernels.runtime import GPU
 from rnn import reference
 from rnn.params import named_views
 from tests import host_cuda
 from tests.cases import Case, random_case
-from tests.compare import assert_close
+from tests.compare import assert_close, rounded
 
+VARIANTS = ("stepwise", "persistent")
 OPTIONS = {"temperature": 0.8, "top_k": 5, "top_p": 0.95, "min_p": 0.01}
 
 
-def text_case(R: int, H: int, V: int, layers: int) -> Case:
+def text_case(R: int, H: int, V: int, layers: int, scale: float = 0.7) -> Case:
     """A model, and R rows of states; E is any."""
-    return random_case(T=1, B=R, E=3, H=H, V=V, layers=layers, seed=R, scale=0.7)
+    return random_case(T=1, B=R, E=3, H=H, V=V, layers=layers, seed=R, scale=scale)
 
 
 def prompts(T: int, R: int, V: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -28,13 +30,17 @@ def prompts(T: int, R: int, V: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return rng.integers(1, V, R).astype(np.int32), forced_tr, rng.random((T, R), np.float32)
 
 
-def written(ops, to_device, dtype, case: Case, T: int, **options) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids_tr, the last ids and the states that an op set leaves; `to_device` makes its arrays of NumPy's."""
+def written(ops, to_device, dtype, case: Case, T: int, rounded_to=None,
+            **options) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids_tr, the last ids and the states that an op set leaves; `to_device` makes its arrays of NumPy's. With
+    `rounded_to`, weights are rounded before."""
     V, H, R = case.sizes.V, case.sizes.H, case.h0.shape[1]
     first, forced_tr, uniforms_tr = prompts(T, R, V)
     params = named_views(case.flat_params.astype(dtype), case.sizes)
     P = np.empty((V, 3 * H), dtype)
     reference.input_table_forward(params["W_emb"], params["W_ih.0"], params["b_ih.0"], P)
+    if rounded_to:
+        params |= {name: rounded(array, rounded_to).astype(dtype) for name, array in params.items() if name[0] == "W"}
     params = {name: to_device(array) for name, array in params.items()}
     h, ids, ids_tr = (to_device(array) for array in (case.h0.astype(dtype), first, np.full((T, R), -7, np.int32)))
     ops.generate(params, to_device(P), h, ids, to_device(forced_tr), to_device(uniforms_tr.astype(dtype)), ids_tr,
@@ -46,32 +52,77 @@ def written_on_device(case: Case, T: int, **options):
     return written(kernels, runtime.to_device, np.float32, case, T, **options)
 
 
-def assert_text_matches_reference(case: Case, T: int, **options) -> None:
-    exact, rounded = (written(reference, np.copy, dtype, case, T, **options) for dtype in (np.float64, np.float32))
-    ids_tr, ids, h = written_on_device(case, T, **options)
+def assert_text_matches_reference(case: Case, T: int, *, variant=None, weights="fp32", **options) -> None:
+    exact, single = (written(reference, np.copy, dtype, case, T, weights if weights != "fp32" else None, **options)
+                     for dtype in (np.float64, np.float32))
+    ids_tr, ids, h = written_on_device(case, T, variant=variant, weights=weights, **options)
     np.testing.assert_array_equal(ids_tr, exact[0])
     np.testing.assert_array_equal(ids, exact[1])
-    assert_close("h", h, exact[2], rounded[2])
+    assert_close("h", h, exact[2], single[2])
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("R", [1, 2, 3, MAX_ROWS, MAX_ROWS + 1])
-def test_text_and_states_match_reference(executor, R, layers):
-    assert_text_matches_reference(text_case(R, H=9, V=11, layers=layers), T=5, temperature=0.8)
+def test_text_and_states_match_reference(executor, R, layers, variant):
+    assert_text_matches_reference(text_case(R, H=9, V=11, layers=layers), T=5, temperature=0.8, variant=variant)
 
 
-@pytest.mark.parametrize("H, V", [(1, 2), (8, 7), (31, 66), (32, 8), (33, 9), (65, 257)])
-def test_sizes_below_at_and_above_a_warp(executor, H, V):
-    assert_text_matches_reference(text_case(3, H, V, layers=2), T=3, **OPTIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("H, V", [(1, 2), (8, 7), (31, 66), (32, 8), (33, 9), (65, 66)])
+def test_sizes_below_at_and_above_a_warp(executor, H, V, variant):
+    assert_text_matches_reference(text_case(3, H, V, layers=1), T=3, **OPTIONS, variant=variant)
 
 
+# How the plan cuts the persistent kernel for so many multiprocessors: more units than warps; a last tile of units that
+# overlaps the one before; a last group of fewer rows; one block of a group, more rows than blocks; several passes of
+# the rows; inputs of one, two and three stages, a ring that comes round; more logits than threads.
+@pytest.mark.parametrize("multiprocessors, R, H, V, layers, groups, blocks, units", [
+    (8, 1, 65, 3, 1, 1, 8, 9), (3, 3, 33, 9, 2, 1, 3, 14), (8, 17, 9, 11, 3, 2, 2, 8), (8, 19, 70, 3, 1, 2, 4, 18),
+    (24, 64, 20, 5, 2, 8, 3, 8), (3, 64, 20, 5, 2, 1, 3, 8), (8, 64, 130, 3, 1, 2, 4, 34),
+    (8, 40, 30, 300, 1, 2, 4, 8), (24, 1, 300, 5, 1, 1, 24, 13), (1, 2, 7, 700, 1, 1, 1, 8), (2, 2, 9, 260, 1, 1, 2, 8),
+])
+def test_however_the_work_is_cut_the_text_is_the_same(executor, monkeypatch, multiprocessors, R, H, V, layers, groups,
+                                                      blocks, units):
+    monkeypatch.setattr(executor, "gpu", GPU("of this test", 90, multiprocessors, 96 * 1024))
+    plan = generation_plan(executor.gpu, R, V, H, layers)
+    assert (plan.groups, plan.blocks, plan.units) == (groups, blocks, units)
+    assert_text_matches_reference(text_case(R, H, V, layers, scale=0.3), T=3, variant="persistent")
+
+
+def test_more_logits_than_a_block_sums_at_once(executor, monkeypatch):
+    monkeypatch.setattr(executor, "gpu", GPU("of this test", 90, 1, 227 * 1024))
+    assert_text_matches_reference(text_case(2, H=7, V=1100, layers=1), T=3, variant="persistent")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("R, layers", [(1, 2), (9, 1)])
+def test_weights_of_bf16_are_the_rounded_ones(executor, R, layers, variant):
+    assert_text_matches_reference(text_case(R, H=19, V=11, layers=layers), T=5, weights="bf16", variant=variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("options", [{}, {"temperature": 0}, OPTIONS], ids=str)
-def test_options_reach_the_drawing(executor, options):
-    assert_text_matches_reference(text_case(4, H=6, V=13, layers=1), T=20, **options)
+def test_options_reach_the_drawing(executor, options, variant):
+    assert_text_matches_reference(text_case(4, H=6, V=13, layers=1), T=20, **options, variant=variant)
 
 
-def test_a_prompt_is_read_without_drawing(executor):
-    """Every character forced: what is written is the prompt, and nobody reads the logits, which stay NaN."""
+@pytest.mark.parametrize("seed", range(8))
+def test_many_texts_are_those_of_the_reference(executor, seed):
+    case = random_case(T=1, B=8, E=3, H=10, V=40, seed=seed, scale=0.4)
+    np.testing.assert_array_equal(written_on_device(case, 50)[0], written(reference, np.copy, np.float32, case, 50)[0])
+
+
+def test_a_long_text_is_that_of_the_reference(executor):
+    """A barrier that is missing or misplaced shows after many steps."""
+    case = text_case(2, H=9, V=5, layers=2, scale=0.3)
+    np.testing.assert_array_equal(written_on_device(case, 2000, variant="persistent")[0],
+                                  written(reference, np.copy, np.float32, case, 2000)[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_prompt_is_read_without_drawing(executor, variant):
+    """Every character forced: what is written is the prompt, and nobody needs logits, which stay NaN."""
     case = text_case(2, H=5, V=7, layers=2)
     params = {name: runtime.to_device(array.astype(np.float32)) for name, array in
               named_views(case.flat_params, case.sizes).items()}
@@ -79,41 +130,113 @@ def test_a_prompt_is_read_without_drawing(executor):
     ids, ids_tr = runtime.to_device(np.array([1, 2], np.int32)), runtime.empty((3, 2), np.int32)
     saved = kernels.generation_saved(2, 5, 7)._replace(logits_r=runtime.to_device(np.full((2, 7), np.nan, np.float32)))
     kernels.generate(params, runtime.zeros((7, 15), np.float32), runtime.to_device(case.h0.astype(np.float32)), ids,
-             runtime.to_device(forced_tr), runtime.zeros((3, 2), np.float32), ids_tr, saved)
+             runtime.to_device(forced_tr), runtime.zeros((3, 2), np.float32), ids_tr, saved, variant=variant)
     np.testing.assert_array_equal(runtime.to_host(ids_tr), forced_tr)
     np.testing.assert_array_equal(runtime.to_host(ids), forced_tr[-1])
     assert np.isnan(runtime.to_host(saved.logits_r)).all()
 
 
-def test_text_goes_on_where_it_stopped(executor):
-    """Two calls of two steps write what one call of four steps writes."""
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_text_goes_on_where_it_stopped(executor, variant):
+    """Calls of three steps and of one write what one call of four steps writes."""
     case = text_case(3, H=7, V=9, layers=2)
     params = {name: runtime.to_device(array.astype(np.float32)) for name, array in
               named_views(case.flat_params, case.sizes).items()}
     P = runtime.to_device(np.random.default_rng(1).standard_normal((9, 21)).astype(np.float32))
     results = []
-    for cuts in ([0, 4], [0, 2, 4]):
+    for cuts in ([0, 4], [0, 3, 4]):
         first, forced_tr, uniforms_tr = prompts(4, 3, 9)
         h, ids = runtime.to_device(case.h0.astype(np.float32)), runtime.to_device(first)
         ids_tr, saved = runtime.empty((4, 3), np.int32), kernels.generation_saved(3, 7, 9)
         forced_tr, uniforms_tr = runtime.to_device(forced_tr), runtime.to_device(uniforms_tr)
         for a, b in zip(cuts, cuts[1:]):
-            kernels.generate(params, P, h, ids, forced_tr[a:b], uniforms_tr[a:b], ids_tr[a:b], saved)
+            kernels.generate(params, P, h, ids, forced_tr[a:b], uniforms_tr[a:b], ids_tr[a:b], saved, variant=variant)
+        assert not runtime.to_host(saved.counters).any()
         results.append((runtime.to_host(ids_tr), runtime.to_host(h)))
     for whole, halves in zip(*results):
         np.testing.assert_array_equal(whole, halves)
 
 
-def test_generation_does_not_depend_on_the_order_of_threads(ordered_executor):
-    assert_text_matches_reference(text_case(3, H=11, V=13, layers=2), T=4, **OPTIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("R, layers", [(3, 2), (17, 1)])
+def test_generation_does_not_depend_on_the_order_of_threads(ordered_executor, R, layers, variant):
+    assert_text_matches_reference(text_case(R, H=11, V=13, layers=layers), T=4, **OPTIONS, variant=variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizer_finds_nothing_in_generation(sanitizer, variant):
+    def run():
+        written_on_device(text_case(3, H=9, V=10, layers=2), 3 if variant == "persistent" else 1, variant=variant)
+
+    assert host_cuda.run_sanitized(run, sanitizer) == ""
 
 
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_sanitizer_finds_nothing_in_generation(sanitizer):
+def test_sanitizer_finds_nothing_in_groups_and_passes(sanitizer):
     def run():
-        written_on_device(text_case(3, H=9, V=10, layers=2), 1)
+        plan = generation_plan(runtime.current_executor().gpu, 20, 7, 20, 1, "bf16")
+        assert plan.groups == 2 and plan.blocks > 1 and plan.stage_rows > plan.constants["ROWS"]
+        written_on_device(text_case(20, H=20, V=7, layers=1), 2, variant="persistent", weights="bf16")
 
     assert host_cuda.run_sanitized(run, sanitizer) == ""
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_one_barrier_per_layer_and_one_behind_the_drawing(layers):
+    executor, T = host_cuda.HostExecutor(), 5
+    with runtime.use(executor):
+        written_on_device(text_case(2, H=9, V=5, layers=layers), T, variant="persistent")
+    pack, *more_packs, text = executor.launches
+    assert (pack.kernel, text.kernel, len(more_packs)) == ("pack", "write_text", 2 * (layers - 1))
+    assert text.group_barriers == text.grid[0] * (2 + T * (layers + 1))
+
+
+# The plan
+
+H100 = GPU("H100", 90, 132, 227 * 1024)
+
+
+@pytest.mark.parametrize("gpu, R, weights, variant, groups", [
+    (H100, 1, "fp32", "persistent", 1), (H100, 5, "fp32", "persistent", 1), (H100, 64, "fp32", "persistent", 1),
+    (H100, 64, "bf16", "persistent", 2), (GPU("A100", 80, 108, 163 * 1024), 64, "fp32", "persistent", 1),
+    (GPU("RTX 4090", 89, 128, 99 * 1024), 1, "fp32", "stepwise", 0),
+    (GPU("RTX 4090", 89, 128, 99 * 1024), 1, "bf16", "persistent", 1),
+    (GPU("T4", 75, 40, 64 * 1024), 1, "bf16", "stepwise", 0),
+])
+def test_plan_of_the_tutorial_model(gpu, R, weights, variant, groups):
+    plan = generation_plan(gpu, R, V=66, H=1024, layers=1, weights=weights)
+    assert (plan.variant, plan.groups) == (variant, groups), plan.reason
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("R", [1, 2, 7, 8, 9, 17, 64, 65, 300])
+def test_plans_keep_to_what_the_gpu_has(R, weights):
+    for H, V, layers in ((1, 2, 1), (7, 300, 3), (250, 66, 2), (1000, 66, 1), (1024, 5000, 1), (2048, 66, 1)):
+        plan = generation_plan(H100, R, V, H, layers, weights)
+        if plan.variant == "stepwise":
+            assert "of shared memory; H100 has 227" in plan.reason
+            continue
+        assert plan.groups * plan.blocks <= H100.multiprocessors
+        assert (plan.groups - 1) * plan.group_rows < R <= plan.groups * plan.group_rows
+        assert plan.blocks * plan.units >= H and plan.units >= plan.constants["UNITS"]
+        assert plan.shared_bytes + STATIC_SHARED_BYTES <= H100.shared_bytes
+
+
+def test_what_the_gpu_cannot_hold_is_written_stepwise(executor):
+    case = text_case(1, H=5, V=3000, layers=1)
+    assert generation_plan(executor.gpu, 1, 3000, 5, 1).variant == "stepwise"
+    assert_text_matches_reference(case, T=2)
+    with pytest.raises(ValueError, match="^variant: expected stepwise, got 'persistent': a block's share of fp32"):
+        written_on_device(case, 1, variant="persistent")
+
+
+def test_generate_names_the_options_there_are(executor):
+    case = text_case(1, H=5, V=7, layers=1)
+    with pytest.raises(ValueError, match="^variant: expected persistent or stepwise, got 'fast'"):
+        written_on_device(case, 1, variant="fast")
+    with pytest.raises(ValueError, match="^weights: expected fp32 or bf16, got 'fp16'"):
+        written_on_device(case, 1, weights="fp16")
 
 
 @pytest.mark.parametrize("name, bad", [("P", np.zeros((7, 14), np.float32)), ("h", np.zeros((1, 2, 5))),
