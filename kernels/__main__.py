@@ -3,8 +3,10 @@ sm_80 sm_90]``; or prints how the recurrence would run, ``python -m kernels --pl
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from .modules import modules_for
@@ -13,7 +15,7 @@ from .runtime import ARCHITECTURES, GPU, CompileError, DeviceError, ResourceUse,
 
 HEADER = ("architecture", "module", "constants", "kernel", "registers", "shared bytes", "spilled bytes")
 _CUT = RecurrencePlan._fields[RecurrencePlan._fields.index("groups"):] + ("registers", "shared_bytes")
-_WIDTHS = (12, 13, 42, 21, 9, 12, 13)
+_WIDTHS = (12, 23, 75, 23, 9, 12, 13)
 
 
 class Entry(NamedTuple):
@@ -31,10 +33,13 @@ def resource_use(architecture: str) -> Iterator[Entry]:
 
     Raises: DeviceError where the compiler is missing; CompileError.
     """
-    for stem, constants in modules_for(architecture):
-        sizes = " ".join(f"{name}={value}" for name, value in constants.items())
-        for kernel, use in sorted(compile_for(source(stem, constants), architecture).items()):
-            yield Entry(architecture, stem, sizes, kernel, use)
+    modules = list(modules_for(architecture))
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # the compiler takes seconds for some, without Python's lock
+        uses = threads.map(lambda module: compile_for(source(*module), architecture), modules)
+        for (stem, constants), kernels in zip(modules, uses):
+            sizes = " ".join(f"{name}={value}" for name, value in constants.items())
+            for kernel, use in sorted(kernels.items()):
+                yield Entry(architecture, stem, sizes, kernel, use)
 
 
 def row(cells: tuple) -> str:

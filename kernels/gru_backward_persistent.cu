@@ -22,8 +22,8 @@
 // by row: a fixed order.
 //
 // Per step and block: 4 ROWS * 8 WARPS K_STEPS bytes from L2 for each row tile (3H / SPLITS elements for each row),
-// with more than one split 4 ROWS (UNITS + SPLITS FINISHED) bytes of partial sums written and read, 28 ROWS FINISHED
-// bytes read and 12 to 28 written.
+// with more than one split 4 ROWS (UNITS + SPLITS FINISHED) bytes of partial sums written and read, 24 ROWS FINISHED
+// bytes read (28 where N = 0) and 28 written, 16 in bf16 (20 where V = 0).
 // At B 64, H 1024 on an H100: tf32, 2 groups of 16 ranges and 4 splits, gathers 96 KiB a block and step (unsplit, 384);
 // bf16, 4 groups of 32 ranges, unsplit, 96 KiB.
 //
@@ -37,9 +37,10 @@
 #endif
 
 constexpr int UNITS = COLUMNS;
-constexpr int FINISHED = ceil_div(UNITS, 2 * SPLITS) * 2;  // even: the bf16 of one word come from one block
+constexpr int FINISHED = ceil_div(UNITS, 2 * SPLITS) * 2;  // even: two bf16 of a word come from one block
 constexpr int PAIRS = ceil_div(ROWS * FINISHED, THREADS);  // of a row and a unit, that a thread takes through the gates
 constexpr int COUNTER_WORDS = 32;                          // a counter has a line of L2 to itself
+constexpr int ROWS_AT_A_TIME = 8;                          // that are on their way to the sums by id
 
 // One block: x counts the splits of the first range of the first group, then those of its second range, ...
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -90,11 +91,12 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
     for (int i = threadIdx.x; i < V * 3 * FINISHED; i += THREADS)
         dP[i] = 0.0f;
     float db[PAIRS][3] = {};
+    int rows_to_add = 0;
     __syncthreads();
 
     for (int t = T - 1; t >= -1; --t) {  // at -1 lies the initial state
         for (int tile = first_tile; tile < last_tile; ++tile) {
-            float r[PAIRS], z[PAIRS], n[PAIRS], a_n[PAIRS], before[PAIRS], dh[PAIRS];
+            float r[PAIRS], z[PAIRS], n[PAIRS], a_n[PAIRS], before[PAIRS], dh[PAIRS], dy[PAIRS];
 #pragma unroll
             for (int pair = 0; pair < PAIRS; ++pair)
                 if (owned(tile, pair)) {
@@ -107,11 +109,26 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
                         n[pair] = gates_tb[row * 3 * H + 2 * H + j];
                         a_n[pair] = a_n_tb[row * H + j];
                         before[pair] = h_tb[row * H + j];
-                        dh[pair] += N == 0 ? dy_tb[row * H + j] : 0.0f;
+                        dy[pair] = N == 0 ? dy_tb[row * H + j] : 0.0f;
                     }
                 }
             const int id_row = tile * ROWS + threadIdx.x;
             const int id = V > 0 && t >= 0 && threadIdx.x < ROWS && id_row < B ? ids_tb[size_t(t) * B + id_row] : 0;
+
+            // What the last tile left for the sums by id. All of some rows is loaded before any sum is stored.
+            for (int column = threadIdx.x; column < 3 * FINISHED && rows_to_add > 0; column += THREADS)
+                for (int row = 0; row < rows_to_add; row += ROWS_AT_A_TIME) {
+                    float value[ROWS_AT_A_TIME], *sum[ROWS_AT_A_TIME];
+#pragma unroll
+                    for (int i = 0; i < ROWS_AT_A_TIME; ++i) {
+                        value[i] = di_of_tile[(row + i) * 3 * FINISHED + column];
+                        sum[i] = dP + ids[row + i] * 3 * FINISHED + column;
+                    }
+#pragma unroll
+                    for (int i = 0; i < ROWS_AT_A_TIME; ++i)
+                        if (row + i < rows_to_add)
+                            *sum[i] += value[i];
+                }
 
             ResidentSums product;
             if (t >= 0)
@@ -142,7 +159,7 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
 #pragma unroll
             for (int pair = 0; pair < PAIRS; ++pair)
                 if (owned(tile, pair)) {
-                    const int row = row_of(pair), u = finished + unit_of(pair), b = tile * ROWS + row, j = j0 + u;
+                    const int row = row_of(pair), u = finished + unit_of(pair);
                     float sum = 0.0f;
                     if (SPLITS == 1)
                         sum = sum_of(sums, row, u);
@@ -151,10 +168,16 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
                         for (int s = 0; s < SPLITS; ++s)
                             sum += partials_of_range[(s * ROWS + row) * UNITS + u];
                     dh[pair] += sum;
+                }
+#pragma unroll
+            for (int pair = 0; pair < PAIRS; ++pair)
+                if (owned(tile, pair)) {
+                    const int row = row_of(pair), b = tile * ROWS + row, j = j0 + finished + unit_of(pair);
                     if (t < 0) {
                         dh0[size_t(b) * H + j] = dh[pair];
                         continue;
                     }
+                    dh[pair] += dy[pair];
                     const float dn = dh[pair] * (1.0f - z[pair]);
                     di[pair][2] = dn * (1.0f - n[pair] * n[pair]);
                     di[pair][0] = di[pair][2] * a_n[pair] * (r[pair] * (1.0f - r[pair]));
@@ -170,6 +193,7 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
                 }
             if (threadIdx.x < ROWS)
                 ids[threadIdx.x] = id;
+            rows_to_add = t >= 0 && V > 0 ? min(ROWS, B - tile * ROWS) : 0;
             if (t < 0 || tile + 1 < last_tile)
                 __syncthreads();  // the next tile's sums take the place of these
             else
@@ -195,11 +219,6 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
                             da_tb[(row * 3 + gate) * H + j] = da;
                     }
                 }
-            if (V > 0)
-                for (int column = threadIdx.x; column < 3 * FINISHED; column += THREADS)
-#pragma unroll 4
-                    for (int row = 0; row < min(ROWS, B - tile * ROWS); ++row)
-                        dP[ids[row] * 3 * FINISHED + column] += di_of_tile[row * 3 * FINISHED + column];
         }
     }
 

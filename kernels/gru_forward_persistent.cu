@@ -18,7 +18,7 @@
 // done while they arrive: the input products of the next step are loaded, and r, z, n, a_n and h are saved.
 //
 // Per step and block: 4 ROWS * 8 WARPS K_STEPS bytes from L2 for each row tile (H elements for each row), 3 ROWS UNITS
-// input products from L2, 20 ROWS UNITS bytes written.
+// input products from L2, 24 ROWS UNITS bytes written (bf16: as many, two bytes of exchange and two of h16_tb).
 // At B 64, H 1024 on an H100: tf32, 2 groups of 64 blocks, gathers 128 KiB a block and step; bf16, 4 groups of 32, 32 KiB.
 //
 // Variants: fp32, tf32, bf16; gru.cu for sizes and GPUs that this one does not fit. plan.py chooses.
@@ -67,6 +67,9 @@ gru_forward_persistent(float *h_tb, float *__restrict__ gates_tb, float *__restr
                 const float h = h0[place];
                 h_tb[place] = h;
                 store_x(exchange + tile * tile_words, row_of(pair), j0 + unit_of(pair), h);
+#if PRECISION == 2
+                h16_tb[place] = to_bf16(h);
+#endif
             }
     group_arrive(arrived);
 
@@ -79,21 +82,22 @@ gru_forward_persistent(float *h_tb, float *__restrict__ gates_tb, float *__restr
 
     for (int t = 0; t < T; ++t) {
         for (int tile = first_tile; tile < last_tile; ++tile) {
-            float before[PAIRS], i[PAIRS][3], a_n[PAIRS];
+            // Loads that depend on others come after all of those.
+            float before[PAIRS], i[PAIRS][3];
+            int id[PAIRS];
 #pragma unroll
             for (int pair = 0; pair < PAIRS; ++pair)
                 if (owned(tile, pair)) {
                     const size_t row = size_t(t) * B + tile * ROWS + row_of(pair);
-                    const int j = j0 + unit_of(pair);
-                    const float *input = P + size_t(ids_tb[row]) * 3 * H + j;
-                    before[pair] = h_tb[row * H + j];  // written by this thread
-#if PRECISION == 2
-                    h16_tb[row * H + j] = to_bf16(before[pair]);
-#endif
+                    id[pair] = ids_tb[row];
+                    before[pair] = h_tb[row * H + j0 + unit_of(pair)];  // written by this thread
+                }
+#pragma unroll
+            for (int pair = 0; pair < PAIRS; ++pair)
+                if (owned(tile, pair))
 #pragma unroll
                     for (int gate = 0; gate < 3; ++gate)
-                        i[pair][gate] = input[gate * H];
-                }
+                        i[pair][gate] = P[(size_t(id[pair]) * 3 + gate) * H + j0 + unit_of(pair)];
 
             if (tile == first_tile)
                 group_wait(arrived, unsigned(blocks) * (t + 1));
@@ -101,16 +105,18 @@ gru_forward_persistent(float *h_tb, float *__restrict__ gates_tb, float *__restr
             weights.multiply(product, exchange + (t % 2 * tiles + tile) * tile_words);
             product.meet(sums);
 
+            float a[PAIRS][3];
+#pragma unroll
+            for (int pair = 0; pair < PAIRS; ++pair)
+#pragma unroll
+                for (int gate = 0; gate < 3; ++gate)
+                    a[pair][gate] = sum_of(sums, min(row_of(pair), ROWS - 1), gate * UNITS + unit_of(pair)) + b[pair][gate];
 #pragma unroll
             for (int pair = 0; pair < PAIRS; ++pair)
                 if (owned(tile, pair)) {
-                    const int row = row_of(pair), u = unit_of(pair), j = j0 + u;
-                    a_n[pair] = sum_of(sums, row, 2 * UNITS + u) + b[pair][2];
-                    const float r = sigmoid(i[pair][0] + (sum_of(sums, row, u) + b[pair][0]));
-                    const float z = sigmoid(i[pair][1] + (sum_of(sums, row, UNITS + u) + b[pair][1]));
-                    const float n = tanhf(i[pair][2] + r * a_n[pair]);
-                    const float h = n + z * (before[pair] - n);
-                    store_x(exchange + ((t + 1) % 2 * tiles + tile) * tile_words, row, j, h);
+                    const float r = sigmoid(i[pair][0] + a[pair][0]), z = sigmoid(i[pair][1] + a[pair][1]);
+                    const float n = tanhf(i[pair][2] + r * a[pair][2]), h = n + z * (before[pair] - n);
+                    store_x(exchange + ((t + 1) % 2 * tiles + tile) * tile_words, row_of(pair), j0 + unit_of(pair), h);
                     before[pair] = h, i[pair][0] = r, i[pair][1] = z, i[pair][2] = n;
                 }
             if (tile + 1 < last_tile)
@@ -124,10 +130,14 @@ gru_forward_persistent(float *h_tb, float *__restrict__ gates_tb, float *__restr
                     const size_t row = size_t(t) * B + tile * ROWS + row_of(pair);
                     const int j = j0 + unit_of(pair);
                     h_tb[(row + B) * H + j] = before[pair];
-                    a_n_tb[row * H + j] = a_n[pair];
+                    a_n_tb[row * H + j] = a[pair][2];
 #pragma unroll
                     for (int gate = 0; gate < 3; ++gate)
                         gates_tb[(row * 3 + gate) * H + j] = i[pair][gate];
+#if PRECISION == 2
+                    if (t + 1 < T)
+                        h16_tb[(row + B) * H + j] = to_bf16(before[pair]);
+#endif
                 }
         }
     }

@@ -49,9 +49,9 @@ def constants(plan: RecurrencePlan) -> dict[str, int]:
 
 
 def _exchange(op: str, plan: RecurrencePlan):
-    """Zero where k lies behind the matrix: nobody writes there."""
+    """Zero where k lies behind the matrix: nobody writes there, in this precision and for this K."""
     steps = plan.splits * WARPS * plan.k_steps
-    return scratch(f"{op} {plan.K}", (2, plan.groups * plan.row_tiles, steps, plan.rows * WORDS), np.uint32, zeros=True)
+    return scratch(f"{op} {plan.precision} {plan.K}", (2, plan.groups * plan.row_tiles, steps, plan.rows * WORDS), np.uint32, zeros=True)
 
 
 def _counters(op: str, count: int):

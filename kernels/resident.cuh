@@ -1,6 +1,6 @@
 // A product with weights that stay on chip: c (ROWS, COLUMNS) = x (ROWS, K) w (K, COLUMNS), one block, many times over.
 //
-// Constants from the launcher: PRECISION (0 fp32, 1 tf32, 2 bf16); ROWS, a multiple of 16; COLUMNS; K_STEPS and
+// Constants from the launcher: PRECISION (0 fp32, 1 tf32, 2 bf16); ROWS: 16, 32 or 64; COLUMNS; K_STEPS and
 // REGISTER_STEPS, below. K counts in steps of STEP_K: 8 words of 32 bits, one fp32, one tf32 or two bf16 of neighbouring
 // k each. A block has WARPS warps. Each owns K_STEPS steps of K, with all ROWS and COLUMNS, so that it reads its share of x
 // from L2 once, straight into registers, and its share of w from where only it ever looks:
@@ -33,7 +33,8 @@ constexpr int STEP_K = 8 * PACK;
 constexpr int TILES_M = ROWS / 16, TILES_N = ceil_div(COLUMNS, 8);
 constexpr int X_STEP = ROWS * 8;              // words of x per step
 constexpr int WEIGHT_STEP = TILES_N * 8 * 8;  // words of w per step
-constexpr int X_STEPS = PRECISION == 0 ? 1 : TILES_M >= 4 ? 1 : 4 / TILES_M;  // steps of x that a warp loads at a time
+// Steps of x that a warp loads at a time; fp32 has registers for more than one where there are few sums.
+constexpr int X_STEPS = PRECISION == 0 && ROWS * TILES_N * 8 > 1024 ? 1 : 64 / ROWS;
 
 // Rows of sums are 8 or 24 banks apart, so that the pairs of columns that half a warp stores together do not collide.
 constexpr int SUMS_STRIDE = TILES_N * 8 + (TILES_N % 2 == 0 ? 8 : 0);
@@ -41,7 +42,7 @@ constexpr int SUMS_OF_WARP = ROWS * SUMS_STRIDE;
 constexpr int SUMS = WARPS / 2 * SUMS_OF_WARP;
 
 static_assert(PRECISION >= 0 && PRECISION <= 2, "0 fp32, 1 tf32, 2 bf16");
-static_assert(ROWS % 16 == 0, "rows come in fragments of 16");
+static_assert(ROWS == 16 || ROWS == 32 || ROWS == 64, "rows come in fragments of 16");
 static_assert(REGISTER_STEPS <= K_STEPS && REGISTER_STEPS % X_STEPS == 0, "what lies in registers is loaded at a time");
 static_assert(PRECISION != 0 || REGISTER_STEPS == 0, "fp32 weights lie in shared memory");
 
@@ -222,16 +223,19 @@ struct ResidentSums {
     {
         constexpr int HALF = WARPS / 2;
         float2 *mine = reinterpret_cast<float2 *>(sums + warp() % HALF * SUMS_OF_WARP);
+        const auto store = [=](int row, int column, float &first, float &second) {
+            mine[(row * SUMS_STRIDE + column) / 2] = make_float2(first, second);
+        };
         if (warp() >= HALF)
-            each([=](int row, int column, float first, float second) {
-                mine[(row * SUMS_STRIDE + column) / 2] = make_float2(first, second);
-            });
+            each(store);
         __syncthreads();
-        if (warp() < HALF)
-            each([=](int row, int column, float first, float second) {
-                float2 &sum = mine[(row * SUMS_STRIDE + column) / 2];
-                sum = make_float2(first + sum.x, second + sum.y);
+        if (warp() < HALF) {
+            each([=](int row, int column, float &first, float &second) {  // all loads first: none waits for a store
+                const float2 sum = mine[(row * SUMS_STRIDE + column) / 2];
+                first += sum.x, second += sum.y;
             });
+            each(store);
+        }
         __syncthreads();
     }
 };

@@ -155,6 +155,15 @@ def test_launches_follow_each_other_on_the_same_counters(executor):
         assert_equal_bits(first, on_device(case, "fp32", plans, T_saved=size.T))
 
 
+def test_what_one_precision_leaves_behind_is_not_read_by_another(executor):
+    """All have buffers of the same size here, but what lies behind K, which nobody writes, lies elsewhere."""
+    size = CUTS[2]
+    first = {precision: on_device(size.case, precision, size.plans(precision)) for precision in PRECISIONS}
+    for precision in reversed(PRECISIONS):
+        assert all(np.isfinite(result).all() for result in first[precision].values())
+        assert_equal_bits(on_device(size.case, precision, size.plans(precision)), first[precision])
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_batch_rows_do_not_interact(executor, precision):
     """With other ids, initial state and gradients in one row, every other row keeps its bits."""
