@@ -48,7 +48,7 @@ PACK = {"fp32": 1, "tf32": 1, "bf16": 2}  # elements of k per word
 ROWS = (16, 32, 64)  # of a tile
 SPLITS = (1, 2, 4, 8)  # of K, backward
 REGISTERS = 255  # of a thread
-REGISTERS_OTHER = 32 + 56  # gathered operands in flight; addresses, counters
+REGISTERS_OTHER = 72  # addresses, counters, sums of other warps
 REGISTERS_PER_UNIT = {False: 8, True: 12}  # backward or not: what a thread keeps of each row and unit that it finishes
 STEPWISE_ROWS, STEPWISE_COLUMNS = 32, 48  # a tile of gru.cu
 
@@ -138,7 +138,8 @@ class RecurrencePlan(NamedTuple):
         """Of a thread, as estimated."""
         weights = self.register_steps * weight_registers(self.columns)
         finished = _ceil_div(self.rows * self.finished_units, THREADS) * REGISTERS_PER_UNIT[self.K > self.H]
-        return REGISTERS_OTHER + accumulators(self.rows, self.columns) + weights + finished
+        operands = operand_registers(self.rows, self.columns, self.precision)
+        return REGISTERS_OTHER + operands + accumulators(self.rows, self.columns) + weights + finished
 
     @property
     def shared_bytes(self) -> int:
@@ -194,9 +195,12 @@ def accumulators(rows: int, columns: int) -> int:
     return rows * columns // 32
 
 
-def steps_in_flight(rows: int, precision: str) -> int:
-    """Steps whose operands a warp loads at a time; what lies in registers is loaded as a whole."""
-    return 1 if precision == "fp32" else 64 // rows
+def operand_registers(rows: int, columns: int, precision: str) -> int:
+    """Registers of a thread for what it has gathered and what is on its way, for which resident.cuh has X_STEPS; with 64
+    rows, the compiler has been seen to take more."""
+    if precision != "fp32":
+        return 48 if rows == 64 else 32
+    return 2 * rows * (1 if rows * columns > 1024 or rows == 64 else 2)
 
 
 def reduction_bytes(rows: int, columns: int) -> int:
@@ -293,16 +297,16 @@ def _persistent_plans(gpu: GPU, stepwise: RecurrencePlan) -> Iterator[Recurrence
                 plan = stepwise._replace(
                     variant="persistent", groups=groups, blocks=_ceil_div(H, units), splits=splits, rows=rows,
                     row_tiles=row_tiles, units=units, columns=columns, k_steps=k_steps)
-                at_a_time = steps_in_flight(rows, precision)
-                most = 0 if precision == "fp32" else _round_down(min(
-                    k_steps, max(REGISTERS - plan.registers, 0) // weight_registers(columns)), at_a_time)
+                most = 0 if precision == "fp32" else min(
+                    k_steps, max(REGISTERS - plan.registers, 0) // weight_registers(columns))
                 for fold_steps in (steps_of(V_out, splits, precision), 0) if V_out else (0,):
                     for sums_on_chip in (True, False) if V_in else (False,):
                         plan = plan._replace(register_steps=0, fold_steps=fold_steps, sums_on_chip=sums_on_chip)
                         too_much = max(plan.shared_bytes - gpu.shared_bytes, 0)
-                        fewest = _round_up(_ceil_div(too_much, weights_bytes(1, columns)), at_a_time)
-                        yield plan._replace(register_steps=min(fewest, most))
-                        yield plan._replace(register_steps=most)  # quicker where shared memory is what limits a step
+                        fewest = min(_ceil_div(too_much, weights_bytes(1, columns)), most)
+                        # More in registers is quicker where shared memory is what limits a step.
+                        for register_steps in sorted({fewest, (fewest + most) // 2, most}):
+                            yield plan._replace(register_steps=register_steps)
 
 
 def _cut(plan: RecurrencePlan) -> str:
@@ -371,10 +375,6 @@ def _kib(size: float) -> str:
 
 def _ceil_div(n: int, d: int) -> int:
     return -(-n // d)
-
-
-def _round_down(n: int, multiple: int) -> int:
-    return n // multiple * multiple
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -4,7 +4,7 @@
 // REGISTER_STEPS, below. K counts in steps of STEP_K: 8 words of 32 bits, one fp32, one tf32 or two bf16 of neighbouring
 // k each. A block has WARPS warps. Each owns K_STEPS steps of K, with all ROWS and COLUMNS, so that it reads its share of x
 // from L2 once, straight into registers, and its share of w from where only it ever looks:
-//   REGISTER_STEPS steps   in registers, 2 per thread for each 8 columns (tensor cores only; a multiple of X_STEPS)
+//   REGISTER_STEPS steps   in registers, 2 per thread for each 8 columns (tensor cores only)
 //   the other steps        in shared memory, WEIGHT_STEP words each
 // The sums of the warps meet in shared memory, SUMS floats: the upper half of the warps leaves its sums, the lower half
 // adds its own, and whoever needs an element adds those of the lower half, in ascending order.
@@ -34,7 +34,7 @@ constexpr int TILES_M = ROWS / 16, TILES_N = ceil_div(COLUMNS, 8);
 constexpr int X_STEP = ROWS * 8;              // words of x per step
 constexpr int WEIGHT_STEP = TILES_N * 8 * 8;  // words of w per step
 // Steps of x that a warp loads at a time; fp32 has registers for more than one where there are few sums.
-constexpr int X_STEPS = PRECISION == 0 && ROWS * TILES_N * 8 > 1024 ? 1 : 64 / ROWS;
+constexpr int X_STEPS = PRECISION != 0 ? 64 / ROWS : ROWS * TILES_N * 8 > 1024 || ROWS == 64 ? 1 : 2;
 
 // Rows of sums are 8 or 24 banks apart, so that the pairs of columns that half a warp stores together do not collide.
 constexpr int SUMS_STRIDE = TILES_N * 8 + (TILES_N % 2 == 0 ? 8 : 0);
@@ -43,7 +43,7 @@ constexpr int SUMS = WARPS / 2 * SUMS_OF_WARP;
 
 static_assert(PRECISION >= 0 && PRECISION <= 2, "0 fp32, 1 tf32, 2 bf16");
 static_assert(ROWS == 16 || ROWS == 32 || ROWS == 64, "rows come in fragments of 16");
-static_assert(REGISTER_STEPS <= K_STEPS && REGISTER_STEPS % X_STEPS == 0, "what lies in registers is loaded at a time");
+static_assert(REGISTER_STEPS <= K_STEPS, "no more steps in registers than there are");
 static_assert(PRECISION != 0 || REGISTER_STEPS == 0, "fp32 weights lie in shared memory");
 
 // Where element (row, k) of x lies, counted in elements: floats, or bf16.
@@ -312,44 +312,52 @@ struct ResidentWeights {
         __syncwarp();  // lanes read what others stored
     }
 
-    // Adds this warp's share of x w. The x of the next steps are on their way while these are multiplied.
+    // Adds this warp's share of x w.
     __device__ __forceinline__ void multiply(ResidentSums &sums, const unsigned *x_all) const
     {
+        constexpr int WITH_REGISTERS = ceil_div(REGISTER_STEPS, X_STEPS) * X_STEPS;
         const unsigned *x = x_all + size_t(warp()) * K_STEPS * X_STEP;
         ResidentSums::X next[X_STEPS];
-        const auto load = [&](int step) {
+        load_x(next, x, 0);
 #pragma unroll
-            for (int i = 0; i < X_STEPS; ++i)
-                if (step + i < K_STEPS)
-                    next[i].load(x + (step + i) * X_STEP);
-        };
-        load(0);
+        for (int step = 0; step < WITH_REGISTERS; step += X_STEPS)
+            add_steps<true>(sums, next, x, step);
+#pragma unroll 1
+        for (int step = WITH_REGISTERS; step < K_STEPS; step += X_STEPS)
+            add_steps<false>(sums, next, x, step);
+    }
+
+    static __device__ __forceinline__ void load_x(ResidentSums::X (&next)[X_STEPS], const unsigned *x, int step)
+    {
+#pragma unroll
+        for (int i = 0; i < X_STEPS; ++i)
+            if (step + i < K_STEPS)
+                next[i].load(x + (step + i) * X_STEP);
+    }
+
+    // Adds X_STEPS steps, whose x is in `next`, while the x of those after them is on its way there. Where weights of
+    // some may be in registers, `step` has to be a constant after unrolling, or all registers would go to local memory.
+    template <bool IN_REGISTERS>
+    __device__ __forceinline__ void add_steps(ResidentSums &sums, ResidentSums::X (&next)[X_STEPS], const unsigned *x,
+                                              int step) const
+    {
+        ResidentSums::X now[X_STEPS];
+#pragma unroll
+        for (int i = 0; i < X_STEPS; ++i)
+            now[i] = next[i];
+        load_x(next, x, step + X_STEPS);
+#pragma unroll
+        for (int i = 0; i < X_STEPS; ++i) {
 #if PRECISION != 0
-#pragma unroll
-        for (int step = 0; step < REGISTER_STEPS; step += X_STEPS) {
-            ResidentSums::X now[X_STEPS];
-#pragma unroll
-            for (int i = 0; i < X_STEPS; ++i)
-                now[i] = next[i];
-            load(step + X_STEPS);
-#pragma unroll
-            for (int i = 0; i < X_STEPS; ++i)
+            if (IN_REGISTERS && step + i < REGISTER_STEPS) {
 #pragma unroll
                 for (int n = 0; n < TILES_N; ++n)
                     sums.add(now[i], n, registers[step + i][n][0], registers[step + i][n][1]);
-        }
+                continue;
+            }
 #endif
-#pragma unroll 1
-        for (int step = REGISTER_STEPS; step < K_STEPS; step += X_STEPS) {
-            ResidentSums::X now[X_STEPS];
-#pragma unroll
-            for (int i = 0; i < X_STEPS; ++i)
-                now[i] = next[i];
-            load(step + X_STEPS);
-#pragma unroll
-            for (int i = 0; i < X_STEPS; ++i)
-                if (step + i < K_STEPS)
-                    sums.add(now[i], shared + (step + i - REGISTER_STEPS) * WEIGHT_STEP);
+            if (step + i < K_STEPS)
+                sums.add(now[i], shared + (step + i - REGISTER_STEPS) * WEIGHT_STEP);
         }
     }
 };

@@ -2,18 +2,22 @@
 
 import json
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import kernels
 from kernels import runtime
+from kernels.plan import GPUS
 from rnn import reference, training
 from rnn.batches import Batch
+from rnn.config import Sizes
 from rnn.model import LanguageModel
 from rnn.params import named_views
 from rnn.sampler import Generator
 from rnn.vocabulary import Vocabulary
+from tests import host_cuda
 from tests.cases import Case, random_case
 from tests.commands import TINY, assert_equal_runs, make_text, train_here
 from tests.compare import assert_close
@@ -252,3 +256,19 @@ def test_run_without_graphs_writes_the_same_files(ops, tmp_path, monkeypatch):
     train_here("--resume", "--steps", 100, cwd=folders[1])
     assert len(captured) == 2
     assert_equal_runs(folders[1] / "run", expected)
+
+
+def test_a_training_step_is_as_few_launches_as_readme_says():
+    """At the tutorial's sizes on a large GPU; what is launched is recorded, and not run."""
+    class Recorder(host_cuda.HostExecutor):
+        gpu = GPUS["h100"]
+
+        def launch(self, source, kernel, *arguments):
+            self.launches.append(kernel)
+
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    with runtime.use(Recorder()) as recorder:
+        model = LanguageModel(Sizes(V=66, E=256, H=1024), T=100, B=64, ops=kernels.op_set("tf32"), graph=False)
+        model.train_step(np.zeros((100, 64)), np.zeros((100, 64)))
+    assert {"gru_forward_persistent", "gru_backward_persistent", "matmul_pipelined_tn"} <= set(recorder.launches)
+    assert f"({len(recorder.launches)} at the tutorial's sizes where the recurrence is\npersistent," in readme
