@@ -372,9 +372,8 @@ def sample(logits, uniforms, ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0
     if min_p:
         p[p < min_p] = 0  # the most likely character has p = 1
     cumulative = np.cumsum(p, axis=1)
-    passed = (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(axis=1)
-    last = p.shape[1] - 1 - (p[:, ::-1] > 0).argmax(axis=1)
-    ids[...] = 1 + np.minimum(passed, last)
+    # A uniform number below 1 times the total rounds to less than the total, so some character does exceed it.
+    np.add((cumulative > uniforms[:, None] * cumulative[:, -1:]).argmax(axis=1), 1, out=ids)
 
 
 class GenerationSaved(NamedTuple):
@@ -404,22 +403,33 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
     ones; forced_tr (T, R) int32; uniforms_tr (T, R) in [0, 1); result ids_tr (T, R) int32.
     """
     i, a, gate, logits = saved
-    for t, forced in enumerate(forced_tr):
-        np.take(P, ids, axis=0, out=i, mode="clip")
-        for layer, h_layer in enumerate(h):
+    T, R = forced_tr.shape
+    if R > MATRIX_VECTOR_ROWS and T * R >= len(P):
+        P = _columns_outermost(P)
+    states = [np.empty_like(gate) for _ in h]
+    for state, h_layer in zip(states, h):
+        state[...] = h_layer
+    recurrent = [(params[f"W_hh.{layer}"], params[f"b_hh.{layer}"]) for layer in range(len(h))]
+    W_out, b_out = params["W_out"], params["b_out"]
+    some_forced, some_free = ((forced_tr >= 0).any(axis=1), (forced_tr < 0).any(axis=1))
+    for t in range(T):
+        _take_rows(P, ids, i)
+        for layer, (state, (W_hh, b_hh)) in enumerate(zip(states, recurrent)):
             if layer > 0:
-                _rows_times(h[layer - 1], params[f"W_ih.{layer}"], i)
+                _rows_times(states[layer - 1], params[f"W_ih.{layer}"], i)
                 i += params[f"b_ih.{layer}"]
-            _rows_times(h_layer, params[f"W_hh.{layer}"], a)
-            a += params[f"b_hh.{layer}"]
-            _gru_step(i, a, h_layer, gate)
-        free = forced < 0
-        if free.any():
-            _rows_times(h[-1], params["W_out"], logits)
-            np.add(logits, params["b_out"], out=logits)
+            _rows_times(state, W_hh, a)
+            a += b_hh
+            _gru_step(i, a, state, gate)
+        if some_free[t]:
+            _rows_times(states[-1], W_out, logits)
+            logits += b_out
             sample(logits, uniforms_tr[t], ids, temperature, top_k, top_p, min_p)
-        np.copyto(ids, forced, where=~free)
+        if some_forced[t]:
+            np.copyto(ids, forced_tr[t], where=forced_tr[t] >= 0)
         ids_tr[t] = ids
+    for h_layer, state in zip(h, states):
+        h_layer[...] = state
 
 
 def _gru_step(i, a, h, gate) -> None:
@@ -436,8 +446,22 @@ def _gru_step(i, a, h, gate) -> None:
     h += n
 
 
+def _columns_outermost(x) -> np.ndarray:
+    copied = empty_activations(x.shape, x.dtype)
+    copied[...] = x
+    return copied
+
+
+def _take_rows(P, ids, out) -> None:
+    """out = P[ids]."""
+    if P.T.flags.c_contiguous:
+        np.take(P.T, ids, axis=1, out=out.T, mode="clip")
+    else:
+        np.take(P, ids, axis=0, out=out, mode="clip")
+
+
 def _rows_times(x, W, out) -> None:
-    """out = x W^T for a few rows x (R, K) and W (N, K)."""
+    """out = x W^T for rows x (R, K) and W (N, K)."""
     if len(x) <= MATRIX_VECTOR_ROWS:
         for row, row_out in zip(x, out):
             np.dot(W, row, out=row_out)
