@@ -6,8 +6,9 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import tyro
 
@@ -53,8 +54,7 @@ def generate(arguments: Sequence[str] | None = None) -> int:
             min_p=config.min_p, stop=config.stop, seed=seed, on_unknown=config.on_unknown)
         if config.seed is None:
             print(f"--seed {seed}", file=sys.stderr)
-        _print_texts(rows, pieces)
-        return 0
+        return _print_texts(rows, pieces)
 
     return _reporting("generate.py", command)
 
@@ -110,31 +110,43 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
 def _prompts(config: GenerateConfig) -> list[str]:
     prompts = [_decoded(sys.stdin.buffer.read(), "stdin") if prompt == "-" else prompt for prompt in config.prompt]
     if config.prompt_file is not None:
-        try:
-            prompts.append(_decoded(config.prompt_file.read_bytes(), str(config.prompt_file)))
-        except OSError as error:
-            raise UserError(f"cannot read {config.prompt_file}: {error.strerror}") from None
+        prompts.append(_file_text(config.prompt_file))
     return prompts or [""]
+
+
+def _file_text(path: Path) -> str:
+    try:
+        return _decoded(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _decoded(raw: bytes, source: str) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"the prompt of {source} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}; "
+        raise UserError(f"the text of {source} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}; "
                         "convert it") from None
 
 
-def _print_texts(prompts: list[str], pieces) -> None:
-    """Write all texts one after the other, the first one as it is made, with a line between two."""
-    texts = list(prompts)
-    _write(texts[0])
-    for piece_of_rows in pieces:
-        texts = [text + piece for text, piece in zip(texts, piece_of_rows)]
-        _write(piece_of_rows[0])
-    for text in texts[1:]:
-        _write("\n" + "-" * 10 + "\n" + text)
+def _print_texts(prompts: list[str], pieces: Iterator[list[str]]) -> int:
+    """Write all texts one after the other, the first one as it is made, with a line between two; the exit status.
+
+    Ctrl-C ends the texts where they are.
+    """
+    status, others = 0, [[prompt] for prompt in prompts[1:]]
+    _write(prompts[0])
+    try:
+        for piece, *pieces_of_others in pieces:
+            for text, piece_of_other in zip(others, pieces_of_others):
+                text.append(piece_of_other)
+            _write(piece)  # where Ctrl-C is most likely to come
+    except KeyboardInterrupt:
+        status = 130
+    for text in others:
+        _write("\n" + "-" * 10 + "\n" + "".join(text))
     _write("\n")
+    return status
 
 
 def _write(text: str) -> None:

@@ -147,7 +147,7 @@ class GenerateConfig:
     prompt_file: Path | None = None
     """file with a text to continue"""
     length: int = 1000
-    """characters to write after each prompt"""
+    """characters to write after each prompt; 0 writes until Ctrl-C"""
     temperature: float = 1.0
     """below 1 safer, above 1 wilder; 0 always takes the most likely character"""
     top_k: int = 0
@@ -168,12 +168,20 @@ class GenerateConfig:
     """where to compute; auto takes an NVIDIA GPU if there is one"""
 
     def __post_init__(self) -> None:
-        _require(1 <= self.length < 2**31, "--length", self.length, "from 1 to 2^31 - 1")
+        check_length(self.length)
         _require(1 <= self.num_samples < 2**16, "--num-samples", self.num_samples, "from 1 to 65,535")
         _require(self.seed is None or 0 <= self.seed < 2**63, "--seed", self.seed, "in [0, 2^63)")
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         if "" in self.stop:
             raise UserError("--stop is empty; give the text at which to stop, or leave the option out")
+
+
+def check_length(length: int) -> None:
+    """Check the number of characters to write, 0 for no end.
+
+    Raises: UserError.
+    """
+    _require(0 <= length < 2**31, "--length", length, "from 0 to 2^31 - 1")
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None:

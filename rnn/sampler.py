@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from rnn import reference
 from rnn.checkpoint import find_checkpoint, load_checkpoint
-from rnn.config import Sizes, UserError, check_sampling
+from rnn.config import Sizes, UserError, check_length, check_sampling
 from rnn.devices import op_set
 from rnn.vocabulary import Vocabulary
 
-CHUNK = 32
-"""Characters that are written between two looks at what has been written."""
+FIRST_CHUNK, LARGEST_CHUNK = 8, 1024
+"""Steps that are launched together: few at first, so that text appears at once, then twice as many each time."""
+
+CHUNK_NUMBERS = 1 << 18
+"""The most steps times rows of a chunk larger than the first; more would not be copied beside the computing."""
+
+PAUSE_SECONDS = 0.05
+"""Chunks that take longer than this grow no more: a reader would see the text come in bursts."""
 
 
 class Generator:
@@ -39,7 +46,7 @@ class Generator:
         Raises: UserError if there is none or it cannot be used.
         """
         checkpoint = load_checkpoint(find_checkpoint(None if run is None else Path(run)))
-        ops = op_set(device)
+        ops = op_set(device, "fp32")  # writing computes in nothing else, and its input table should not either
         params = {}
         for name, array in checkpoint.params.items():
             params[name] = ops.empty(array.shape, array.dtype)
@@ -66,30 +73,32 @@ class Generator:
         new_state = self.zero_state(rows)
         if state is not None:
             self._ops.copy(new_state, state)
-        writer = _Writer(self, new_state, self.vocabulary.encode("".join(chars)))
-        ids_tr = writer.write(np.full((1, rows), -1), self._rng.random((1, rows), np.float32),
-                              temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        return list(self.vocabulary.decode(ids_tr[0])), new_state
+        writer = _Writer(self, new_state, self.vocabulary.encode("".join(chars)), steps=1, temperature=temperature,
+                         top_k=top_k, top_p=top_p, min_p=min_p)
+        read_ids = writer.write(np.full((1, rows), -1), self._rng.random((1, rows), np.float32))
+        return list(self.vocabulary.decode(read_ids()[0])), new_state
 
     def generate(self, prompts: Sequence[str] = ("",), length: int = 1000, **options) -> list[str]:
-        """Texts that continue the prompts, without the prompts; options as for `stream`."""
-        texts = [""] * len(prompts)
-        for pieces in self.stream(prompts, length, **options):
-            texts = [text + piece for text, piece in zip(texts, pieces)]
-        return texts
+        """Texts that continue the prompts, without the prompts; options as for `stream`, but text without end."""
+        if length == 0 and not options.get("stop"):
+            raise UserError("generate needs a length or a stop string; stream writes without end")
+        pieces = list(self.stream(prompts, length, **options))
+        return ["".join(pieces_of_row) for pieces_of_row in zip(*pieces)]
 
     def stream(self, prompts: Sequence[str] = ("",), length: int = 1000, *, temperature: float = 1.0, top_k: int = 0,
                top_p: float = 1.0, min_p: float = 0.0, stop: Sequence[str] = (), seed: int | None = None,
                on_unknown: str = "error") -> Iterator[list[str]]:
         """Continue all prompts together, piece by piece: each item has the next few characters of every text.
 
-        A text ends after `length` characters or with the first string of `stop` that it comes to hold (the string
-        is kept). An empty prompt starts at the beginning of a line. The k-th character of row b is drawn with uniform
-        number (k, b) of the Philox stream of the seed, so the same seed writes the same texts.
+        A text ends after `length` characters (0: never) or with the first string of `stop` that it comes to hold (the
+        string is kept). An empty prompt starts at the beginning of a line. The k-th character of row b is drawn with
+        uniform number (k, b) of the Philox stream of the seed, so the same seed writes the same texts, in pieces of
+        whatever length. While a piece is in the caller's hands, a GPU writes the next.
 
         Raises: UserError for unknown characters in a prompt (unless on_unknown is skip or unk) and for options out of
         range.
         """
+        check_length(length)
         check_sampling(temperature, top_k, top_p, min_p)
         ids_of_rows = [self._prompt_ids(prompt, on_unknown) for prompt in prompts]
         return self._pieces(ids_of_rows, length, stop, new_seed() if seed is None else seed,
@@ -98,22 +107,16 @@ class Generator:
     def _pieces(self, ids_of_rows: list[np.ndarray], length: int, stop: Sequence[str], seed: int,
                 options: dict) -> Iterator[list[str]]:
         rows = len(ids_of_rows)
-        forced_steps = np.array([len(ids) - 1 for ids in ids_of_rows])
-        forced_tr = np.full((forced_steps.max() + length, rows), -1, np.int32)
-        uniforms_tr = np.zeros(forced_tr.shape, np.float32)
-        uniforms = _uniform_source(seed).random((length, rows), np.float32)
-        for row, ids in enumerate(ids_of_rows):
-            read = len(ids) - 1
-            forced_tr[:read, row] = ids[1:]
-            uniforms_tr[read:read + length, row] = uniforms[:, row]
-        writer = _Writer(self, self.zero_state(rows), np.array([ids[0] for ids in ids_of_rows]))
+        inputs = _Inputs(ids_of_rows, seed)
+        largest = max(FIRST_CHUNK, min(LARGEST_CHUNK, CHUNK_NUMBERS // rows))
+        writer = _Writer(self, self.zero_state(rows), np.array([ids[0] for ids in ids_of_rows]), largest, **options)
         tails, open_rows = [""] * rows, set(range(rows))
         overlap = max((len(text) for text in stop), default=1) - 1
-        for start in range(0, len(forced_tr), CHUNK):
-            ids_tr = writer.write(forced_tr[start:start + CHUNK], uniforms_tr[start:start + CHUNK], **options)
-            pieces = [""] * rows
+        for start, read_ids in _one_ahead(_chunks(writer, inputs, length, largest)):
+            ids_tr, pieces = read_ids(), [""] * rows
             for row in sorted(open_rows):
-                first, last = forced_steps[row] - start, forced_steps[row] + length - start
+                first = inputs.prompt_steps[row] - start
+                last = first + length if length else len(ids_tr) + 1
                 piece = self.vocabulary.decode(ids_tr[max(first, 0):max(last, 0), row])
                 end = _end_of_first(stop, tails[row] + piece)
                 if end is not None:
@@ -134,25 +137,83 @@ class Generator:
 
 
 class _Writer:
-    """Buffers of one text in the making: the op set's `generate`, on arrays of the host."""
+    """Buffers of texts in the making: the op set's `generate`, on arrays of the host of up to `steps` steps."""
 
-    def __init__(self, generator: Generator, state, first_ids: np.ndarray) -> None:
-        self._generator, self._state = generator, state
+    def __init__(self, generator: Generator, state, first_ids: np.ndarray, steps: int, **options) -> None:
+        self._generator, self._state, self._options = generator, state, options
         ops, sizes, rows = generator._ops, generator.sizes, len(first_ids)
         self._ids = ops.empty((rows,), np.int32)
         ops.copy_in(self._ids, first_ids)
-        self._forced_tr, self._ids_tr = (ops.empty((CHUNK, rows), np.int32) for _ in range(2))
-        self._uniforms_tr = ops.empty((CHUNK, rows), np.float32)
+        self._forced_tr, self._ids_tr = (ops.empty((steps, rows), np.int32) for _ in range(2))
+        self._uniforms_tr = ops.empty((steps, rows), np.float32)
         self._saved = ops.generation_saved(rows, sizes.H, sizes.V, generator._P.dtype)
 
-    def write(self, forced_tr: np.ndarray, uniforms_tr: np.ndarray, **options) -> np.ndarray:
-        """Up to CHUNK steps; shapes as for `rnn.reference.generate`."""
+    def write(self, forced_tr: np.ndarray, uniforms_tr: np.ndarray) -> Callable[[], np.ndarray]:
+        """Launch T steps; shapes as for `rnn.reference.generate`. A call of the result waits for the ids (T, R)."""
         ops, generator, T = self._generator._ops, self._generator, len(forced_tr)
         ops.copy_in(self._forced_tr[:T], forced_tr)
         ops.copy_in(self._uniforms_tr[:T], uniforms_tr)
         ops.generate(generator._params, generator._P, self._state, self._ids, self._forced_tr[:T],
-                     self._uniforms_tr[:T], self._ids_tr[:T], self._saved, **options)
-        return ops.to_host(self._ids_tr[:T])
+                     self._uniforms_tr[:T], self._ids_tr[:T], self._saved, **self._options)
+        return ops.read(self._ids_tr[:T])
+
+
+class _Inputs:
+    """What the steps of a stream are given, chunk by chunk: characters of the prompts, then uniform numbers.
+
+    prompt_steps (R,): the steps in which each row reads its prompt, all but its first character.
+    """
+
+    def __init__(self, ids_of_rows: list[np.ndarray], seed: int) -> None:
+        rows = len(ids_of_rows)
+        self.prompt_steps = np.array([len(ids) - 1 for ids in ids_of_rows])
+        self._prompts_tr = np.full((self.prompt_steps.max(), rows), -1, np.int32)
+        for row, ids in enumerate(ids_of_rows):
+            self._prompts_tr[:len(ids) - 1, row] = ids[1:]
+        self._rng = _uniform_source(seed)
+        # Row i is for the character `i - (steps of the longest prompt)` of each text, counted from the next step on;
+        # where that is negative, a step with that number reads a prompt, and the number is never used.
+        self._uniforms = np.zeros(self._prompts_tr.shape, np.float32)
+        self._delays = self.prompt_steps.max() - self.prompt_steps
+
+    def take(self, T: int) -> tuple[np.ndarray, np.ndarray]:
+        """forced_tr and uniforms_tr (T, R) of the next T steps."""
+        prompts_tr, self._prompts_tr = self._prompts_tr[:T], self._prompts_tr[T:]
+        forced_tr = np.full((T, len(self._delays)), -1, np.int32)
+        forced_tr[:len(prompts_tr)] = prompts_tr
+        missing = max(0, T + self._delays.max() - len(self._uniforms))
+        drawn = self._rng.random((missing, len(self._delays)), np.float32)
+        uniforms = np.concatenate([self._uniforms, drawn])
+        self._uniforms = uniforms[T:]
+        return forced_tr, np.take_along_axis(uniforms, np.arange(T)[:, None] + self._delays, axis=0)
+
+
+def _chunks(writer: _Writer, inputs: _Inputs, length: int, largest: int) -> Iterator[tuple[int, Callable]]:
+    """Launch the steps of a stream: (number of the first step, what gives the ids), chunk by chunk."""
+    start, first_drawn, end = 0, inputs.prompt_steps.min(), inputs.prompt_steps.max() + length
+    while start < first_drawn:  # nothing is drawn, so there is nothing to read
+        T = min(largest, first_drawn - start)
+        writer.write(*inputs.take(T))
+        start += T
+    size, before = FIRST_CHUNK, time.perf_counter()
+    while length == 0 or start < end:
+        T = min(size, end - start) if length else size
+        yield start, writer.write(*inputs.take(T))
+        start += T
+        now = time.perf_counter()
+        if now - before < PAUSE_SECONDS:
+            size = min(2 * size, largest)
+        before = now
+
+
+def _one_ahead(items: Iterable) -> Iterator:
+    """The items of an iterable of at least one, each handed on when the next one has been made."""
+    items = iter(items)
+    item = next(items)
+    for following in items:
+        yield item
+        item = following
+    yield item
 
 
 def new_seed() -> int:

@@ -2,13 +2,14 @@
 
 import os
 import shutil
+import signal
 from contextlib import chdir
 from pathlib import Path
 
 import pytest
 
 from rnn import commands
-from tests.commands import TINY, assert_refused, make_text, run, running, train
+from tests.commands import DEADLINE, TINY, assert_refused, make_text, run, running, train
 
 RULE = "\n----------\n"
 """What stands between two texts."""
@@ -201,6 +202,26 @@ def test_text_that_stdout_cannot_show_is_written_with_question_marks(folder):
     assert result.stdout.startswith("d?g ?") and len(result.stdout) == 5 + 5 + 1
 
 
+@pytest.mark.parametrize("length", [0, 300_000])
+def test_ctrl_c_ends_the_texts_where_they_are(folder, length):
+    arguments = ("generate.py", "run", "--prompt", "the ", "--prompt", "fox ", "--seed", 1, "--length")
+    with running(*arguments, length, cwd=folder) as process:
+        written = process.stdout.read(40)
+        process.send_signal(signal.SIGINT)
+        written = (written + process.stdout.read()).decode()
+        assert process.stderr.read() == b""
+        assert process.wait(DEADLINE) == 130
+    first, second = written.removesuffix("\n").split(RULE)
+    assert len(first) == len(second)
+    assert written == run(*arguments, len(first) - 4, cwd=folder).stdout
+
+
+def test_text_without_a_length_ends_with_its_stop_string(write):
+    longest = write("--length", 200, "--seed", 1)
+    stop = longest[30:33]
+    assert write("--length", 0, "--seed", 1, "--stop", stop) == longest[:longest.index(stop) + 3] + "\n"
+
+
 # Bad input
 
 @pytest.mark.parametrize(("option", "value", "part"), [
@@ -209,7 +230,7 @@ def test_text_that_stdout_cannot_show_is_written_with_question_marks(folder):
     ("--top-p", "0", "in (0, 1]"), ("--top-p", "1.5", "in (0, 1]"), ("--top-p", "nan", "in (0, 1]"),
     ("--top-k", "-1", "at least 0"),
     ("--min-p", "-0.1", "in [0, 1]"), ("--min-p", "1.1", "in [0, 1]"), ("--min-p", "nan", "in [0, 1]"),
-    ("--length", "0", "from 1"), ("--length", "-5", "from 1"), ("--length", "many", "--length"),
+    ("--length", "-5", "from 0"), ("--length", "many", "--length"),
     ("--num-samples", "0", "from 1"), ("--num-samples", "65536", "to 65,535"),
     ("--seed", "-1", "in [0, 2^63)"), ("--seed", str(2**63), "in [0, 2^63)"),
     ("--stop", "", "is empty"), ("--on-unknown", "guess", "--on-unknown"), ("--device", "tpu", "--device"),

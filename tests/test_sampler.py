@@ -1,13 +1,17 @@
 """The Python interface of generation: prompts, carried state, streaming, stop strings."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rnn import reference, sampler
 from rnn.config import Sizes, UserError
 from rnn.params import initial_parameters, named_views
-from rnn.sampler import CHUNK, Generator
+from rnn.sampler import CHUNK_NUMBERS, FIRST_CHUNK, LARGEST_CHUNK, Generator
 from rnn.vocabulary import Vocabulary
 
 CHARACTERS = "\n abcdefgh"
@@ -20,10 +24,49 @@ def generator() -> Generator:
     return Generator(sizes, Vocabulary(CHARACTERS), params)
 
 
-def test_length_is_exact_for_prompts_of_any_length(generator):
-    prompts = ["", "a", "abc", "h" * (CHUNK + 3)]
-    for length in (1, 2, CHUNK, 2 * CHUNK + 1):
-        assert [len(text) for text in generator.generate(prompts, length, seed=1)] == [length] * 4
+class Recorder:
+    """The reference's ops, with a list of what was launched and read: ("launch" or "read", number of the chunk).
+
+    steps holds the steps of each chunk, uniforms the numbers that were given to all of them.
+    """
+
+    def __init__(self):
+        self.events, self.steps, self.uniforms = [], [], []
+
+    def __getattr__(self, name):
+        return getattr(reference, name)
+
+    def generate(self, params, P, h, ids, forced_tr, uniforms_tr, *others, **options):
+        self.events.append(("launch", len(self.steps)))
+        self.steps.append(len(forced_tr))
+        self.uniforms.extend(uniforms_tr.copy())
+        reference.generate(params, P, h, ids, forced_tr, uniforms_tr, *others, **options)
+
+    def read(self, array):
+        chunk, content = len(self.steps) - 1, reference.read(array)
+
+        def read():
+            self.events.append(("read", chunk))
+            return content()
+
+        return read
+
+
+def recorded(generator: Generator) -> tuple[Generator, Recorder]:
+    ops = Recorder()
+    return Generator(generator.sizes, generator.vocabulary, generator._params, ops), ops
+
+
+@pytest.fixture
+def growing(monkeypatch):
+    """Chunks double whatever the time they take."""
+    monkeypatch.setattr(sampler, "PAUSE_SECONDS", math.inf)
+
+
+@pytest.mark.parametrize("length", [1, 2, FIRST_CHUNK, FIRST_CHUNK + 1, 3 * FIRST_CHUNK, 70])
+def test_length_is_exact_for_prompts_of_any_length(generator, length):
+    prompts = ["", "a", "abc", "h" * FIRST_CHUNK, "h" * 50]
+    assert [len(text) for text in generator.generate(prompts, length, seed=1)] == [length] * 5
 
 
 def test_same_seed_same_text_and_pieces_add_up_to_it(generator):
@@ -32,7 +75,83 @@ def test_same_seed_same_text_and_pieces_add_up_to_it(generator):
     assert texts != generator.generate(["ab", "c"], 100, seed=8)
     pieces = list(generator.stream(["ab", "c"], 100, seed=7))
     assert ["".join(column) for column in zip(*pieces)] == texts
-    assert len(pieces) == -(-101 // CHUNK)
+
+
+@pytest.mark.parametrize("first, largest", [(1, 1), (3, 7), (200, 200), (1, 64)])
+def test_text_does_not_depend_on_the_chunks(generator, monkeypatch, growing, first, largest):
+    prompts = ["ab", "h" * 30, "gfedcba"]
+    expected = generator.generate(prompts, 90, seed=7)
+    monkeypatch.setattr(sampler, "FIRST_CHUNK", first)
+    monkeypatch.setattr(sampler, "LARGEST_CHUNK", largest)
+    assert generator.generate(prompts, 90, seed=7) == expected
+
+
+def test_each_character_is_drawn_with_its_own_number(generator):
+    """The k-th character of row b takes number (k, b), wherever the prompts end."""
+    writing, ops = recorded(generator)
+    prompts, length = ["abc", "h" * 30, "gfedcba"], 50
+    writing.generate(prompts, length, seed=7)
+    numbers = np.random.Generator(np.random.Philox(key=7)).random((length, len(prompts)), np.float32)
+    for row, prompt in enumerate(prompts):
+        first = len(prompt) - 1
+        np.testing.assert_array_equal(np.array(ops.uniforms)[first:first + length, row], numbers[:, row])
+
+
+def test_chunks_grow_and_no_step_is_computed_in_vain(generator, growing):
+    writing, ops = recorded(generator)
+    pieces = list(writing.stream(["ab", "abcd"], 40, seed=1))
+    assert ops.steps == [1, 8, 16, 18]  # the prompts' steps that draw nothing, then all that draw
+    assert [len(piece) for piece, _ in pieces] == [8, 16, 16]
+    assert [len(piece) for _, piece in pieces] == [6, 16, 18]
+
+
+def test_chunks_are_bounded_in_steps_and_in_numbers(generator, growing):
+    writing, ops = recorded(generator)
+    writing.generate([""], 4 * LARGEST_CHUNK, seed=1)
+    assert max(ops.steps) == LARGEST_CHUNK
+    writing, ops = recorded(generator)
+    rows = CHUNK_NUMBERS // 16
+    next(writing.stream(["a"] * rows, 100, seed=1))
+    assert ops.steps == [8, 16]
+
+
+def test_chunks_that_take_long_grow_no_more(generator, monkeypatch):
+    monkeypatch.setattr(sampler, "PAUSE_SECONDS", 0)
+    writing, ops = recorded(generator)
+    writing.generate([""], 40, seed=1)
+    assert ops.steps == [8] * 5
+
+
+def test_a_chunk_is_launched_before_the_one_before_it_is_read(generator, growing):
+    writing, ops = recorded(generator)
+    writing.generate([""], 100, seed=1)
+    assert ops.events == [("launch", 0), ("launch", 1), ("read", 0), ("launch", 2), ("read", 1), ("launch", 3),
+                          ("read", 2), ("read", 3)]
+
+
+def test_at_most_one_chunk_is_launched_after_the_last_stop_string(generator, growing):
+    whole = generator.generate(["", "abc"], 1000, seed=1)
+    stop = [text[20:24] for text in whole]
+    writing, ops = recorded(generator)
+    texts = writing.generate(["", "abc"], 1000, seed=1, stop=stop)
+    assert max(map(len, texts)) <= 24 and ops.steps == [8, 16, 32, 64][:len(ops.steps)]
+    assert sum(ops.steps[:-1]) < 24 + 2 + ops.steps[-2]
+
+
+def test_stream_without_end(generator):
+    [text] = generator.generate(["ab"], 300, seed=4)
+    written = ""
+    for [piece] in itertools.takewhile(lambda _: len(written) < 200, generator.stream(["ab"], 0, seed=4)):
+        written += piece
+    assert len(written) >= 200 and written[:300] == text[:len(written)]
+
+
+def test_text_without_length_ends_with_its_stop_string(generator):
+    texts = generator.generate(["", "abc"], 500, seed=1, stop=["a"])
+    assert all(text.endswith("a") for text in texts)
+    assert generator.generate(["", "abc"], 0, seed=1, stop=["a"]) == texts
+    with pytest.raises(UserError, match="length or a stop string"):
+        generator.generate([""], 0)
 
 
 def test_a_row_does_not_depend_on_the_prompts_beside_it(generator):
@@ -108,7 +227,7 @@ def test_filters_reach_the_sampling(generator):
 
 
 @pytest.mark.parametrize("options", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1},
-                                     {"top_k": -1}, {"min_p": 2}])
+                                     {"top_k": -1}, {"min_p": 2}, {"length": -1}])
 def test_options_out_of_range_are_refused(generator, options):
     with pytest.raises(UserError, match="must be"):
-        generator.generate(["a"], 5, **options)
+        generator.generate(["a"], **options)
