@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -40,11 +42,17 @@ def train(arguments: Sequence[str] | None = None) -> int:
 
 
 def generate(arguments: Sequence[str] | None = None) -> int:
-    """`generate.py`: write text. Exit status 0, 2 for bad input, 130 after Ctrl-C."""
+    """`generate.py`: write text, or score one. Exit status 0, 2 for bad input, 130 after Ctrl-C."""
     def command() -> int:
         config = _parse(GenerateConfig, arguments, prog="generate.py")
         from rnn.sampler import Generator, new_seed
 
+        if config.score is not None:
+            text = _file_text(config.score)
+            score = Generator.load(config.run, config.device).score(text, config.on_unknown)
+            print(json.dumps({"loss": score.loss, "bits_per_char": score.loss / math.log(2),
+                              "characters": score.characters}))
+            return 0
         prompts = _prompts(config)
         seed = new_seed() if config.seed is None else config.seed
         generator = Generator.load(config.run, config.device)

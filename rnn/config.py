@@ -163,7 +163,10 @@ class GenerateConfig:
     seed: int | None = None
     """the same seed writes the same text (default: a new one, told on stderr)"""
     on_unknown: Literal["error", "skip", "unk"] = "error"
-    """what to do with characters of the prompt that the model does not know"""
+    """what to do with characters of a text that the model does not know"""
+    score: Path | None = None
+    """write nothing, but tell how likely the model finds the text of this file, as one line of JSON on stdout: the
+    mean loss in nats per character, in bits, and the number of characters, all but the first"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """where to compute; auto takes an NVIDIA GPU if there is one"""
 
@@ -174,6 +177,8 @@ class GenerateConfig:
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         if "" in self.stop:
             raise UserError("--stop is empty; give the text at which to stop, or leave the option out")
+        if self.score is not None and (self.prompt or self.prompt_file is not None):
+            raise UserError("--score writes no text; leave --prompt and --prompt-file out")
 
 
 def check_length(length: int) -> None:

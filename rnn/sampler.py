@@ -1,4 +1,4 @@
-"""Text from a model: prompts, carried state, streaming."""
+"""Text from a model: prompts, carried state, streaming; and how likely a model finds a text."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from rnn import reference
+from rnn.batches import validation_windows
 from rnn.checkpoint import find_checkpoint, load_checkpoint
 from rnn.config import Sizes, UserError, check_length, check_sampling
 from rnn.devices import op_set
+from rnn.model import LanguageModel
+from rnn.params import flat_size, named_views
 from rnn.vocabulary import Vocabulary
 
 FIRST_CHUNK, LARGEST_CHUNK = 8, 1024
@@ -23,6 +27,16 @@ CHUNK_NUMBERS = 1 << 18
 
 PAUSE_SECONDS = 0.05
 """Chunks that take longer than this grow no more: a reader would see the text come in bursts."""
+
+SCORE_WINDOW = 512
+"""Characters of a text to score that are in memory together with all that the model computes of them."""
+
+
+class Score(NamedTuple):
+    """How likely a model finds a text: `loss`, in nats per character, the mean over `characters`."""
+
+    loss: float
+    characters: int
 
 
 class Generator:
@@ -103,6 +117,23 @@ class Generator:
         ids_of_rows = [self._prompt_ids(prompt, on_unknown) for prompt in prompts]
         return self._pieces(ids_of_rows, length, stop, new_seed() if seed is None else seed,
                             {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p})
+
+    def score(self, text: str, on_unknown: str = "error") -> Score:
+        """How likely the model finds each character of a text after all those before it, from a zero state on.
+
+        The first character has none before it and is not scored. Unknown characters are refused, left out (`skip`), or
+        read, and scored, as `[UNK]` (`unk`).
+
+        Raises: UserError for unknown characters, and for a text with fewer than two known ones.
+        """
+        ids = self.vocabulary.encode_prompt(text, on_unknown)
+        if len(ids) < 2:
+            raise UserError("the text to score is too short; its first known character is not scored, so give two")
+        flat_params = np.zeros(flat_size(self.sizes), np.float32)
+        for name, view in named_views(flat_params, self.sizes).items():
+            view[...] = self._ops.to_host(self._params[name])
+        model = LanguageModel(self.sizes, SCORE_WINDOW, 1, flat_params, ops=self._ops)
+        return Score(model.evaluate(validation_windows(ids, 1, SCORE_WINDOW)), len(ids) - 1)
 
     def _pieces(self, ids_of_rows: list[np.ndarray], length: int, stop: Sequence[str], seed: int,
                 options: dict) -> Iterator[list[str]]:

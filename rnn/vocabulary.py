@@ -58,7 +58,7 @@ class Vocabulary:
         return ids
 
     def encode_prompt(self, text: str, on_unknown: str = "error") -> np.ndarray:
-        """Ids of a prompt; `on_unknown` says what becomes of unknown characters: `error`, `skip` or `unk`.
+        """Ids of a text to read; `on_unknown` says what becomes of unknown characters: `error`, `skip` or `unk`.
 
         Raises: UserError that shows the unknown characters, with `error`.
         """
@@ -67,7 +67,7 @@ class Vocabulary:
             unknown = sorted({character for character, known in zip(text, ids) if known == 0})
             shown = " ".join(ascii(character) if not character.isprintable() else repr(character)
                              for character in unknown)
-            raise UserError(f"the prompt has characters that the model has not learnt: {shown}; "
+            raise UserError(f"the text has characters that the model has not learnt: {shown}; "
                             "leave them out, or give --on-unknown skip or unk")
         return ids[ids != 0] if on_unknown == "skip" else ids
 

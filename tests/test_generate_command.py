@@ -1,5 +1,7 @@
 """`generate.py` as its users run it: what it writes where, what makes two texts equal, and what it refuses."""
 
+import json
+import math
 import os
 import shutil
 import signal
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rnn import commands
+from rnn.sampler import Generator
 from tests.commands import DEADLINE, TINY, assert_refused, make_text, run, running, train
 
 RULE = "\n----------\n"
@@ -222,6 +225,41 @@ def test_text_without_a_length_ends_with_its_stop_string(write):
     assert write("--length", 0, "--seed", 1, "--stop", stop) == longest[:longest.index(stop) + 3] + "\n"
 
 
+# Scoring
+
+def test_score_is_one_line_of_json_of_the_texts_own_loss(folder, write, tmp_path):
+    text = (folder / "text.txt").read_bytes().decode()
+    written = write("--score", "text.txt")
+    score = json.loads(written)
+    assert written.count("\n") == 1 and score.keys() == {"loss", "bits_per_char", "characters"}
+    assert score["characters"] == len(text) - 1
+    assert score["bits_per_char"] == pytest.approx(score["loss"] / math.log(2))
+    with chdir(folder):
+        assert score["loss"] == Generator.load("run", "cpu").score(text).loss
+    (tmp_path / "mixed.txt").write_text(text[::-1], "utf-8")
+    assert json.loads(write("--score", tmp_path / "mixed.txt"))["loss"] > score["loss"]
+
+
+def test_score_of_unknown_characters_is_refused_unless_asked_for(folder, write, refused, tmp_path):
+    (tmp_path / "plain.txt").write_text("the fox", "utf-8")
+    (tmp_path / "other.txt").write_text("theX fox", "utf-8")
+    assert "'X'" in refused("run", "--score", tmp_path / "other.txt")
+    assert write("--score", tmp_path / "other.txt", "--on-unknown", "skip") == write("--score", tmp_path / "plain.txt")
+    assert json.loads(write("--score", tmp_path / "other.txt", "--on-unknown", "unk"))["characters"] == 7
+
+
+@pytest.mark.parametrize(("raw", "part"), [(None, "No such file"), (b"abc\xff", "offset 3"), (b"", "too short"),
+                                           (b"a", "too short")])
+def test_file_that_has_no_score_is_refused(refused, tmp_path, raw, part):
+    if raw is not None:
+        (tmp_path / "text.txt").write_bytes(raw)
+    assert part in refused("run", "--score", tmp_path / "text.txt")
+
+
+def test_score_beside_a_prompt_is_refused(refused):
+    assert "--prompt" in refused("run", "--score", "text.txt", "--prompt", "a")
+
+
 # Bad input
 
 @pytest.mark.parametrize(("option", "value", "part"), [
@@ -281,4 +319,5 @@ def test_file_that_is_no_whole_checkpoint_is_refused(refused, folder, tmp_path):
 def test_help_names_every_option(tmp_path):
     result = run("generate.py", "--help", cwd=tmp_path)
     assert result.returncode == 0
-    assert all(f"--{option}" in result.stdout for option in ("prompt-file", "top-p", "num-samples", "stop", "on-unknown"))
+    assert all(f"--{option}" in result.stdout for option in ("prompt-file", "top-p", "num-samples", "stop", "on-unknown",
+                                                             "score"))

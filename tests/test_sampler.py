@@ -1,4 +1,4 @@
-"""The Python interface of generation: prompts, carried state, streaming, stop strings."""
+"""The Python interface of a trained model: prompts, carried state, streaming, stop strings; scoring."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rnn import reference, sampler
 from rnn.config import Sizes, UserError
 from rnn.params import initial_parameters, named_views
-from rnn.sampler import CHUNK_NUMBERS, FIRST_CHUNK, LARGEST_CHUNK, Generator
+from rnn.sampler import CHUNK_NUMBERS, FIRST_CHUNK, LARGEST_CHUNK, SCORE_WINDOW, Generator
 from rnn.vocabulary import Vocabulary
 
 CHARACTERS = "\n abcdefgh"
@@ -231,3 +231,45 @@ def test_filters_reach_the_sampling(generator):
 def test_options_out_of_range_are_refused(generator, options):
     with pytest.raises(UserError, match="must be"):
         generator.generate(["a"], **options)
+
+
+# Scoring
+
+def loss_by_definition(generator: Generator, ids: np.ndarray) -> float:
+    """Mean of -log p over all characters but the first, step by step in float64."""
+    params = {name: array.astype(np.float64) for name, array in generator._params.items()}
+    H, layers = generator.sizes.H, generator.sizes.layers
+    states, losses = np.zeros((layers, H)), []
+    for read, following in zip(ids, ids[1:]):
+        x = params["W_emb"][read]
+        for layer in range(layers):
+            i_r, i_z, i_n = np.split(params[f"W_ih.{layer}"] @ x + params[f"b_ih.{layer}"], 3)
+            a_r, a_z, a_n = np.split(params[f"W_hh.{layer}"] @ states[layer] + params[f"b_hh.{layer}"], 3)
+            r, z = 1 / (1 + np.exp(-(i_r + a_r))), 1 / (1 + np.exp(-(i_z + a_z)))
+            states[layer] = x = (1 - z) * np.tanh(i_n + r * a_n) + z * states[layer]
+        logits = params["W_out"] @ x + params["b_out"]
+        losses.append(np.log(np.exp(logits).sum()) - logits[following])
+    return np.mean(losses)
+
+
+@pytest.mark.parametrize("length", [2, 3, SCORE_WINDOW, SCORE_WINDOW + 1, SCORE_WINDOW + 2, 2 * SCORE_WINDOW + 7])
+def test_score_is_the_loss_of_the_text_read_from_its_start(generator, length):
+    text = "".join(np.random.default_rng(length).choice(list(CHARACTERS), length))
+    score = generator.score(text)
+    assert score.characters == length - 1
+    assert score.loss == pytest.approx(loss_by_definition(generator, generator.vocabulary.encode(text)), rel=1e-5)
+
+
+def test_score_of_unknown_characters(generator):
+    with pytest.raises(UserError, match="'X'"):
+        generator.score("abXc")
+    assert generator.score("abXc", "skip") == generator.score("abc")
+    scored = generator.score("abXc", "unk")
+    assert scored.characters == 3
+    assert scored.loss == pytest.approx(loss_by_definition(generator, np.array([3, 4, 0, 5])), rel=1e-5)
+
+
+@pytest.mark.parametrize("text", ["", "a", "aXY"])
+def test_text_of_fewer_than_two_characters_has_no_score(generator, text):
+    with pytest.raises(UserError, match="too short"):
+        generator.score(text, "skip")
