@@ -351,14 +351,18 @@ def sample(logits, uniforms, ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0
 
     Shapes: logits (R, V); uniforms (R,), in [0, 1); result ids (R,), int32.
     """
-    known = logits[:, 1:]
     with np.errstate(over="ignore"):  # what is infinitely unlikely has p = 0
-        divisor = known.dtype.type(temperature)
-        if divisor == 0:
-            ids[...] = 1 + known.argmax(axis=1)
-            return
-        p = known - known.max(axis=1, keepdims=True)
-        p /= divisor
+        _draw(logits, uniforms, ids, temperature, top_k, top_p, min_p)
+
+
+def _draw(logits, uniforms, ids, temperature, top_k, top_p, min_p) -> None:
+    known = logits[:, 1:]
+    divisor = known.dtype.type(temperature)
+    if divisor == 0:
+        ids[...] = 1 + known.argmax(axis=1)
+        return
+    p = known - np.maximum.reduce(known, axis=1, keepdims=True)
+    p /= divisor
     np.exp(p, out=p)
     if top_k or top_p < 1:
         order = np.argsort(-known, axis=1, kind="stable")
@@ -371,7 +375,7 @@ def sample(logits, uniforms, ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0
         np.put_along_axis(p, order, ranked, axis=1)
     if min_p:
         p[p < min_p] = 0  # the most likely character has p = 1
-    cumulative = np.cumsum(p, axis=1)
+    cumulative = np.add.accumulate(p, axis=1)
     # A uniform number below 1 times the total rounds to less than the total, so some character does exceed it.
     np.add((cumulative > uniforms[:, None] * cumulative[:, -1:]).argmax(axis=1), 1, out=ids)
 
@@ -411,23 +415,24 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
         state[...] = h_layer
     recurrent = [(params[f"W_hh.{layer}"], params[f"b_hh.{layer}"]) for layer in range(len(h))]
     W_out, b_out = params["W_out"], params["b_out"]
-    some_forced, some_free = ((forced_tr >= 0).any(axis=1), (forced_tr < 0).any(axis=1))
-    for t in range(T):
-        _take_rows(P, ids, i)
-        for layer, (state, (W_hh, b_hh)) in enumerate(zip(states, recurrent)):
-            if layer > 0:
-                _rows_times(states[layer - 1], params[f"W_ih.{layer}"], i)
-                i += params[f"b_ih.{layer}"]
-            _rows_times(state, W_hh, a)
-            a += b_hh
-            _gru_step(i, a, state, gate)
-        if some_free[t]:
-            _rows_times(states[-1], W_out, logits)
-            logits += b_out
-            sample(logits, uniforms_tr[t], ids, temperature, top_k, top_p, min_p)
-        if some_forced[t]:
-            np.copyto(ids, forced_tr[t], where=forced_tr[t] >= 0)
-        ids_tr[t] = ids
+    some_forced, some_free = (forced_tr >= 0).any(axis=1), (forced_tr < 0).any(axis=1)
+    with np.errstate(over="ignore"):  # as in `sample`, but entering it for each character takes longer than drawing
+        for t in range(T):
+            _take_rows(P, ids, i)
+            for layer, (state, (W_hh, b_hh)) in enumerate(zip(states, recurrent)):
+                if layer > 0:
+                    _rows_times(states[layer - 1], params[f"W_ih.{layer}"], i)
+                    i += params[f"b_ih.{layer}"]
+                _rows_times(state, W_hh, a)
+                a += b_hh
+                _gru_step(i, a, state, gate)
+            if some_free[t]:
+                _rows_times(states[-1], W_out, logits)
+                logits += b_out
+                _draw(logits, uniforms_tr[t], ids, temperature, top_k, top_p, min_p)
+            if some_forced[t]:
+                np.copyto(ids, forced_tr[t], where=forced_tr[t] >= 0)
+            ids_tr[t] = ids
     for h_layer, state in zip(h, states):
         h_layer[...] = state
 
