@@ -11,7 +11,7 @@ import numpy as np
 
 from . import runtime
 from .adam import adam, global_norm
-from .arrays import copy, copy_in, empty, empty_activations, peak_memory_mib, read_scalar, to_host
+from .arrays import copy, copy_in, empty, empty_activations, peak_memory_mib, read, read_scalar, to_host
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .dropout import dropout_backward, dropout_forward
 from .generate import GenerationSaved, generate, generation_saved, sample
@@ -22,7 +22,7 @@ from .modules import TENSOR_CORES_FROM
 from .runtime import replayable
 
 _OPS = (
-    empty, empty_activations, copy_in, copy, to_host, read_scalar, peak_memory_mib, replayable,
+    empty, empty_activations, copy_in, copy, to_host, read, read_scalar, peak_memory_mib, replayable,
     input_table_forward, input_table_backward, gru_saved, gru_forward, gru_backward, dropout_forward, dropout_backward,
     cross_entropy_forward, cross_entropy_backward, global_norm, adam, sample, generation_saved, generate,
 )

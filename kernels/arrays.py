@@ -2,7 +2,8 @@
 
 import collections
 import functools
-from typing import Any, SupportsFloat
+from collections.abc import Callable
+from typing import Any, NamedTuple, SupportsFloat
 
 import numpy as np
 
@@ -47,9 +48,25 @@ def to_host(array) -> np.ndarray:
     return runtime.to_host(array)
 
 
+def read(array) -> Callable[[], np.ndarray]:
+    """The content of an array as it is now, given by a call at any later time, which alone waits for it."""
+    if isinstance(array, np.ndarray) or array.nbytes > PINNED_BYTES:
+        content = to_host(array)
+        return lambda: content
+    content = _pinned(array)
+    array.get(out=content, blocking=False)
+    arrived = _end_of_copy(content)
+
+    def arrived_content() -> np.ndarray:
+        arrived.synchronize()
+        return content
+
+    return arrived_content
+
+
 def read_scalar(array) -> SupportsFloat:
     """The value of a one-element array as it is now, for `float()` at any later time, which alone waits for it."""
-    return array.item() if isinstance(array, np.ndarray) else _Scalar(array)
+    return _Scalar(read(array))
 
 
 def peak_memory_mib() -> float:
@@ -57,17 +74,13 @@ def peak_memory_mib() -> float:
     return runtime.peak_memory_mib()
 
 
-class _Scalar:
+class _Scalar(NamedTuple):
     """A number on its way from the device."""
 
-    def __init__(self, array) -> None:
-        self._value = _pinned(array)
-        array.get(out=self._value, blocking=False)
-        self._arrived = _end_of_copy(self._value)
+    content: Callable[[], np.ndarray]
 
     def __float__(self) -> float:
-        self._arrived.synchronize()
-        return self._value.item()
+        return self.content().item()
 
 
 def _prefetch(destination, source) -> None:

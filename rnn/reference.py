@@ -60,6 +60,12 @@ def to_host(array: np.ndarray) -> np.ndarray:
     return np.array(array, order="C")
 
 
+def read(array: np.ndarray) -> Callable[[], np.ndarray]:
+    """The content of an array as it is now, given by a call at any later time."""
+    content = to_host(array)
+    return lambda: content
+
+
 def read_scalar(array: np.ndarray) -> float:
     """The value of a one-element array as it is now, for `float()` at any later time."""
     return array.item()

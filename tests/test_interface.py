@@ -100,6 +100,18 @@ def test_a_scalar_is_read_as_it_was(executor):
     assert [float(scalar) for scalar in scalars] == [0, 0.25, 0.5, 0.75, 1]
 
 
+def test_an_array_is_read_as_it_was(executor):
+    array, values = kernels.empty((2, 3), np.int32), np.arange(6).reshape(2, 3)
+    reads = []
+    for step in range(3):
+        kernels.copy_in(array, values + step)
+        reads.append(kernels.read(array[step % 2:]))
+    for step in (2, 0, 1, 0):
+        content = reads[step]()
+        assert content.dtype == np.int32
+        np.testing.assert_array_equal(content, values[step % 2:] + step)
+
+
 def test_floats_are_32_bits_wide_unless_told(executor):
     assert kernels.empty((2,)).dtype == kernels.empty_activations((2,)).dtype == np.float32
 
@@ -192,6 +204,15 @@ def test_asynchronous_copies_move_what_was_there_when_they_were_started(device):
     assert array.content == [2]
 
 
+def test_reading_waits_when_the_content_is_wanted(device):
+    array = device.array(np.zeros(3))
+    kernels.copy_in(array, np.arange(3))
+    read = kernels.read(array)
+    kernels.copy_in(array, np.zeros(3))
+    assert len(device.computing.started) > 0, "starting to read waited for it"
+    np.testing.assert_array_equal(read(), [0, 1, 2])
+
+
 def test_data_of_the_next_step_reaches_the_device_while_this_step_is_computed(device):
     array = device.array(np.zeros(1))
     kernels.copy_in(array, np.array([1.0]))
@@ -207,6 +228,9 @@ def test_large_arrays_are_copied_at_once_and_without_pinned_memory(device):
     array = device.array(np.zeros(len(values), np.float32))
     kernels.copy_in(array, values)
     np.testing.assert_array_equal(array.content, values)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(arrays.runtime, "to_host", lambda array: array.content.copy())
+        np.testing.assert_array_equal(kernels.read(array)(), values)
     assert device.memory == []
 
 
