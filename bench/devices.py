@@ -1,0 +1,311 @@
+"""The devices that are measured: how time is taken on each, and the ceilings that it reaches.
+
+On the CPU, a sample is the clock before and after some calls. On a GPU a clock of the host would mostly measure how
+fast Python launches kernels, so a sample is taken by the device's own events: the device is first given something to
+wait for, the host meanwhile queues an event, the calls and another event, and what lies between the events is then the
+time of kernels that follow each other without a pause. If the first event has passed before the last call is queued,
+the host was too slow; the wait is made longer, and a sample for which no wait is long enough is marked `host_bound`.
+Our kernels, CuPy and PyTorch all queue on the stream of the executor, so one pair of events times any of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from bench.floors import Ceilings
+from kernels import runtime
+from kernels.plan import precisions
+
+WAITS = (0.5e-3, 2e-3, 8e-3, 32e-3, 128e-3)
+"""Seconds that a GPU waits while the host queues calls."""
+
+PROBES = Path(__file__).with_name("probes.cu")
+
+PROBE_LAUNCHES, PROBE_BARRIERS = 200, 1000
+
+COPIED_BYTES, PRODUCT_SIZE = 2**28, 2048
+"""Of the copy that measures the memory, larger than any cache; rows and columns of the CPU's product."""
+
+CEILING_SAMPLES = 7
+
+WAIT = """
+extern "C" __global__ void wait(unsigned long long nanoseconds)
+{
+    unsigned long long start, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+    do
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    while (now - start < nanoseconds);
+}
+"""
+
+
+class Sample(NamedTuple):
+    """Seconds of one call, as the mean of several, and whether the host was slower than the device."""
+
+    seconds: float
+    host_bound: bool = False
+
+
+class Device(Protocol):
+    """What is measured. kind is cpu or cuda; cache_bytes is what its last cache holds; precisions are those that its
+    matrix products are measured in."""
+
+    kind: str
+    cache_bytes: int
+    precisions: tuple[str, ...]
+
+    def sample(self, calls: Sequence[Callable[[], object]]) -> Sample: ...
+
+    def clock_sample(self, calls: Sequence[Callable[[], object]]) -> Sample:
+        """By the clock on the wall, from nothing started to everything done: what somebody waits for."""
+
+    def ceilings(self) -> Ceilings: ...
+
+    def facts(self) -> dict[str, str]:
+        """What results depend on beside the machine that it is in."""
+
+    def memory_bytes(self, release: bool) -> int:
+        """Of the device in use, by whatever library, after giving back what nobody uses if asked to; 0 on the CPU."""
+
+    def joules(self) -> float | None:
+        """That the device has taken since it was started, None where it does not tell."""
+
+
+class Cpu:
+    """The processor that NumPy runs on."""
+
+    kind, precisions = "cpu", ("fp32",)
+
+    def __init__(self) -> None:
+        self.cache_bytes = _cpu_cache_bytes()
+
+    def sample(self, calls: Sequence[Callable[[], object]]) -> Sample:
+        return self.clock_sample(calls)
+
+    def clock_sample(self, calls: Sequence[Callable[[], object]]) -> Sample:
+        return clocked_sample(calls, lambda: None)
+
+    def ceilings(self) -> Ceilings:
+        """A copy, and a product of two matrices, with all that NumPy has."""
+        source, destination = np.ones((2, COPIED_BYTES // 4), np.float32)
+        A, B, C = np.ones((3, PRODUCT_SIZE, PRODUCT_SIZE), np.float32)
+        copied = best(self, lambda: np.copyto(destination, source))
+        multiplied = best(self, lambda: np.matmul(A, B, out=C))
+        return Ceilings(2 * COPIED_BYTES / copied, {"fp32": 2 * PRODUCT_SIZE**3 / multiplied}, 0.0, 0.0)
+
+    def facts(self) -> dict[str, str]:
+        return {}
+
+    def memory_bytes(self, release: bool) -> int:
+        return 0
+
+    def joules(self) -> float | None:
+        return None
+
+
+def clocked_sample(calls: Sequence[Callable[[], object]], synchronize: Callable[[], None]) -> Sample:
+    """One sample by the clock."""
+    synchronize()
+    started = time.perf_counter()
+    for call in calls:
+        call()
+    synchronize()
+    return Sample((time.perf_counter() - started) / len(calls))
+
+
+class Driver(Protocol):
+    """What measuring a GPU takes beside running kernels."""
+
+    l2_bytes: int
+
+    def wait(self, seconds: float) -> None:
+        """Queue a kernel that takes so long."""
+
+    def record(self) -> Any:
+        """Queue an event."""
+
+    def passed(self, event: Any) -> bool: ...
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two events, after waiting for the second."""
+
+    def synchronize(self) -> None: ...
+
+    def memory_bytes(self, release: bool) -> int: ...
+
+    def joules(self) -> float | None: ...
+
+
+def queued_sample(driver: Driver, calls: Sequence[Callable[[], object]]) -> Sample:
+    """One sample on a GPU, as the head of this file says."""
+    for wait in WAITS:
+        driver.wait(wait)
+        start = driver.record()
+        for call in calls:
+            call()
+        end = driver.record()
+        host_bound = driver.passed(start)
+        seconds = driver.seconds(start, end)
+        if not host_bound:
+            break
+    return Sample(seconds / len(calls), host_bound)
+
+
+class CupyDriver:
+    """CUDA events on the current stream, memory by CUDA, energy by NVML if nvidia-ml-py is installed."""
+
+    def __init__(self) -> None:
+        import cupy
+        self._cupy, self._cuda = cupy, cupy.cuda
+        self.l2_bytes = cupy.cuda.Device().attributes["L2CacheSize"]
+        try:
+            import pynvml
+            pynvml.nvmlInit()
+            handle = pynvml.nvmlDeviceGetHandleByPciBusId(cupy.cuda.Device().pci_bus_id)
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+            self._millijoules = functools.partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+        except ImportError:
+            self._millijoules = None
+        except pynvml.NVMLError:  # a GPU that does not count
+            self._millijoules = None
+        self._wait = cupy.RawKernel(WAIT, "wait")
+
+    def wait(self, seconds: float) -> None:
+        self._wait((1,), (1,), (np.uint64(seconds * 1e9),))
+
+    def record(self):
+        event = self._cuda.Event()
+        event.record()
+        return event
+
+    def passed(self, event) -> bool:
+        return event.done
+
+    def seconds(self, start, end) -> float:
+        end.synchronize()
+        return self._cuda.get_elapsed_time(start, end) / 1e3
+
+    def synchronize(self) -> None:
+        self._cuda.runtime.deviceSynchronize()
+
+    def memory_bytes(self, release: bool) -> int:
+        if release:
+            gc.collect()
+            self._cupy.get_default_memory_pool().free_all_blocks()
+            if "torch" in sys.modules:
+                sys.modules["torch"].cuda.empty_cache()
+        free, total = self._cuda.runtime.memGetInfo()
+        return total - free
+
+    def joules(self) -> float | None:
+        return self._millijoules() / 1e3 if self._millijoules else None
+
+
+class Gpu:
+    """The GPU that the kernels run on."""
+
+    kind = "cuda"
+
+    def __init__(self, executor: runtime.Executor, driver: Driver,
+                 products: Callable[[], dict[str, tuple[Callable[[], None], int]]], versions: dict[str, str]) -> None:
+        self.cache_bytes, self.precisions = driver.l2_bytes, precisions(executor.gpu)
+        self._executor, self._driver, self._products, self._versions = executor, driver, products, versions
+
+    def sample(self, calls: Sequence[Callable[[], object]]) -> Sample:
+        """By the device's events."""
+        return queued_sample(self._driver, calls)
+
+    def clock_sample(self, calls: Sequence[Callable[[], object]]) -> Sample:
+        return clocked_sample(calls, self._driver.synchronize)
+
+    def ceilings(self) -> Ceilings:
+        """A copy between two arrays, cuBLAS's products, and the kernels of probes.cu."""
+        source, destination = (self._executor.zeros((COPIED_BYTES // 4,), np.float32) for _ in range(2))
+        copied = best(self, lambda: destination.__setitem__(slice(None), source))
+        rates = {precision: flop / best(self, product)
+                 for precision, (product, flop) in self._products().items() if precision in self.precisions}
+        return Ceilings(2 * COPIED_BYTES / copied, rates, self._launch_seconds(), self._barrier_seconds())
+
+    def facts(self) -> dict[str, str]:
+        return {"gpu": self._executor.gpu.name} | self._versions
+
+    def memory_bytes(self, release: bool) -> int:
+        return self._driver.memory_bytes(release)
+
+    def joules(self) -> float | None:
+        return self._driver.joules()
+
+    def _launch_seconds(self) -> float:
+        launch = functools.partial(self._probe, "empty", 1, [], cooperative=False)
+        return min(self.sample([launch] * PROBE_LAUNCHES).seconds for _ in range(CEILING_SAMPLES))
+
+    def _barrier_seconds(self) -> float:
+        counters, blocks = self._executor.zeros((2,), np.uint32), self._executor.gpu.multiprocessors
+        few, many = (best(self, functools.partial(self._probe, "barriers", blocks, [counters, np.int32(count)],
+                                                  cooperative=True)) for count in (1, 1 + PROBE_BARRIERS))
+        return max(many - few, 0.0) / PROBE_BARRIERS
+
+    def _probe(self, kernel: str, blocks: int, args: list, cooperative: bool) -> None:
+        source = runtime.assemble(PROBES.name, PROBES.read_text(), {})
+        self._executor.launch(source, kernel, (blocks, 1, 1), (256, 1, 1), args, 0, cooperative)
+
+
+def best(device: Device, call: Callable[[], object]) -> float:
+    """The shortest of some samples of a call: a ceiling is what can be reached."""
+    device.sample([call])
+    return min(device.sample([call]).seconds for _ in range(CEILING_SAMPLES))
+
+
+def current_gpu() -> Gpu:
+    """The GPU that CuPy finds.
+
+    Raises: DeviceError where CuPy or a GPU is missing.
+    """
+    executor = runtime.current_executor()
+    import cupy
+
+    def version(number: int) -> str:
+        return f"{number // 1000}.{number % 1000 // 10}"
+
+    versions = {"cupy": cupy.__version__, "driver": f"for CUDA {version(cupy.cuda.runtime.driverGetVersion())}",
+                "cuda_runtime": version(cupy.cuda.runtime.runtimeGetVersion())}
+    return Gpu(executor, CupyDriver(), cublas_products, versions)
+
+
+def cublas_products() -> dict[str, tuple[Callable[[], None], int]]:
+    """A large product of cuBLAS's in each precision, and its operations; that of bf16 on float16, whose rate is the
+    same and which CuPy has."""
+    import cupy
+
+    n, products = 8192, {}
+    for precision, dtype in (("fp32", np.float32), ("tf32", np.float32), ("bf16", np.float16)):
+        A, B = (cupy.random.standard_normal((n, n), np.float32).astype(dtype) for _ in range(2))
+        products[precision] = functools.partial(cublas_matmul, A, B, cupy.empty((n, n), dtype), precision), 2 * n**3
+    return products
+
+
+def cublas_matmul(A, B, C, precision: str) -> None:
+    """C = A B by cuBLAS; float32 operands are rounded in tf32 only."""
+    import cupy
+    from cupy._core import _routines_linalg as linalg
+
+    compute_type = linalg.COMPUTE_TYPE_TF32 if precision == "tf32" else linalg.COMPUTE_TYPE_FP32
+    cupy._core.set_compute_type(np.float32, compute_type)
+    cupy.matmul(A, B, out=C)
+
+
+def _cpu_cache_bytes() -> int:
+    """Of the largest cache; 0 where the system does not tell."""
+    sizes = [re.fullmatch(r"(\d+)([KM])", path.read_text().strip())
+             for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[1]) * {"K": 2**10, "M": 2**20}[size[2]] for size in sizes if size), default=0)
