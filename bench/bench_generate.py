@@ -1,18 +1,21 @@
 """Writing 1,000 characters with the tutorial's model, one text and several at once."""
 
-from __future__ import annotations
+import functools
 
 import numpy as np
+import pytest
 
-from bench import tutorial
-from bench.peers import Peer, installed_peers
-from bench.timing import interleave
-from rnn.params import named_views
-from rnn.sampler import Generator
-
-ROWS = (1, 5, 64)
-
-LENGTH = 1000
+import kernels
+from bench import floors, tutorial
+from bench.bench_train_step import params_of
+from bench.implementations import OURS, on
+from bench.peers import installed_peers
+from bench.side_by_side import Benchmark, Candidate, Runnable, one_at_a_time
+from kernels import runtime
+from kernels.generate import generation_plan
+from rnn import reference as numpy_ops
+from rnn.config import Sizes
+from rnn.params import initial_parameters, named_views
 
 TEMPERATURE = 1.0
 
@@ -20,26 +23,68 @@ PARAMETER_SCALE = np.float32(2)
 """Initial parameters as they are soon write one character for ever; verified texts should vary."""
 
 
-def test_generation(publish, rounds):
-    sizes = tutorial.SIZES
-    params = named_views(PARAMETER_SCALE * tutorial.flat_params(), sizes)
-    ours = Generator(sizes, tutorial.VOCABULARY, params)
-    peers = installed_peers(sizes, params)
-    seconds = {}
-    for rows in ROWS:
-        prompts = tutorial.CHARACTERS[:rows]
-
-        def candidates(temperature: float) -> dict:
-            return {"char-gru": lambda: ours.generate(prompts, LENGTH, temperature=temperature, seed=0),
-                    **{name: lambda peer=peer: texts(peer, prompts, temperature) for name, peer in peers.items()}}
-
-        greedy = {name: candidate() for name, candidate in candidates(temperature=0).items()}
-        assert all(written == greedy["char-gru"] for written in greedy.values())
-        seconds[str(rows)] = interleave(candidates(TEMPERATURE), rounds)
-    publish("generate", {"length": LENGTH, "V": sizes.V, "E": sizes.E, "H": sizes.H}, {"seconds_by_rows": seconds})
+def inputs(T, R, V, E, H):
+    sizes = Sizes(V, E, H)
+    params = named_views(PARAMETER_SCALE * initial_parameters(sizes, "pytorch", 0), sizes)
+    return params | {"first_ids_tb": 1 + np.arange(R, dtype=np.int32) % (V - 1), "length_tb": np.array(T)}
 
 
-def texts(peer: Peer, prompts: str, temperature: float) -> list[str]:
-    """What a peer writes after each of some prompts of one character."""
-    first_ids = tutorial.VOCABULARY.encode(prompts).astype(np.int32)
-    return [tutorial.VOCABULARY.decode(ids) for ids in peer.generate(first_ids, LENGTH, temperature).T]
+def texts(generate, inputs):
+    """Texts by any library's generate(first_ids, length, temperature); verified where nothing is drawn."""
+    first_ids, length = inputs["first_ids_tb"], int(inputs["length_tb"])
+    return Runnable(lambda: generate(first_ids, length, TEMPERATURE),
+                    lambda: {"ids_tr": generate(first_ids, length, 0.0)})
+
+
+def ours(ops, inputs, **options):
+    """The op set's generate on all characters in one call, from ids on the host to ids on the host."""
+    sizes, params = params_of(inputs)
+    T, R = int(inputs["length_tb"]), len(inputs["first_ids_tb"])
+    params = {name: on(ops, array) for name, array in params.items()}
+    P, h = ops.empty((sizes.V, 3 * sizes.H)), ops.empty((1, R, sizes.H))
+    ops.input_table_forward(params["W_emb"], params["W_ih.0"], params["b_ih.0"], P)
+    forced_tr = on(ops, np.full((T, R), -1, np.int32))
+    ids, ids_tr = ops.empty((R,), np.int32), ops.empty((T, R), np.int32)
+    uniforms_tr, saved = ops.empty((T, R)), ops.generation_saved(R, sizes.H, sizes.V)
+    rng = np.random.default_rng(0)
+
+    def generate(first_ids, length, temperature):
+        ops.copy_in(h, np.zeros(h.shape, np.float32))
+        ops.copy_in(ids, first_ids)
+        ops.copy_in(uniforms_tr, rng.random((T, R), np.float32))
+        ops.generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved, temperature=temperature, **options)
+        return ops.to_host(ids_tr)
+
+    return texts(generate, inputs)
+
+
+def reference(inputs):
+    return ours(numpy_ops, inputs).results()
+
+
+def candidates(device, T, R, V, E, H):
+    if device.kind == "cpu":
+        yield Candidate(OURS, "fp32", functools.partial(ours, numpy_ops))
+    else:
+        plan = generation_plan(runtime.current_executor().gpu, R, V, H, 1)
+        for variant in dict.fromkeys(("stepwise", plan.variant)):
+            yield Candidate(f"{OURS} {variant} fp32", "fp32",
+                            functools.partial(ours, kernels.op_set("fp32"), variant=variant))
+    for peer in installed_peers(device):
+        if peer.generates and peer.precision == "fp32":
+            yield Candidate(peer.name, "fp32",
+                            lambda inputs, peer=peer: texts(peer.make(*params_of(inputs)).generate, inputs))
+
+
+BASE = {"T": 1000, "R": 1, "V": tutorial.SIZES.V, "E": tutorial.SIZES.E, "H": tutorial.SIZES.H}
+
+GENERATE = Benchmark(
+    "generate", lambda E, **sizes: floors.generate(**sizes), inputs, reference, candidates,
+    sizes=(BASE, *one_at_a_time(BASE, R=(5, 64))), sweep=one_at_a_time(BASE, R=(16, 256), H=(128, 512, 2048, 4096)),
+    whole_job=True, tolerances={"fp32": 0.0})
+
+
+@pytest.mark.side_by_side(GENERATE)
+def test_generate(turn):
+    """Character after character, each drawn at temperature 1."""
+    turn()

@@ -6,17 +6,25 @@ them. Nothing of a library is imported until its peer is made.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, SupportsFloat
 
 import numpy as np
 
-from bench.timing import cores
+from bench.devices import Device
+from bench.implementations import Torch, installed
 from rnn.config import Sizes
 from rnn.model import BETA_1, BETA_2, EPSILON
 from rnn.params import checkpoint_name
+
+WARM_UP_STEPS = 3
+"""Before PyTorch records a graph, as its documentation asks."""
+
+JAX_PRECISIONS = {"fp32": "float32", "tf32": "tensorfloat32", "bf16": "bfloat16"}
 
 
 class Peer(NamedTuple):
@@ -24,81 +32,151 @@ class Peer(NamedTuple):
 
     train_step(inputs_tb, targets_tb, learning_rate) -> loss: one step of Adam, as `LanguageModel.train_step`.
     generate(first_ids, length, temperature) -> ids (length, R): characters that follow the given ones (R,), from a
-    zero state; `[UNK]`, id 0, is never drawn; temperature 0 takes the most likely character.
+    zero state; `[UNK]`, id 0, is never drawn; temperature 0 takes the most likely character. None where a library's
+    user would write the loop in another one.
+    loss(inputs_tb, targets_tb) -> loss: without training.
     """
 
-    train_step: Callable[[np.ndarray, np.ndarray, float], float]
-    generate: Callable[[np.ndarray, int, float], np.ndarray]
+    train_step: Callable[[np.ndarray, np.ndarray, float], SupportsFloat]
+    generate: Callable[[np.ndarray, int, float], np.ndarray] | None
+    loss: Callable[[np.ndarray, np.ndarray], SupportsFloat]
 
 
-def installed_peers(sizes: Sizes, params: Mapping[str, np.ndarray]) -> dict[str, Peer]:
-    """The peers whose libraries are installed, by the library's name; params as `rnn.params.named_views` gives them."""
-    return {name: make(sizes, params) for name, (module, make) in PEERS.items() if importlib.util.find_spec(module)}
+class Maker(NamedTuple):
+    """A peer that can be made: its name, precision, make(sizes, params) with params as `rnn.params.named_views` gives
+    them, and whether it writes text."""
+
+    name: str
+    precision: str
+    make: Callable[[Sizes, Mapping[str, np.ndarray]], Peer]
+    generates: bool
 
 
-def pytorch_peer(sizes: Sizes, params: Mapping[str, np.ndarray]) -> Peer:
+def installed_peers(device: Device) -> Iterator[Maker]:
+    """The peers whose libraries are installed, in the precisions of the device; Keras on the CPU, where it has the same
+    precision as the others."""
+    with_torch, with_jax = (installed(library, device.kind) for library in ("torch", "jax"))
+    for precision in device.precisions:
+        suffix = "" if device.kind == "cpu" else f" {precision}"
+        if with_torch:
+            for name, mode in TORCH_MODES.items():
+                if mode == "eager" or mode == ("graph" if device.kind == "cuda" else "compiled") or (
+                        mode == "compiled" and precision == "tf32"):  # on a GPU once: it compiles for a minute
+                    yield Maker(name + suffix, precision,
+                                lambda *model, mode=mode, precision=precision: pytorch_peer(
+                                    *model, Torch(device, precision), mode), mode == "eager")
+        if with_jax:
+            yield Maker(f"JAX{suffix}", precision,
+                        functools.partial(jax_peer, device=device.kind, precision=precision), True)
+    if importlib.util.find_spec("keras") and device.kind == "cpu":
+        yield Maker("Keras", "fp32", keras_peer, False)
+
+
+TORCH_MODES = {"PyTorch": "eager", "PyTorch compiled": "compiled", "PyTorch graph": "graph"}
+"""PyTorch as it is; its forward pass and loss through torch.compile; a whole step recorded in a CUDA graph."""
+
+
+def pytorch_peer(sizes: Sizes, params: Mapping[str, np.ndarray], library: Torch, mode: str = "eager") -> Peer:
     """PyTorch: its modules, its Adam (fused, its fastest), and a step of its GRU for each character written."""
-    import torch
-    from torch.nn import functional
-
-    torch.set_num_threads(cores())
+    torch, functional = library.torch, library.torch.nn.functional
     model = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(sizes.V, sizes.E),
                                  "gru": torch.nn.GRU(sizes.E, sizes.H),
-                                 "output": torch.nn.Linear(sizes.H, sizes.V)})
+                                 "output": torch.nn.Linear(sizes.H, sizes.V)}).to(library.kind)
     model.load_state_dict({checkpoint_name(name): torch.tensor(array) for name, array in params.items()})
-    optimizer = torch.optim.Adam(model.parameters(), betas=(BETA_1, BETA_2), eps=EPSILON, fused=True)
+    rate = torch.tensor(0.0, device=library.kind) if mode == "graph" else 0.0
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(BETA_1, BETA_2), eps=EPSILON, fused=True,
+                                 capturable=mode == "graph")
     [group] = optimizer.param_groups
-    step = 0
+    step, graph, static = 0, None, None
 
-    def train_step(inputs_tb: np.ndarray, targets_tb: np.ndarray, learning_rate: float) -> float:
-        nonlocal step
-        step += 1
-        group["lr"] = learning_rate
-        # PyTorch adds epsilon to the corrected root, Keras and char-gru to the root itself.
-        group["eps"] = EPSILON / math.sqrt(1 - BETA_2**step)
-        ids_tb, targets_tb = (torch.tensor(ids_tb, dtype=torch.long) for ids_tb in (inputs_tb, targets_tb))
+    def ids_of(*arrays: np.ndarray) -> list:
+        return [torch.tensor(ids_tb, dtype=torch.long, device=library.kind) for ids_tb in arrays]
+
+    def mean_loss(ids_tb, targets_tb):
         h_tb, _ = model["gru"](model["embedding"](ids_tb))
-        loss = functional.cross_entropy(model["output"](h_tb).flatten(0, 1), targets_tb.flatten())
+        return functional.cross_entropy(model["output"](h_tb).flatten(0, 1), targets_tb.flatten())
+
+    if mode == "compiled":
+        mean_loss = torch.compile(mean_loss)
+
+    def one_step(ids_tb, targets_tb):
         optimizer.zero_grad()
+        loss = mean_loss(ids_tb, targets_tb)
         loss.backward()
         optimizer.step()
-        return loss.item()
+        return loss.detach()
+
+    def train_step(inputs_tb: np.ndarray, targets_tb: np.ndarray, learning_rate: float) -> Any:
+        nonlocal step
+        step += 1
+        batch = ids_of(inputs_tb, targets_tb)
+        with library.switched():
+            if mode == "graph":
+                rate.fill_(learning_rate)
+                return graph_step(batch)
+            group["lr"] = learning_rate
+            # PyTorch adds epsilon to the corrected root, Keras and char-gru to the root itself.
+            group["eps"] = EPSILON / math.sqrt(1 - BETA_2**step)
+            return one_step(*batch)
+
+    def graph_step(batch: list):
+        """The first steps as they are, all later ones a replay of the one that was recorded."""
+        nonlocal graph, static
+        if graph is None and step <= WARM_UP_STEPS:
+            return one_step(*batch)
+        if graph is None:
+            static = batch
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                static.append(one_step(*batch))
+        for fixed, ids_tb in zip(static, batch):
+            fixed.copy_(ids_tb)
+        graph.replay()
+        return static[2]
+
+    @torch.no_grad()
+    def loss(inputs_tb: np.ndarray, targets_tb: np.ndarray) -> Any:
+        with library.switched():
+            return mean_loss(*ids_of(inputs_tb, targets_tb))
 
     @torch.inference_mode()
     def generate(first_ids: np.ndarray, length: int, temperature: float) -> np.ndarray:
-        ids, h = torch.tensor(first_ids, dtype=torch.long), None
-        ids_tr = torch.empty((length, len(first_ids)), dtype=torch.long)
-        for t in range(length):
-            y, h = model["gru"](model["embedding"](ids)[None], h)
-            logits = model["output"](y[0])
-            logits[:, 0] = -math.inf
-            if temperature == 0:
-                ids = logits.argmax(dim=1)
-            else:
-                ids = torch.multinomial(torch.softmax(logits / temperature, dim=1), 1)[:, 0]
-            ids_tr[t] = ids
-        return ids_tr.numpy()
+        ids, h = torch.tensor(first_ids, dtype=torch.long, device=library.kind), None
+        ids_tr = torch.empty((length, len(first_ids)), dtype=torch.long, device=library.kind)
+        with library.switched():
+            for t in range(length):
+                y, h = model["gru"](model["embedding"](ids)[None], h)
+                logits = model["output"](y[0]).float()
+                logits[:, 0] = -math.inf
+                if temperature == 0:
+                    ids = logits.argmax(dim=1)
+                else:
+                    ids = torch.multinomial(torch.softmax(logits / temperature, dim=1), 1)[:, 0]
+                ids_tr[t] = ids
+        return ids_tr.cpu().numpy()
 
-    return Peer(train_step, generate)
+    return Peer(train_step, generate if mode == "eager" else None, loss)
 
 
-def jax_peer(sizes: Sizes, params: Mapping[str, np.ndarray]) -> Peer:
+def jax_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: str = "cpu", precision: str = "fp32") -> Peer:
     """JAX: a compiled step with the input products of all positions in one, and a compiled loop over the characters."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else it takes most of a GPU at once
     import jax
     from jax import lax
     from jax import numpy as jnp
 
-    cpu = jax.devices("cpu")[0]
+    place = jax.devices(device)[0]
     named = {name.removesuffix(".0"): array for name, array in params.items()}
     training = {"params": named, "m": jax.tree.map(np.zeros_like, named), "v": jax.tree.map(np.zeros_like, named)}
-    training = jax.device_put(training, cpu)
+    training = jax.device_put(training, place)
     step = 0
     uniform_source = np.random.default_rng(0)
 
     def gru_step(params, h, i):
         i_r, i_z, i_n = jnp.split(i, 3, axis=1)
         # Added gate by gate: XLA takes much longer over a product of one row with a bias right behind it.
-        a_r, a_z, a_n = (a + b for a, b in zip(jnp.split(h @ params["W_hh"].T, 3, axis=1), jnp.split(params["b_hh"], 3)))
+        products = zip(jnp.split(h @ params["W_hh"].T, 3, axis=1), jnp.split(params["b_hh"], 3))
+        a_r, a_z, a_n = (a + b for a, b in products)
         r, z = jax.nn.sigmoid(i_r + a_r), jax.nn.sigmoid(i_z + a_z)
         n = jnp.tanh(i_n + r * a_n)
         return n + z * (h - n)
@@ -141,20 +219,51 @@ def jax_peer(sizes: Sizes, params: Mapping[str, np.ndarray]) -> Peer:
     compiled_step = jax.jit(compiled_step, donate_argnums=0)
     compiled_generate = jax.jit(compiled_generate, static_argnames="greedy")
 
-    def train_step(inputs_tb: np.ndarray, targets_tb: np.ndarray, learning_rate: float) -> float:
+    def train_step(inputs_tb: np.ndarray, targets_tb: np.ndarray, learning_rate: float) -> Any:
         nonlocal training, step
         step += 1
         step_size = learning_rate * math.sqrt(1 - BETA_2**step) / (1 - BETA_1**step)
-        training, loss = compiled_step(training, inputs_tb, targets_tb, step_size)
-        return jax.block_until_ready((training, loss))[1].item()
+        with jax.default_matmul_precision(JAX_PRECISIONS[precision]):
+            training, loss = compiled_step(training, inputs_tb, targets_tb, step_size)
+        return jax.block_until_ready((training, loss))[1]
 
     def generate(first_ids: np.ndarray, length: int, temperature: float) -> np.ndarray:
         uniforms_tr = uniform_source.random((length, len(first_ids)), np.float32)
         greedy = temperature == 0
-        return np.asarray(compiled_generate(training["params"], first_ids, uniforms_tr, temperature, greedy))
+        with jax.default_matmul_precision(JAX_PRECISIONS[precision]):
+            return np.asarray(compiled_generate(training["params"], first_ids, uniforms_tr, temperature, greedy))
 
-    return Peer(train_step, generate)
+    compiled_loss = jax.jit(mean_loss)
+
+    def loss(inputs_tb: np.ndarray, targets_tb: np.ndarray) -> Any:
+        with jax.default_matmul_precision(JAX_PRECISIONS[precision]):
+            return compiled_loss(training["params"], inputs_tb, targets_tb)
+
+    return Peer(train_step, generate, loss)
 
 
-PEERS = {"PyTorch": ("torch", pytorch_peer), "JAX": ("jax", jax_peer)}
-"""Each peer's module, and the function that makes it."""
+def keras_peer(sizes: Sizes, params: Mapping[str, np.ndarray]) -> Peer:
+    """Keras on JAX, or on the backend that KERAS_BACKEND names: the tutorial's layers, its Adam, `train_on_batch`."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    import keras
+
+    layers = keras.layers
+    model = keras.Sequential([layers.Embedding(sizes.V, sizes.E), layers.GRU(sizes.H, return_sequences=True),
+                              layers.Dense(sizes.V)])
+    model.build((None, None))
+
+    def gates_zrn(array: np.ndarray) -> np.ndarray:
+        r, z, n = np.split(array, 3)
+        return np.concatenate([z, r, n])
+
+    weights = {name: gates_zrn(params[f"{name}.0"]) for name in ("W_ih", "W_hh", "b_ih", "b_hh")}
+    model.set_weights([params["W_emb"], weights["W_ih"].T, weights["W_hh"].T,
+                       np.stack([weights["b_ih"], weights["b_hh"]]), params["W_out"].T, params["b_out"]])
+    optimizer = keras.optimizers.Adam(beta_1=BETA_1, beta_2=BETA_2, epsilon=EPSILON)
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+
+    def train_step(inputs_tb: np.ndarray, targets_tb: np.ndarray, learning_rate: float) -> float:
+        optimizer.learning_rate = learning_rate
+        return model.train_on_batch(inputs_tb.T, targets_tb.T)
+
+    return Peer(train_step, None, lambda inputs_tb, targets_tb: model.test_on_batch(inputs_tb.T, targets_tb.T))

@@ -1,4 +1,4 @@
-"""Measuring side by side: interleaved timing, memory, facts about the machine, and the files that keep the results."""
+"""What is known of a measurement: its spread, memory, facts about the machine; and the files that keep the results."""
 
 from __future__ import annotations
 
@@ -11,40 +11,18 @@ import re
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from bench.devices import Device
+from bench.floors import Ceilings
+from bench.side_by_side import Benchmark, Measured
+
 RESULTS = Path(__file__).parent / "results"
-
-PAUSE_SECONDS = 0.1
-"""Rest before each timing: the worker threads of BLAS libraries spin for a while after the product that woke them."""
-
-
-def interleave(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds that each candidate takes in each round.
-
-    Each runs once untimed. In a round each runs once, and every round starts with another one, so that a machine that
-    slows down or is disturbed does so for all of them. Entry k of every list is from round k: ratios are taken within
-    a round.
-    """
-    for candidate in candidates.values():
-        candidate()
-    names = list(candidates)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(rounds):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
-            time.sleep(PAUSE_SECONDS)
-            started = time.perf_counter()
-            candidates[name]()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
-
 
 class Spread(NamedTuple):
     """Median, lowest and highest of some measurements."""
@@ -88,24 +66,39 @@ def machine() -> dict:
         "cpu": _cpu_model(), "cores": cores(), "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(), "numpy": np.__version__,
         "blas": f"{blas['name']} {blas['version']}", **_openblas(),
-        "torch": _version("torch"), "jax": _version("jax"),
+        "torch": version("torch"), "jax": version("jax"), "keras": version("keras"),
         "torch_threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None,
         "commit": _commit(), "date": datetime.now(UTC).date().isoformat(),
     }
 
 
-def record(name: str, sizes: dict, results: dict, folder: Path = RESULTS) -> dict:
-    """Write a benchmark's results into the file of this machine, in place of those of an earlier run.
+def entry(benchmark: Benchmark, sizes: Mapping[str, int], device: Device, ceilings: Ceilings,
+          measured: Mapping[str, Measured], precisions: Mapping[str, str]) -> dict:
+    """A group's results as JSON values."""
+    candidates = {name: {"precision": precisions[name], "seconds": outcome.seconds, "host_bound": outcome.host_bound,
+                         **outcome.notes}
+                  for name, outcome in measured.items()}
+    tutorial = sizes == benchmark.sizes_on(device, "tutorial")[0]
+    return {"benchmark": benchmark.name, "sizes": dict(sizes), "tutorial": tutorial,
+            "machine": machine() | device.facts(), "work": benchmark.work(**sizes)._asdict(),
+            "ceilings": ceilings._asdict(), "candidates": candidates}
 
-    The file maps the name of each benchmark to an entry with `machine`, `sizes` and `results`. Returns the entry.
+
+def figure_entry(name: str, device: Device, **figures: float) -> dict:
+    """Figures that are no times, of the tutorial's model, as JSON values."""
+    return {"benchmark": name, "sizes": {}, "tutorial": True, "machine": machine() | device.facts(), **figures}
+
+
+def record(group: str, entry: dict, folder: Path = RESULTS) -> None:
+    """Write a group's results into the file of this device, in place of those of an earlier run.
+
+    The file maps the name of each group to its entry.
     """
-    entry = {"machine": machine(), "sizes": sizes, "results": results}
-    path = folder / f"cpu-{_slug(entry['machine'])}.json"
+    path = folder / f"{_slug(entry['machine'])}.json"
     entries = json.loads(path.read_text()) if path.exists() else {}
-    entries[name] = entry
+    entries[group] = entry
     folder.mkdir(exist_ok=True)
-    path.write_text(json.dumps(entries, indent=1) + "\n")
-    return entry
+    path.write_text(json.dumps(dict(sorted(entries.items())), indent=1) + "\n")
 
 
 def _cpu_model() -> str:
@@ -116,8 +109,12 @@ def _cpu_model() -> str:
 
 
 def _slug(facts: dict) -> str:
-    model = re.sub(r"\(.*?\)|\bCPU\b|@.*", "", facts["cpu"])
-    return re.sub(r"[^a-z0-9]+", "-", f"{model} {facts['cores']} cores".lower()).strip("-")
+    if "gpu" in facts:
+        name = f"cuda {facts['gpu']}"
+    else:
+        model = re.sub(r"\(.*?\)|\bCPU\b|@.*", "", facts["cpu"])
+        name = f"cpu {model} {facts['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _openblas() -> dict:
@@ -131,7 +128,7 @@ def _openblas() -> dict:
     return {"blas_kernels": corename().decode(), "blas_threads": threads()}
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

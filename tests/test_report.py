@@ -8,23 +8,38 @@ from bench import report
 
 MACHINE = {"cpu": "Some CPU", "cores": 2, "system": "Linux 6", "python": "3.11.7", "numpy": "2.4.6",
            "blas": "openblas 0.3", "blas_kernels": "SkylakeX", "blas_threads": 2, "torch": "2.13.0",
-           "torch_threads": 2, "jax": None, "commit": "0123456789ab", "date": "2026-01-02"}
+           "torch_threads": 2, "jax": None, "keras": None, "commit": "0123456789ab", "date": "2026-01-02"}
 
-TRAIN_STEP = {
-    "machine": MACHINE,
-    "sizes": {"T": 10, "B": 100, "V": 50, "E": 20, "H": 100},
-    "results": {"seconds": {"char-gru": [0.5, 0.25, 1.0], "PyTorch": [1.0, 1.0, 2.5]}, "peak_memory_mib": 432.1},
-}
+GPU = {"gpu": "NVIDIA X", "driver": "for CUDA 13.0", "cuda_runtime": "13.0", "cupy": "14.2"}
 
-GENERATE = {
-    "machine": MACHINE,
-    "sizes": {"length": 1000, "V": 50, "E": 20, "H": 100},
-    "results": {"seconds_by_rows": {"1": {"char-gru": [0.125], "PyTorch": [0.5]},
-                                    "64": {"char-gru": [4.0], "PyTorch": [2.0]}}},
-}
+
+def entry(benchmark, sizes, seconds, tutorial=True, gpu=False, work=(10**9, 10**6, 1, 2), **notes) -> dict:
+    """Results in fp32, or of a GPU in the precision that each name ends with."""
+    ceilings = {"bytes_per_second": 1e9, "flop_per_second": dict.fromkeys(("fp32", "tf32", "bf16"), 1e12),
+                "launch_seconds": gpu * 1e-5, "barrier_seconds": gpu * 1e-6}
+    candidates = {name: {"precision": name.split()[-1] if gpu else "fp32", "seconds": values, "host_bound": False}
+                  | notes for name, values in seconds.items()}
+    return {"benchmark": benchmark, "sizes": sizes, "tutorial": tutorial, "machine": MACHINE | (GPU if gpu else {}),
+            "work": dict(zip(("flop", "bytes", "launches", "barriers"), work)), "ceilings": ceilings,
+            "candidates": candidates}
+
+
+TRAIN_STEP = entry("train_step", {"T": 10, "B": 100, "V": 50, "E": 20, "H": 100},
+                   {"char-gru": [0.5, 0.25, 1.0], "PyTorch": [1.0, 1.0, 2.5]})
+
+MEMORY = {"benchmark": "train_memory", "sizes": {}, "tutorial": True, "machine": MACHINE, "peak_memory_mib": 432.1}
+
+GENERATE = [entry("generate", {"T": 1000, "R": R, "V": 50, "E": 20, "H": 100}, seconds, R == 1) for R, seconds in (
+    (64, {"char-gru": [4.0], "PyTorch": [2.0]}), (1, {"char-gru": [0.125], "PyTorch": [0.5]}))]
+
+ADAM = entry("adam", {"N": 10}, {"char-gru": [0.002, 0.003, 0.004], "NumPy": [0.02]})
+
+GROUPS = {"train_step": TRAIN_STEP, "train_memory": MEMORY, "generate 64": GENERATE[0], "generate 1": GENERATE[1],
+          "adam": ADAM, "train_step 20": entry("train_step", TRAIN_STEP["sizes"] | {"B": 20},
+                                               {"char-gru": [0.1], "JAX": [0.2]}, tutorial=False)}
 
 CIRCUMSTANCES = ("Some CPU, 2 cores; Python 3.11.7, NumPy 2.4.6 (openblas 0.3, kernels SkylakeX, 2 threads), "
-                 "PyTorch 2.13.0 (2 threads), JAX not installed and so left out. "
+                 "PyTorch 2.13.0 (2 threads), JAX not installed and so left out, Keras not installed and so left out. "
                  "Median and range of {}; 2026-01-02, 0123456789ab.")
 
 TRAIN_STEP_ROWS = """\
@@ -48,7 +63,7 @@ GENERATE_ROWS = """\
 def results(tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()
-    (folder / "cpu-some-cpu.json").write_text(json.dumps({"train_step": TRAIN_STEP, "generate": GENERATE}))
+    (folder / "cpu-some-cpu.json").write_text(json.dumps(GROUPS))
     return folder
 
 
@@ -64,7 +79,7 @@ def test_flop_of_a_step_counts_both_products_three_times():
 
 
 def test_train_step_table_has_median_range_rates_and_ratio_within_rounds():
-    table = report.train_step_table(TRAIN_STEP)
+    table = report.train_step_table(TRAIN_STEP, MEMORY)
     assert table.startswith(CIRCUMSTANCES.format("3 interleaved rounds") + "\n\n" + TRAIN_STEP_ROWS)
     assert "0.210 GFLOP per step" in table and "takes 432 MiB" in table
 
@@ -72,6 +87,54 @@ def test_train_step_table_has_median_range_rates_and_ratio_within_rounds():
 def test_generate_table_has_a_row_for_each_number_of_texts_and_candidate():
     assert report.generate_table(GENERATE) == (
         CIRCUMSTANCES.format("1 interleaved round") + "\n\n" + GENERATE_ROWS.rstrip())
+
+
+def test_step_on_a_gpu_is_compared_within_its_precision_and_shows_memory():
+    seconds = {"char-gru tf32": [1.0], "char-gru bf16": [0.5], "PyTorch tf32": [3.0], "PyTorch bf16": [2.0]}
+    table = report.train_step_table(entry("train_step", TRAIN_STEP["sizes"], seconds, gpu=True, memory_mib=10.0))
+    assert table.startswith("NVIDIA X, driver for CUDA 13.0, CUDA 13.0, CuPy 14.2, Some CPU")
+    rows = {cells[1]: cells for line in table.splitlines() if (cells := [cell.strip() for cell in line.split("|")])[1:]}
+    assert {name: rows[name][6:8] for name in seconds} == {
+        "char-gru tf32": ["1.00", "10.0"], "char-gru bf16": ["1.00", "10.0"], "PyTorch tf32": ["3.00", "10.0"],
+        "PyTorch bf16": ["4.00", "10.0"]}
+
+
+def test_op_is_held_against_the_nearer_ceiling_and_the_floor():
+    table = report.ops_table([ADAM]).splitlines()
+    assert table[-2:] == [
+        "| adam (N 10) | char-gru | 3.00 | 2.00 to 4.00 | 0.333 | 333 | 33% of copy | 3.0 |",
+        "|  | NumPy | 20.0 | 20.0 to 20.0 | 0.0500 | 50.0 | 5% of copy | 20.0 |"]
+    assert "a copy 1.00 GB/s, the library's large product 1,000 GFLOP/s in fp32" in table[0]
+
+
+def test_floor_of_a_gpu_has_launches_and_barriers_and_slow_launching_is_marked():
+    on_gpu = entry("adam", {"N": 10}, {"char-gru fp32": [0.001012]}, gpu=True)
+    on_gpu["candidates"]["char-gru fp32"]["host_bound"] = True
+    table = report.ops_table([on_gpu])
+    assert "| 1.01 † |" in table and "| 1.0 |" in table and "† launched more slowly" in table
+    assert "10.0 us from launch to launch, 1.00 us for a barrier" in table
+
+
+def test_scaling_table_has_a_row_for_each_size_and_a_column_for_each_candidate(results):
+    assert report.TABLES["scaling-cpu"](results).splitlines()[2:] == [
+        "| H | B | T | char-gru | PyTorch | JAX |", "| --- | --- | --- | --- | --- | --- |",
+        "| 100 | 20 | 10 | 100 |  | 200 |", "| 100 | 100 | 10 | 500 | 1,000 |  |"]
+
+
+def test_time_to_loss_has_steps_and_seconds():
+    learnt = entry("time_to_loss", {"T": 5}, {"char-gru": [2.0], "JAX": [3.0]}, steps=120)
+    assert report.time_to_loss_table(learnt).splitlines()[-1] == "| JAX | 120 | 3.00 | 3.00 to 3.00 | 1.50 |"
+
+
+def test_kernel_has_run_on_a_gpu_only_if_results_say_so(results):
+    def ran() -> list[str]:
+        return [line.split(" | ")[-1].removesuffix(" |") for line in report.kernels_table(results).splitlines()[2:]]
+
+    assert ran() == ["no"] * len(report.KERNELS)
+    forward = entry("gru_forward", {"T": 1}, {"char-gru persistent tf32": [1.0], "PyTorch tf32": [1.0]}, gpu=True)
+    (results / "cuda-nvidia-x.json").write_text(json.dumps({"gru_forward": forward}))
+    assert [row[3:] for row, cell in zip(report.KERNELS, ran()) if cell == "yes: NVIDIA X"] == [
+        ("gru_forward", "persistent")]
 
 
 def test_headline_compares_the_step_with_each_peer(results):
@@ -95,7 +158,7 @@ def test_only_the_text_between_markers_is_replaced(results):
             "<!-- table: train-step-cpu -->\n<!-- end -->\nc <!-- end -->\n")
     filled = report.filled(text, results)
     assert filled == (f"a\n<!-- table: generate-cpu -->\n{report.generate_table(GENERATE)}\n<!-- end -->\nb\n"
-                      f"<!-- table: train-step-cpu -->\n{report.train_step_table(TRAIN_STEP)}\n<!-- end -->\n"
+                      f"<!-- table: train-step-cpu -->\n{report.train_step_table(TRAIN_STEP, MEMORY)}\n<!-- end -->\n"
                       "c <!-- end -->\n")
     assert report.filled(filled, results) == filled
     assert report.filled("no table\n", results) == "no table\n"
@@ -103,7 +166,7 @@ def test_only_the_text_between_markers_is_replaced(results):
 
 def test_table_without_results_is_empty(results):
     (results / "cpu-some-cpu.json").unlink()
-    for name in report.TABLES:
+    for name in report.TABLES.keys() - {"kernels"}:
         text = f"<!-- table: {name} -->\n<!-- end -->\n"
         assert report.filled(text.replace("<!-- end", "old\n<!-- end"), results) == text
 
@@ -135,6 +198,51 @@ def test_check_fails_after_new_results(readme, results):
     assert report.main(["--check"], readme, results) == 1
 
 
-def test_tables_of_the_readme_are_what_the_recorded_results_give():
+# Plots
+
+def test_plots_show_each_op_and_the_step_over_what_differs(results):
+    drawn = report.plots_of(results)
+    assert {path.name for path in drawn} == {"cpu-some-cpu-ops.svg", "cpu-some-cpu-sizes.svg"}
+    [adam] = drawn[results / "cpu-some-cpu-ops.svg"]
+    assert adam == ("adam N=10", "", {"char-gru": [3.0, 2.0, 4.0, 1.0], "NumPy": [20.0, 20.0, 20.0, 1.0]}, {})
+    over_B, over_R = drawn[results / "cpu-some-cpu-sizes.svg"]
+    assert over_R[:2] == ("generate T=1000 V=50 E=20 H=100", "R")
+    assert over_B == ("train_step T=10 V=50 E=20 H=100", "B", {},
+                      {"char-gru": [[20, 100.0], [100, 500.0]], "JAX": [[20, 200.0]], "PyTorch": [[100, 1000.0]],
+                       "floor": [[20, 1.0], [100, 1.0]]})
+
+
+def test_readme_shows_every_plot(results):
+    assert report.plots_table(results).splitlines()[::2] == [
+        "![cpu-some-cpu-ops](bench/results/cpu-some-cpu-ops.svg)",
+        "![cpu-some-cpu-sizes](bench/results/cpu-some-cpu-sizes.svg)"]
+
+
+def test_equal_results_give_equal_files(results, readme):
+    report.main([], readme, results)
+    first = {path.name: path.read_bytes() for path in results.glob("*.svg")}
+    for path in results.glob("*.svg"):
+        path.unlink()
+    report.main([], readme, results)
+    assert first == {path.name: path.read_bytes() for path in results.glob("*.svg")} and len(first) == 2
+
+
+def test_check_fails_for_plots_that_are_missing_old_or_surplus(results, readme, capsys):
+    report.main([], readme, results)
+    plot = results / "cpu-some-cpu-ops.svg"
+    text = plot.read_text()
+    for damage in (plot.unlink, lambda: plot.write_text(text.replace("[3.0, ", "[3.5, "))):
+        damage()
+        assert report.main(["--check"], readme, results) == 1
+        assert plot.name in capsys.readouterr().err
+    plot.write_text(text)
+    assert report.main(["--check"], readme, results) == 0
+    (results / "cpu-other-ops.svg").write_text(text)
+    assert report.main(["--check"], readme, results) == 1
+    report.main([], readme, results)
+    assert not (results / "cpu-other-ops.svg").exists()
+
+
+def test_tables_of_the_readme_and_plots_are_what_the_recorded_results_give():
     assert report.README.exists(), "README.md, whose tables are checked here, does not exist"
-    assert report.main(["--check"]) == 0, "run python -m bench.report: README.md is not what bench/results gives"
+    assert report.main(["--check"]) == 0, "run python -m bench.report: README.md or a plot is not what results give"

@@ -1,0 +1,100 @@
+"""Global norm of the gradients, and Adam: passes over all parameters."""
+
+import numpy as np
+import pytest
+
+from bench import floors, tutorial
+from bench.implementations import (in_float64, on, our_candidates, plain_candidates, random_inputs, runnable,
+                                   torch_candidates)
+from bench.side_by_side import Benchmark
+from rnn import reference as numpy_ops
+from rnn.model import BETA_1, BETA_2, EPSILON
+from rnn.params import flat_size
+
+STEP_SIZE = 1e-3
+
+
+def inputs(N):
+    arrays = random_inputs({name: (N,) for name in ("params", "grads", "m", "v")})
+    return arrays | {"v": np.abs(arrays["v"])}
+
+
+def norm_of(ops, inputs):
+    grads = on(ops, inputs["grads"])
+    norm = ops.empty((1,), grads.dtype)
+    return runnable(ops, lambda: ops.global_norm(grads, norm), norm=norm)
+
+
+def adam_of(ops, inputs):
+    params, grads, m, v = (on(ops, inputs[name]) for name in ("params", "grads", "m", "v"))
+    norm, step_size = (on(ops, np.array([value], params.dtype)) for value in (1, STEP_SIZE))
+    return runnable(ops, lambda: ops.adam(params, grads, m, v, norm, step_size, 0.0, BETA_1, BETA_2, EPSILON),
+                    params=params, m=m, v=v)
+
+
+def plain_norm(library, inputs):
+    grads = library.array(inputs["grads"])
+    return library.runnable(lambda: {"norm": library.xp.sqrt((grads * grads).sum())[None]})
+
+
+def plain_adam(library, inputs):
+    params, grads, m, v = (library.array(inputs[name]) for name in ("params", "grads", "m", "v"))
+
+    def run():
+        m[...] = BETA_1 * m + (1 - BETA_1) * grads
+        v[...] = BETA_2 * v + (1 - BETA_2) * grads * grads
+        params[...] -= STEP_SIZE * m / (library.xp.sqrt(v) + EPSILON)
+        return {"params": params, "m": m, "v": v}
+
+    return library.runnable(run)
+
+
+def torch_norm(library, inputs):
+    grads = library.array(inputs["grads"])
+    return library.runnable(lambda: {"norm": library.torch.linalg.vector_norm(grads)[None]})
+
+
+def torch_adam(library, inputs):
+    """PyTorch's fused Adam, far enough into training that its corrections have gone: only then is it Keras's."""
+    torch = library.torch
+    params = library.array(inputs["params"], requires_grad=True)
+    params.grad = library.array(inputs["grads"])
+    optimizer = torch.optim.Adam([params], lr=STEP_SIZE, betas=(BETA_1, BETA_2), eps=EPSILON, fused=True)
+    state = {"step": torch.tensor(1e7, device=params.device), "exp_avg": library.array(inputs["m"]),
+             "exp_avg_sq": library.array(inputs["v"])}
+    optimizer.state[params] = state
+
+    def run():
+        optimizer.step()
+        return {"params": params, "m": state["exp_avg"], "v": state["exp_avg_sq"]}
+
+    return library.runnable(run)
+
+
+def benchmark(name, work, ours, plain, pytorch):
+    def candidates(device, **sizes):
+        yield next(our_candidates(device, ours))
+        yield from plain_candidates(device, plain, products=False)
+        yield from torch_candidates(device, pytorch, products=False)
+
+    def reference(inputs):
+        return ours(numpy_ops, in_float64(inputs)).results()
+
+    return Benchmark(name, work, inputs, reference, candidates, sizes=({"N": flat_size(tutorial.SIZES)},),
+                     sweep=[{"N": 2**k} for k in (16, 18, 20, 24, 26)])
+
+
+NORM = benchmark("global_norm", floors.global_norm, norm_of, plain_norm, torch_norm)
+ADAM = benchmark("adam", floors.adam, adam_of, plain_adam, torch_adam)
+
+
+@pytest.mark.side_by_side(NORM)
+def test_global_norm(turn):
+    """The Euclidean norm of all gradients."""
+    turn()
+
+
+@pytest.mark.side_by_side(ADAM)
+def test_adam(turn):
+    """One update of parameters and moments."""
+    turn()

@@ -1,0 +1,78 @@
+"""Dropout between layers. Which elements are dropped differs between libraries, so only ours is measured forward."""
+
+import numpy as np
+import pytest
+
+from bench import floors, tutorial
+from bench.implementations import (in_float64, on, our_candidates, plain_candidates, random_inputs, runnable,
+                                   torch_candidates)
+from bench.side_by_side import Benchmark
+from rnn import reference as numpy_ops
+
+RATE, SEED, LAYER, STEP = 0.2, 1, 0, 3
+
+TOLERANCE = {"fp32": 2**-20}
+
+
+def inputs(T, B, H):
+    keep_tb = np.random.default_rng(1).random((T, B, H), np.float32) >= RATE
+    return random_inputs({"x_tb": (T, B, H)}) | {"keep_tb": keep_tb}
+
+
+def forward_of(ops, inputs):
+    x_tb = on(ops, inputs["x_tb"], activations=True)
+    step = on(ops, np.array([STEP], np.uint64))
+    keep_tb, y_tb = (ops.empty_activations(x_tb.shape, dtype) for dtype in (bool, x_tb.dtype))
+    return runnable(ops, lambda: ops.dropout_forward(x_tb, RATE, SEED, LAYER, step, keep_tb, y_tb), y_tb=y_tb)
+
+
+def backward_of(ops, inputs):
+    dy_tb, keep_tb = (on(ops, inputs[name], activations=True) for name in ("x_tb", "keep_tb"))
+    dx_tb = ops.empty_activations(dy_tb.shape, dy_tb.dtype)
+    return runnable(ops, lambda: ops.dropout_backward(dy_tb, RATE, keep_tb, dx_tb), dx_tb=dx_tb)
+
+
+def plain_backward(library, inputs):
+    dy_tb, keep_tb = (library.array(inputs[name]) for name in ("x_tb", "keep_tb"))
+    return library.runnable(lambda: {"dx_tb": dy_tb * keep_tb / np.float32(1 - RATE)})
+
+
+def torch_backward(library, inputs):
+    dy_tb, keep_tb = (library.array(inputs[name]) for name in ("x_tb", "keep_tb"))
+    return library.runnable(lambda: {"dx_tb": dy_tb * keep_tb / (1 - RATE)})
+
+
+def forward_candidates(device, **sizes):
+    yield next(our_candidates(device, forward_of))
+
+
+def backward_candidates(device, **sizes):
+    yield next(our_candidates(device, backward_of))
+    yield from plain_candidates(device, plain_backward, products=False)
+    yield from torch_candidates(device, torch_backward, products=False)
+
+
+def benchmark(name, work, ours, candidates):
+    def reference(inputs):
+        return ours(numpy_ops, in_float64(inputs)).results()
+
+    return Benchmark(name, lambda T, B, H: work(T * B * H), inputs, reference, candidates,
+                     sizes=({"T": tutorial.T, "B": tutorial.B, "H": tutorial.SIZES.H},),
+                     sweep=[{"T": tutorial.T, "B": B, "H": tutorial.SIZES.H} for B in (1, 16, 256, 1024)],
+                     tolerances=TOLERANCE)
+
+
+FORWARD = benchmark("dropout_forward", floors.dropout_forward, forward_of, forward_candidates)
+BACKWARD = benchmark("dropout_backward", floors.dropout_backward, backward_of, backward_candidates)
+
+
+@pytest.mark.side_by_side(FORWARD)
+def test_dropout_forward(turn):
+    """A mask drawn by Philox, and the elements that stay."""
+    turn()
+
+
+@pytest.mark.side_by_side(BACKWARD)
+def test_dropout_backward(turn):
+    """The same mask on the gradient."""
+    turn()

@@ -1,0 +1,77 @@
+"""Products of two matrices: those of a training step at the tutorial's sizes, and square ones."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from bench import floors
+from bench.floors import FLOAT
+from bench.implementations import OURS, in_float64, on, plain_candidates, random_inputs, runnable, torch_candidates
+from bench.side_by_side import Benchmark, Candidate
+from kernels import op_set
+from kernels.matmul import ALIGNMENT, OPERANDS, VARIANTS, matmul
+
+
+def inputs(M, N, K):
+    return random_inputs({"A": (K, M), "B": (K, N)})
+
+
+def reference(inputs):
+    A, B = in_float64(inputs).values()
+    return {"C": A.T @ B}
+
+
+def ours(variant, precision, stored, inputs):
+    """stored: operands given as bfloat16 bits, as the recurrence leaves them in bf16."""
+    ops = op_set(precision)
+    A, B = (on(ops, bfloat16_bits(array) if stored else array) for array in inputs.values())
+    C = ops.empty((A.shape[1], B.shape[1]))
+    return runnable(ops, lambda: matmul(A, B, C, transpose_a=True, precision=precision, variant=variant), C=C)
+
+
+def bfloat16_bits(array):
+    """Rounded to nearest, halves up."""
+    return (array.view(np.uint32) + 0x8000 >> 16).astype(np.uint16)
+
+
+def plain(library, inputs):
+    A, B = map(library.array, inputs.values())
+    C = library.xp.empty((A.shape[1], B.shape[1]), A.dtype)
+
+    def run():
+        library.matmul(A.T, B, C)
+        return {"C": C}
+
+    return library.runnable(run)
+
+
+def pytorch(library, inputs):
+    A, B = map(library.array, inputs.values())
+    return library.runnable(lambda: {"C": A.T @ B})
+
+
+def candidates(device, M, N, K):
+    if device.kind == "cuda":
+        for precision, operand_bytes in OPERANDS:
+            stored, aligned = operand_bytes < FLOAT, all(operand_bytes * rows % ALIGNMENT == 0 for rows in (M, N))
+            for variant in VARIANTS:
+                if precision in device.precisions and (variant == "tiled" or aligned and len(device.precisions) > 1):
+                    yield Candidate(f"{OURS} {variant} {precision}{' operands' * stored}", precision,
+                                    functools.partial(ours, variant, precision, stored))
+    yield from plain_candidates(device, plain)
+    yield from torch_candidates(device, pytorch)
+
+
+DW_HH = {"M": 3072, "N": 1024, "K": 6400}
+
+MATMUL = Benchmark(
+    "matmul", floors.matmul, inputs, reference, candidates,
+    sizes=(DW_HH, {"M": 66, "N": 1024, "K": 6400}),
+    sweep=[{axis: n for axis in "MNK"} for n in (256, 512, 1024, 2048, 4096)])
+
+
+@pytest.mark.side_by_side(MATMUL)
+def test_matmul(turn):
+    """C = A^T B: the gradient of the recurrent weights, and of the output layer's."""
+    turn()

@@ -1,0 +1,65 @@
+"""Drawing one character per row."""
+
+import numpy as np
+import pytest
+
+from bench import floors, tutorial
+from bench.implementations import (in_float64, on, our_candidates, plain_candidates, random_inputs, runnable,
+                                   torch_candidates)
+from bench.side_by_side import Benchmark, one_at_a_time
+from rnn import reference as numpy_ops
+
+
+def inputs(R, V):
+    uniforms = np.random.default_rng(2).random(R, np.float32)
+    return random_inputs({"logits": (R, V)}) | {"uniforms": uniforms}
+
+
+def sample_of(ops, inputs):
+    logits, uniforms = on(ops, inputs["logits"]), on(ops, inputs["uniforms"])
+    ids = ops.empty((len(logits),), np.int32)
+    return runnable(ops, lambda: ops.sample(logits, uniforms, ids), ids=ids)
+
+
+def reference(inputs):
+    return sample_of(numpy_ops, in_float64(inputs)).results()
+
+
+def plain(library, inputs):
+    logits, uniforms = library.array(inputs["logits"]), library.array(inputs["uniforms"])
+
+    def run():
+        p = library.xp.exp(logits[:, 1:] - logits[:, 1:].max(axis=1, keepdims=True))
+        cumulative = library.xp.cumsum(p, axis=1)
+        return {"ids": 1 + (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(axis=1)}
+
+    return library.runnable(run)
+
+
+def pytorch(library, inputs):
+    """By the same rule, with given uniform numbers, since torch.multinomial draws its own."""
+    logits, uniforms = library.array(inputs["logits"]), library.array(inputs["uniforms"])
+
+    def run():
+        cumulative = library.torch.softmax(logits[:, 1:], dim=1).cumsum(dim=1)
+        return {"ids": 1 + (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(dim=1)}
+
+    return library.runnable(run)
+
+
+def candidates(device, **sizes):
+    yield next(our_candidates(device, sample_of))
+    yield from plain_candidates(device, plain, products=False)
+    yield from torch_candidates(device, pytorch, products=False)
+
+
+BASE = {"R": 64, "V": tutorial.SIZES.V}
+
+SAMPLE = Benchmark("sample", floors.sample, inputs, reference, candidates, sizes=(BASE,),
+                   sweep=one_at_a_time(BASE, R=(1, 1024), V=(256, 20_000)), tolerances={"fp32": 0.0})
+
+
+@pytest.mark.side_by_side(SAMPLE)
+def test_sample(turn):
+    """By inverse CDF, temperature 1."""
+    turn()

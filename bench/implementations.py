@@ -1,0 +1,152 @@
+"""Whose ops are compared: our op sets, plain array code on NumPy or CuPy, and PyTorch; and arrays of each."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+import kernels
+from bench.devices import Device, cublas_matmul
+from bench.side_by_side import Arrays, Candidate, Runnable
+from bench.timing import cores
+from rnn import reference
+
+OURS = "char-gru"
+
+
+def on(ops: Any, array: np.ndarray, activations: bool = False):
+    """An array of an op set; activations in the memory order in which it keeps them."""
+    new = (ops.empty_activations if activations else ops.empty)(array.shape, array.dtype)
+    ops.copy_in(new, array)
+    return new
+
+
+def runnable(ops: Any, run: Callable[[], None], **outputs: Any) -> Runnable:
+    """An op of ours on fixed arrays: replayed as a graph where the op set does that, as a training step is."""
+    run = ops.replayable(run)
+
+    def results() -> Arrays:
+        run()
+        return {name: ops.to_host(array) for name, array in outputs.items()}
+
+    return Runnable(run, results)
+
+
+def our_candidates(device: Device, make: Callable[[Any, Arrays], Runnable]) -> Iterator[Candidate]:
+    """Ours in each precision; make(ops, inputs)."""
+    for precision in device.precisions:
+        ops = reference if device.kind == "cpu" else kernels.op_set(precision)
+        name = OURS if device.kind == "cpu" else f"{OURS} {precision}"
+        yield Candidate(name, precision, functools.partial(make, ops))
+
+
+class Plain:
+    """Array code as a textbook has it: NumPy on the CPU, CuPy, whose products are cuBLAS's, on a GPU."""
+
+    def __init__(self, device: Device, precision: str) -> None:
+        self.xp = np if device.kind == "cpu" else _cupy()
+        self._on_cpu, self._precision = device.kind == "cpu", precision
+
+    def array(self, array: np.ndarray):
+        return self.xp.array(array)
+
+    def matmul(self, A, B, out=None):
+        if self._on_cpu:
+            return np.matmul(A, B, out=out)
+        return cublas_matmul(A, B, out, self._precision)
+
+    def runnable(self, run: Callable[[], dict[str, Any]]) -> Runnable:
+        """run() returns its results by name."""
+        def results() -> Arrays:
+            outputs = run()
+            return {name: np.array(array) if self._on_cpu else self.xp.asnumpy(array)
+                    for name, array in outputs.items()}
+
+        return Runnable(run, results)
+
+
+def plain_candidates(device: Device, make: Callable[[Plain, Arrays], Runnable],
+                     products: bool = True) -> Iterator[Candidate]:
+    """Plain array code in each precision that CuPy multiplies float32 in; an op without products in one."""
+    for precision in device.precisions[:2] if products else ("fp32",):
+        name = "NumPy" if device.kind == "cpu" else f"CuPy {precision}"
+        yield Candidate(name, precision, lambda inputs, precision=precision: make(Plain(device, precision), inputs))
+
+
+class Torch:
+    """PyTorch on a device, its products in one precision: float32, tf32 by its switches, or bf16 by autocast."""
+
+    def __init__(self, device: Device, precision: str) -> None:
+        import torch
+        self.torch, self.precision, self.kind = torch, precision, device.kind
+        if device.kind == "cpu":
+            torch.set_num_threads(cores())
+        else:
+            torch.cuda.set_stream(torch.cuda.ExternalStream(_cupy().cuda.get_current_stream().ptr))
+
+    def array(self, array: np.ndarray, requires_grad: bool = False):
+        array = array.astype(np.int64) if array.dtype == np.int32 else array
+        return self.torch.tensor(array, device=self.kind).requires_grad_(requires_grad)
+
+    @contextlib.contextmanager
+    def switched(self) -> Iterator[None]:
+        """Inside the `with` block, PyTorch multiplies in this precision; its switches are global."""
+        self.torch.set_float32_matmul_precision("highest" if self.precision == "fp32" else "high")
+        self.torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
+        with self.torch.autocast(self.kind, self.torch.bfloat16, enabled=self.precision == "bf16"):
+            yield
+
+    def runnable(self, run: Callable[[], dict[str, Any]]) -> Runnable:
+        """run() returns its results by name."""
+        def switched_run() -> dict[str, Any]:
+            with self.switched():
+                return run()
+
+        def results() -> Arrays:
+            return {name: tensor.detach().float().cpu().numpy() for name, tensor in switched_run().items()}
+
+        return Runnable(switched_run, results)
+
+
+def torch_candidates(device: Device, make: Callable[[Torch, Arrays], Runnable],
+                     products: bool = True) -> Iterator[Candidate]:
+    """PyTorch in each precision, an op without products in one; none where it is not installed."""
+    if not installed("torch", device.kind):
+        return
+    for precision in device.precisions if products else ("fp32",):
+        name = "PyTorch" if device.kind == "cpu" else f"PyTorch {precision}"
+        yield Candidate(name, precision, lambda inputs, precision=precision: make(Torch(device, precision), inputs))
+
+
+def installed(library: str, kind: str) -> bool:
+    """Whether a library is installed, and for a GPU, with what that takes."""
+    found = importlib.util.find_spec(library) is not None
+    if not found or kind == "cpu":
+        return found
+    if library == "torch":
+        import torch
+        return torch.cuda.is_available()
+    import jax
+    return jax.default_backend() == "gpu"
+
+
+def random_inputs(shapes: dict[str, tuple[int, ...]], **ids: tuple[tuple[int, ...], int]) -> dict[str, np.ndarray]:
+    """Normally distributed float32 arrays, and int32 ids (shape, limit), by name."""
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    return arrays | {name: rng.integers(0, limit, shape, np.int32) for name, (shape, limit) in ids.items()}
+
+
+def in_float64(inputs: Arrays) -> dict[str, np.ndarray]:
+    """The inputs, the floating ones in float64."""
+    return {name: array.astype(np.float64) if array.dtype == np.float32 else array for name, array in inputs.items()}
+
+
+def _cupy():
+    import cupy
+    return cupy

@@ -1,0 +1,231 @@
+"""An op, its candidates, and measuring them in turns.
+
+A benchmark is an op with the ways to compute it: our variants, the libraries', a plain one. At each of its sizes, every
+candidate is first verified against the reference; one that is wrong or fails is left out and its test fails. Those that
+are right are then timed in turns, all of them within each round, so that a machine that slows down does so for all.
+`pytest bench/` runs them, and pytest-benchmark shows, compares and saves them: each candidate is a test, each benchmark
+at some sizes a group. Its own loop would finish with one candidate before it starts the next, so it does not time
+anything: conftest.py measures a group when the first of its tests runs, and plays the seconds of each candidate back to
+pytest-benchmark through `ReplayedClock`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from bench.devices import Device, Sample
+from bench.floors import Work
+
+SIZES = ("tutorial", "default", "all")
+"""What a run can take: the first of each benchmark's sizes, some, or all."""
+
+PAUSE_SECONDS = {"cpu": 0.1, "cuda": 0.002}
+"""Rest before each sample: the worker threads of BLAS libraries spin for a while after the product that woke them."""
+
+SAMPLE_SECONDS, JOB_SECONDS = {"cpu": 0.02, "cuda": 0.001}, 0.05
+"""A sample of an op, and of a whole job, is at least as long: many times what clocks and events err."""
+
+ENERGY_SECONDS = 0.5
+"""The counter of a GPU moves about ten times a second."""
+
+MAX_CALLS, MAX_SETS = 1000, 64
+
+TOLERANCES = {"fp32": 2**-13, "tf32": 2**-7, "bf16": 2**-4}
+"""How far a result may lie from the reference, as a share of the largest entry. Bounds for what is plainly wrong, over
+sums as long as a benchmark's; tests/ holds the bounds that rounding allows."""
+
+Arrays = Mapping[str, np.ndarray]
+
+Result = TypeVar("Result")
+
+
+class Runnable(NamedTuple):
+    """A candidate on arrays of its own. run() queues or does the work; results() does it once and gives what is
+    verified, as NumPy arrays; notes() what else there is to record, after results()."""
+
+    run: Callable[[], object]
+    results: Callable[[], Arrays]
+    notes: Callable[[], dict[str, float]] = dict
+
+
+class Candidate(NamedTuple):
+    """A way to compute an op: its name in tables, the precision of its products, and what makes it from inputs."""
+
+    name: str
+    precision: str
+    make: Callable[[Arrays], Runnable]
+
+
+class Benchmark(NamedTuple):
+    """An op with its candidates, and the sizes at which it is measured.
+
+    work, inputs and candidates are functions of the sizes by name, candidates of the device, too. reference gives from
+    the inputs what is verified; a candidate's results hold some or all of it. sizes are those of a default run, the
+    first the tutorial's, sweep what `--sizes all` adds, and cpu_sizes what the CPU takes in place of both. whole_job:
+    timed by the clock on the wall, not by events, and on one set of arrays.
+    """
+
+    name: str
+    work: Callable[..., Work]
+    inputs: Callable[..., Arrays]
+    reference: Callable[[Arrays], Arrays]
+    candidates: Callable[..., Iterable[Candidate]]
+    sizes: Sequence[Mapping[str, int]]
+    sweep: Sequence[Mapping[str, int]] = ()
+    cpu_sizes: Sequence[Mapping[str, int]] = ()
+    whole_job: bool = False
+    tolerances: Mapping[str, float] = TOLERANCES
+
+    def sizes_on(self, device: Device, which: str) -> list[Mapping[str, int]]:
+        """Those of SIZES that a run is to take, each once."""
+        if device.kind == "cpu" and self.cpu_sizes:
+            sizes = self.cpu_sizes
+        else:
+            sizes = [*self.sizes, *(self.sweep if which == "all" else ())]
+        sizes = [size for index, size in enumerate(sizes) if size not in sizes[:index]]
+        return sizes[:1] if which == "tutorial" else sizes
+
+    def group(self, sizes: Mapping[str, int]) -> str:
+        """The name of the benchmark at some sizes."""
+        return " ".join([self.name, *(f"{axis}={size}" for axis, size in sizes.items())])
+
+
+def one_at_a_time(base: Mapping[str, int], **others: Sequence[int]) -> list[dict[str, int]]:
+    """Sizes that differ from the base along one axis."""
+    return [{**base, axis: size} for axis, sizes in others.items() for size in sizes]
+
+
+class Measured(NamedTuple):
+    """What was measured of one candidate: seconds of a call in each round, and what else there is to tell. Of a whole
+    job on a GPU that is `memory_mib`, taken from the making of the candidate to its verification, and `joules` of a
+    call, where the driver counts them."""
+
+    seconds: list[float]
+    host_bound: bool
+    notes: dict[str, float]
+
+
+class Failed(NamedTuple):
+    """Why a candidate was not timed."""
+
+    error: Exception
+
+
+def measure(benchmark: Benchmark, sizes: Mapping[str, int], candidates: Sequence[Candidate], device: Device,
+            rounds: int, pause: Callable[[float], None] = time.sleep) -> dict[str, Measured | Failed]:
+    """Verify candidates, then time those that are right in turns; by name."""
+    inputs = benchmark.inputs(**sizes)
+    expected = benchmark.reference(inputs)
+    outcomes: dict[str, Measured | Failed] = {}
+    runs: dict[str, Callable[[], Sample]] = {}
+    notes: dict[str, dict[str, float]] = {}
+    for candidate in candidates:
+        try:
+            before = device.memory_bytes(release=True) if benchmark.whole_job else 0
+            runnable = candidate.make(inputs)
+            assert_right(candidate.name, runnable.results(), expected, benchmark.tolerances[candidate.precision])
+            notes[candidate.name] = runnable.notes()
+            if benchmark.whole_job:
+                taken = device.memory_bytes(release=False) - before
+                notes[candidate.name] |= ({"memory_mib": taken / 2**20} if taken else {}) | energy(device, runnable)
+                runs[candidate.name] = whole_job_sampler(device, runnable)
+            else:
+                copies = copies_beyond_cache(benchmark.work(**sizes).bytes, device.cache_bytes)
+                rotation = [runnable, *(candidate.make(inputs) for _ in range(copies - 1))]
+                runs[candidate.name] = op_sampler(device, rotation)
+        except Exception as error:  # of a library as of ours: the others are measured all the same
+            outcomes[candidate.name] = Failed(error)
+    samples = interleave(runs, rounds, lambda: pause(PAUSE_SECONDS[device.kind]))
+    return outcomes | {
+        name: Measured([sample.seconds for sample in row], any(sample.host_bound for sample in row), notes[name])
+        for name, row in samples.items()}
+
+
+def assert_right(name: str, actual: Arrays, expected: Arrays, tolerance: float) -> None:
+    """Assert that results have the reference's shapes and lie within the tolerance of it.
+
+    Raises: AssertionError.
+    """
+    assert actual, f"{name}: nothing to verify"
+    for key, result in actual.items():
+        exact, result = expected[key], np.asarray(result)
+        assert result.shape == np.shape(exact), f"{name}: {key} has shape {result.shape}, not {np.shape(exact)}"
+        error = np.abs(result.astype(np.float64) - exact).max()
+        allowed = tolerance * np.abs(exact).max()
+        assert error <= allowed, f"{name}: {key} errs by {error:.3g}, allowed {allowed:.3g}"  # NaN is not <=
+
+
+def copies_beyond_cache(size: int, cache_bytes: int) -> int:
+    """How many copies of an op's arrays, of so many bytes, to take in turn so that each has left the cache when it
+    comes: between two calls on the same arrays, the others go through more than twice what the cache holds."""
+    return min(math.ceil(2 * cache_bytes / size) + 1, MAX_SETS) if size < 2 * cache_bytes else 1
+
+
+def op_sampler(device: Device, rotation: Sequence[Runnable]) -> Callable[[], Sample]:
+    """A function that takes one sample of an op: as many calls as a sample needs, on other arrays from call to call."""
+    turns = itertools.cycle(rotation)
+    for runnable in (*rotation, *rotation):  # compiles, fills caches of plans, records graphs
+        runnable.run()
+    once = device.sample([next(turns).run]).seconds
+    calls = min(math.ceil(SAMPLE_SECONDS[device.kind] / once), MAX_CALLS)
+    return lambda: device.sample([next(turns).run for _ in range(calls)])
+
+
+def whole_job_sampler(device: Device, runnable: Runnable) -> Callable[[], Sample]:
+    """A function that takes one sample of a job, which has been verified, by the clock."""
+    once = device.clock_sample([runnable.run]).seconds
+    calls = math.ceil(JOB_SECONDS / once)
+    return lambda: device.clock_sample([runnable.run] * calls)
+
+
+def energy(device: Device, runnable: Runnable) -> dict[str, float]:
+    """Joules of a call, over at least ENERGY_SECONDS; nothing where the device does not count them."""
+    before, calls, seconds = device.joules(), 0, 0.0
+    if before is None:
+        return {}
+    while seconds < ENERGY_SECONDS:
+        seconds += device.clock_sample([runnable.run] * 4).seconds * 4
+        calls += 4
+    return {"joules": (device.joules() - before) / calls}
+
+
+def interleave(candidates: Mapping[str, Callable[[], Result]], rounds: int,
+               pause: Callable[[], None]) -> dict[str, list[Result]]:
+    """What each candidate gives in each round.
+
+    In a round each is called once, and every round starts with another one. Entry k of every list is from round k:
+    ratios are taken within a round.
+    """
+    names = list(candidates)
+    results: dict[str, list[Result]] = {name: [] for name in names}
+    for index in range(rounds):
+        first = index % max(len(names), 1)
+        for name in names[first:] + names[:first]:
+            pause()
+            results[name].append(candidates[name]())
+    return results
+
+
+class ReplayedClock:
+    """A clock that only `replay` moves: through it, pytest-benchmark sees seconds that were measured before."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def now(self) -> float:
+        return self._now
+
+    def replay(self, seconds: Iterable[float]) -> Callable[[], None]:
+        """A function whose k-th call takes as long as the k-th entry."""
+        remaining = iter(seconds)
+
+        def advance() -> None:
+            self._now += next(remaining)
+
+        return advance

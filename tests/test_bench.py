@@ -1,0 +1,363 @@
+"""The benchmark suite's own logic: verification, turns, clocks and events, ceilings, floors, records, the front end."""
+
+import importlib
+import itertools
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import devices, floors, implementations, side_by_side, timing
+from bench.devices import Cpu, Gpu, Sample, queued_sample
+from bench.side_by_side import Benchmark, Candidate, Failed, Measured, Runnable, measure
+from kernels import runtime
+
+ROOT = Path(__file__).parent.parent
+
+TINY = {"T": 3, "B": 2, "V": 9, "E": 5, "H": 8, "N": 304, "M": 24, "K": 40, "R": 3}
+
+MODULES = ("matmul", "input_table", "gru", "cross_entropy", "adam", "dropout", "sample", "train_step", "generate")
+
+BENCHMARKS = {
+    value.name: value for module in MODULES for value in vars(importlib.import_module(f"bench.bench_{module}")).values()
+    if isinstance(value, Benchmark)}
+
+
+class FakeDriver:
+    """A GPU whose host queues a call in `host_seconds`, while each call takes the device `seconds`."""
+
+    l2_bytes = 1000
+
+    def __init__(self, host_seconds=0.0, seconds=1e-3):
+        self._host_seconds, self._seconds = host_seconds, seconds
+        self.host = self.device = 0.0
+        self.waits = []
+
+    def call(self):
+        self.host += self._host_seconds
+        self.device = max(self.device, self.host) + self._seconds
+
+    def wait(self, seconds):
+        self.waits.append(seconds)
+        self.device = max(self.device, self.host) + seconds
+
+    def record(self):
+        return max(self.device, self.host)
+
+    def passed(self, event):
+        return event <= self.host
+
+    def seconds(self, start, end):
+        self.host = max(self.host, end)
+        return end - start
+
+    def synchronize(self):
+        pass
+
+    def memory_bytes(self, release):
+        return 0 if release else 3 * 2**20
+
+    def joules(self):
+        return None
+
+
+def fake_gpu(executor) -> Gpu:
+    """The harness as a GPU, timed by a driver for which everything takes equally long."""
+    driver = FakeDriver()
+    products = {"fp32": (driver.call, 2e9), "bf16": (driver.call, 4e9)}
+    return Gpu(executor, Ticking(driver), lambda: products, {"cupy": "0"})
+
+
+class Ticking:
+    """A driver in which a millisecond lies between two events, whatever was queued."""
+
+    def __init__(self, driver):
+        self._driver, self._ticks = driver, itertools.count()
+
+    def __getattr__(self, name):
+        return getattr(self._driver, name)
+
+    def record(self):
+        return next(self._ticks)
+
+    def passed(self, event):
+        return False
+
+    def seconds(self, start, end):
+        return 1e-3 * (end - start)
+
+
+def tiny(benchmark: Benchmark) -> dict[str, int]:
+    return {axis: TINY[axis] for axis in benchmark.sizes[0]}
+
+
+def one_call_a_sample(monkeypatch) -> None:
+    monkeypatch.setattr(side_by_side, "SAMPLE_SECONDS", {"cpu": 1e-9, "cuda": 1e-9})
+    monkeypatch.setattr(side_by_side, "JOB_SECONDS", 1e-9)
+    monkeypatch.setattr(side_by_side, "MAX_SETS", 2)
+
+
+def measured(benchmark, device, chosen=lambda name: True):
+    sizes = tiny(benchmark)
+    candidates = [candidate for candidate in benchmark.candidates(device, **sizes) if chosen(candidate.name)]
+    outcomes = measure(benchmark, sizes, candidates, device, rounds=2, pause=lambda seconds: None)
+    for outcome in outcomes.values():
+        if isinstance(outcome, Failed):
+            raise outcome.error
+    assert all(len(outcome.seconds) == 2 for outcome in outcomes.values())
+    return outcomes
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_candidates_on_the_cpu_compute_what_the_reference_does(name, monkeypatch):
+    one_call_a_sample(monkeypatch)
+    chosen = measured(BENCHMARKS[name], Cpu(), lambda name: name in ("char-gru", "NumPy"))
+    assert chosen
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_candidates_on_the_harness_compute_what_the_reference_does(executor, name, monkeypatch):
+    """CuPy's array code runs as well, on NumPy in its place."""
+    one_call_a_sample(monkeypatch)
+    numpy_as_cupy = types.SimpleNamespace(**vars(np), asnumpy=np.array)
+    monkeypatch.setattr(implementations, "_cupy", lambda: numpy_as_cupy)
+    monkeypatch.setattr(implementations, "cublas_matmul", lambda A, B, C, precision: np.matmul(A, B, out=C))
+    outcomes = measured(BENCHMARKS[name], fake_gpu(executor), lambda name: name.startswith(("char-gru", "CuPy")))
+    chosen = {name: outcome for name, outcome in outcomes.items() if name.startswith("char-gru")}
+    assert chosen
+    if name in ("gru_forward", "gru_backward", "generate"):
+        assert {"stepwise", "persistent"} == {variant.split()[1] for variant in chosen}
+    if BENCHMARKS[name].whole_job:
+        assert {outcome.notes["memory_mib"] for outcome in chosen.values()} == {3}
+
+
+def test_sizes_of_a_run_are_distinct_and_start_with_the_tutorials():
+    for benchmark in BENCHMARKS.values():
+        first, default, swept = (benchmark.sizes_on(Cpu(), which) for which in side_by_side.SIZES)
+        assert len(first) == 1 and default[:1] == first and swept[:len(default)] == default
+        assert len({benchmark.group(sizes) for sizes in swept}) == len(swept)
+
+
+# Verification and turns
+
+def constant(name, value, order=None):
+    """A candidate whose result is constant."""
+    def make(inputs):
+        return Runnable(lambda: order.append(name) if order is not None else None,
+                        lambda: {"y": np.float32(value) * np.ones(3)})
+
+    return Candidate(name, "fp32", make)
+
+
+def doubled(candidates, **options) -> Benchmark:
+    return Benchmark("doubled", lambda n: floors.Work(0, 8 * n), lambda n: {"x": np.ones(n)},
+                     lambda inputs: {"y": np.full(3, 2.0)}, lambda device, n: candidates, sizes=({"n": 3},), **options)
+
+
+@pytest.mark.parametrize("wrong", [2.001, np.nan, -2, 0])
+def test_wrong_candidate_is_not_timed_and_the_others_are(wrong):
+    candidates = [constant("right", 2), constant("wrong", wrong)]
+    outcomes = measure(doubled(candidates), {"n": 3}, candidates, Cpu(), 2, pause=lambda seconds: None)
+    assert isinstance(outcomes["right"], Measured)
+    assert isinstance(outcomes["wrong"].error, AssertionError)
+
+
+def test_candidate_that_fails_or_verifies_nothing_is_left_out():
+    def failing(inputs):
+        raise RuntimeError("no such library")
+
+    candidates = [Candidate("failing", "fp32", failing),
+                  Candidate("silent", "fp32", lambda inputs: Runnable(lambda: None, dict))]
+    outcomes = measure(doubled(candidates), {"n": 3}, candidates, Cpu(), 2, pause=lambda seconds: None)
+    assert [str(outcome.error) for outcome in outcomes.values()] == ["no such library", "silent: nothing to verify"]
+
+
+def test_every_round_times_each_candidate_once_and_starts_with_another():
+    calls = []
+    results = side_by_side.interleave({name: lambda name=name: calls.append(name) or len(calls) for name in "abc"}, 4,
+                                      pause=lambda: None)
+    assert "".join(calls) == "abc" "bca" "cab" "abc"
+    assert results == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
+
+
+@pytest.mark.parametrize("nbytes, cache, copies", [
+    (100, 0, 1), (100, 50, 1), (100, 51, 3), (100, 1000, 21), (1, 10**6, 64)])
+def test_copies_are_more_than_the_cache_holds_twice(nbytes, cache, copies):
+    assert side_by_side.copies_beyond_cache(nbytes, cache) == copies
+
+
+def test_calls_of_a_sample_go_through_all_copies_in_turn(executor):
+    calls = []
+    rotation = [Runnable(lambda k=k: calls.append(k), dict) for k in range(3)]
+    sample = side_by_side.op_sampler(fake_gpu(executor), rotation)
+    assert calls == [0, 1, 2, 0, 1, 2, 0]
+    assert sample() == Sample(1e-3, False)
+    assert calls[7:] == [1]
+
+
+# Clocks, events, ceilings
+
+@pytest.mark.parametrize("host_seconds, waits", [(0, 1), (1e-4, 2), (1e-3, 4)])
+def test_wait_is_made_longer_until_the_host_is_ahead(host_seconds, waits):
+    driver = FakeDriver(host_seconds)
+    sample = queued_sample(driver, [driver.call] * 10)
+    assert sample == Sample(pytest.approx(1e-3), False)
+    assert driver.waits == list(devices.WAITS[:waits])
+
+
+def test_host_that_is_never_ahead_is_reported():
+    driver = FakeDriver(host_seconds=1.0)
+    assert queued_sample(driver, [driver.call] * 10).host_bound
+    assert driver.waits == list(devices.WAITS)
+
+
+def test_ceilings_of_a_gpu_come_from_its_events(executor, monkeypatch):
+    monkeypatch.setattr(devices, "COPIED_BYTES", 4096)
+    monkeypatch.setattr(devices, "PROBE_LAUNCHES", 3)
+    monkeypatch.setattr(devices, "PROBE_BARRIERS", 20)
+    ceilings = fake_gpu(executor).ceilings()
+    assert ceilings.bytes_per_second == pytest.approx(2 * 4096 / 1e-3)
+    assert ceilings.flop_per_second == pytest.approx({"fp32": 2e12, "bf16": 4e12})
+    assert ceilings.launch_seconds == pytest.approx(1e-3 / 3)
+    assert ceilings.barrier_seconds == 0  # the fake driver's time does not depend on what was queued
+    assert max(launch.group_barriers for launch in executor.launches if launch.kernel == "barriers") == 21 * 8
+
+
+def test_ceilings_of_a_cpu_are_positive(monkeypatch):
+    monkeypatch.setattr(devices, "COPIED_BYTES", 2**16)
+    monkeypatch.setattr(devices, "PRODUCT_SIZE", 64)
+    ceilings = Cpu().ceilings()
+    assert ceilings.bytes_per_second > 0 and ceilings.flop_per_second["fp32"] > 0
+    assert ceilings.launch_seconds == ceilings.barrier_seconds == 0
+
+
+@pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)
+def test_probes_compile(architecture):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    for text in (devices.PROBES.read_text(), devices.WAIT):
+        for use in runtime.compile_for(runtime.assemble("probes.cu", text, {}), architecture).values():
+            assert use.spill_stores == use.spill_loads == 0
+
+
+# Floors
+
+def test_floor_is_the_slower_of_memory_and_arithmetic_plus_launches_and_barriers():
+    ceilings = floors.Ceilings(1e9, {"fp32": 1e12, "bf16": 4e12}, 1e-6, 2e-6)
+    work = floors.Work(flop=8 * 10**9, bytes=10**6, launches=3, barriers=5)
+    assert floors.floor_seconds(work, ceilings, "fp32") == pytest.approx(8e-3 + 3e-6 + 10e-6)
+    assert floors.floor_seconds(work._replace(flop=0), ceilings, "bf16") == pytest.approx(1e-3 + 13e-6)
+
+
+def test_work_at_the_tutorials_sizes_is_that_of_the_formulas():
+    sizes = {"T": 100, "B": 64, "V": 66, "H": 1024}
+    step = floors.train_step(E=256, **sizes)
+    assert step.barriers == 2 * 100 + 2
+    recurrence_and_output = 3 * 2 * 6400 * (3 * 1024**2 + 1024 * 66)
+    input_products = 3 * 2 * 66 * 256 * 3072
+    assert step.flop == recurrence_and_output + input_products
+    assert floors.adam(10) == floors.Work(0, 280)
+    read, written = 3 * 1024**2 + 3 * 1024 + 66 * 3072 + 64 * 1024 + 6400, 5 * 6400 * 1024
+    assert floors.gru_forward(**sizes).bytes == 4 * (read + written)
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name not in ("train_step", "generate")])
+def test_bytes_of_an_op_are_those_of_its_arrays_at_least(name):
+    """No op can read less than what it returns, nor can it return nothing."""
+    benchmark = BENCHMARKS[name]
+    inputs = benchmark.inputs(**tiny(benchmark))
+    outputs = benchmark.reference(inputs)
+    written = sum(4 * np.size(array) for array in outputs.values())
+    assert benchmark.work(**tiny(benchmark)).bytes >= written
+
+
+# Records
+
+@pytest.fixture
+def entry():
+    candidates = [constant("char-gru", 2), constant("other", 2)]
+    benchmark, device = doubled(candidates), Cpu()
+    outcomes = {"char-gru": Measured([1.0, 2.0], False, {}), "other": Measured([3.0, 4.0], True, {"joules": 5.0})}
+    ceilings = floors.Ceilings(1e9, {"fp32": 1e12}, 0.0, 0.0)
+    return timing.entry(benchmark, {"n": 3}, device, ceilings, outcomes, dict.fromkeys(outcomes, "fp32"))
+
+
+def test_entry_holds_seconds_circumstances_work_and_ceilings(entry):
+    assert entry["candidates"] == {
+        "char-gru": {"precision": "fp32", "seconds": [1.0, 2.0], "host_bound": False},
+        "other": {"precision": "fp32", "seconds": [3.0, 4.0], "host_bound": True, "joules": 5.0}}
+    assert floors.Work(**entry["work"]) == (0, 24, 1, 0)
+    assert floors.Ceilings(**entry["ceilings"]).bytes_per_second == 1e9
+    assert entry["tutorial"] and entry["sizes"] == {"n": 3}
+    assert {"cpu", "cores", "numpy", "commit", "date"} <= entry["machine"].keys()
+
+
+def test_record_replaces_a_group_and_keeps_the_others(entry, tmp_path):
+    timing.record("b", entry, tmp_path)
+    timing.record("a", entry, tmp_path)
+    timing.record("b", entry | {"sizes": {"n": 4}}, tmp_path)
+    [path] = tmp_path.iterdir()
+    assert path.name.startswith("cpu-")
+    assert {name: group["sizes"]["n"] for name, group in json.loads(path.read_text()).items()} == {"a": 3, "b": 4}
+
+
+def test_results_of_a_gpu_have_a_file_of_their_own(entry, tmp_path):
+    timing.record("a", entry | {"machine": entry["machine"] | {"gpu": "NVIDIA X (100)"}}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["cuda-nvidia-x-100.json"]
+
+
+# Front end
+
+SUITE = """
+import numpy as np, pytest
+from bench import floors
+from bench.side_by_side import Benchmark, Candidate, Runnable
+
+def candidate(name, value):
+    return Candidate(name, "fp32", lambda inputs: Runnable(lambda: None, lambda: {"y": np.array(value)}))
+
+COPY = Benchmark("copy", lambda n: floors.Work(0, 8 * n), lambda n: {"x": np.ones(n)},
+                 lambda inputs: {"y": np.array(2.0)},
+                 lambda device, n: [candidate("char-gru", 2.0), candidate("other", 2.0), candidate("wrong", 3.0)],
+                 sizes=({"n": 3},), sweep=({"n": 4},))
+
+@pytest.mark.side_by_side(COPY)
+def test_copy(turn):
+    turn()
+
+def test_of_something_else():
+    pass
+"""
+
+
+def run_suite(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    pytest.importorskip("pytest_benchmark")
+    (folder / "bench_copy.py").write_text(SUITE)
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", str(folder), "-p", "bench.conftest",
+         "--device", "cpu", "--results", str(folder / "results"), "--benchmark-json", str(folder / "saved.json"),
+         *options, str(folder / "bench_copy.py")], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_front_end_measures_a_group_in_turns_and_plays_it_back(tmp_path):
+    done = run_suite(tmp_path, "--rounds", "5")
+    assert "1 failed, 3 passed" in done.stdout and "wrong: y errs by 1" in done.stdout, done.stdout + done.stderr
+    [path] = (tmp_path / "results").iterdir()
+    [(group, recorded)] = json.loads(path.read_text()).items()
+    saved = {run["name"]: run for run in json.loads((tmp_path / "saved.json").read_text())["benchmarks"]}
+    assert group == "copy n=3" and recorded["candidates"].keys() == {"char-gru", "other"}
+    for name, made in recorded["candidates"].items():
+        run = saved[f"test_copy[n=3-{name}]"]
+        assert run["group"] == group and run["stats"]["rounds"] == 5
+        assert run["stats"]["median"] == pytest.approx(np.median(made["seconds"]))
+        assert run["extra_info"]["GB/s"] == pytest.approx(24 / run["stats"]["median"] / 1e9)
+
+
+@pytest.mark.parametrize("options", [("--rounds", "2"), ("--rounds", "5", "-k", "other")])
+def test_few_rounds_and_part_of_a_group_are_not_recorded(tmp_path, options):
+    done = run_suite(tmp_path, *options)
+    assert "passed" in done.stdout, done.stdout + done.stderr
+    assert not (tmp_path / "results").exists()
