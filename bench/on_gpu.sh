@@ -1,12 +1,19 @@
 #!/usr/bin/env bash
-# What needs an NVIDIA GPU, in one go, past failures: bench/on_gpu.sh OUTDIR [TEXT]
-#   tests of all kernels on the GPU; compute-sanitizer on a small training run and a small generation; one epoch of the
-#   tutorial with and without CUDA graphs, and ten epochs twice, which must give equal bytes. TEXT is what to train on
-#   (default: what train.py takes by default).
-# Each part's output goes to OUTDIR/PART.log; a summary is printed last and kept in OUTDIR/summary.txt.
+# What needs an NVIDIA GPU, in one go, past failures: bench/on_gpu.sh [--quick] OUTDIR [TEXT]
+#   the benchmark suite; tests of all kernels on the GPU; compute-sanitizer on a small training run and a small
+#   generation; one epoch of the tutorial with and without CUDA graphs, and ten epochs twice, which must give equal
+#   bytes. TEXT is what to train on (default: what train.py takes by default).
+#   --quick: the benchmarks of our own kernels at the tutorial's sizes, one sanitizer, not the ten epochs.
+# Each part's output goes to OUTDIR/PART.log, the benchmarks' results to OUTDIR/results, to be moved to bench/results; a
+# summary is printed last and kept in OUTDIR/summary.txt.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$(mkdir -p "${1:?usage: bench/on_gpu.sh OUTDIR [TEXT]}" && cd "$1" && pwd)
+quick=
+if [ "${1-}" = --quick ]; then
+    quick=yes
+    shift
+fi
+out=$(mkdir -p "${1:?usage: bench/on_gpu.sh [--quick] OUTDIR [TEXT]}" && cd "$1" && pwd)
 text=(${2:+--data "$2"})
 : > "$out/summary.txt"
 
@@ -30,32 +37,46 @@ equal_bytes() {  # the files of two runs that hold no clock times
     done
 }
 
-part device nvidia-smi
-part tests python -m pytest -q --gpu tests/test_{mma,matmul,input_table,gru,cross_entropy,adam,dropout}*.py \
-    tests/test_generate_kernels*.py tests/test_{sample,interface,model_on_kernels}.py
-
+# Each group is recorded when it is done, so what a limit of time cuts off is the end of this list.
+suite=(bench/bench_{gru,train_step,generate,matmul,cross_entropy,adam,input_table,sample,dropout,time_to_loss}.py)
 small=(--data python-docs --rnn-units 70 --embedding-dim 20 --batch-size 5 --seq-length 7 --layers 2 --dropout 0.2
        --val-fraction 0 --steps 2 --device cuda)
+tools=(memcheck racecheck initcheck synccheck) runs=(first second)
+measure=(timeout 240 python -m pytest -q --device cuda --results "$out/results" "${suite[@]}")
+check=(timeout 120 python -m pytest -q --gpu tests/test_{mma,matmul,input_table,gru,cross_entropy,adam,dropout}*.py
+       tests/test_generate_kernels*.py tests/test_{sample,interface,model_on_kernels}.py)
+if [ "$quick" ]; then
+    measure=(timeout 40 "${measure[@]:2}" --sizes tutorial --rounds 5 -k char-gru)
+    check=(timeout 30 "${check[@]:2}" -x)
+    tools=(memcheck) runs=()
+fi
+
+part device nvidia-smi
+part suite "${measure[@]}"
+part tests "${check[@]}"
+
 export -f command_line
-for tool in memcheck racecheck initcheck synccheck; do
+for tool in "${tools[@]}"; do
     rm -rf "$out/small"
-    part "$tool-train" compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
+    part "$tool-train" timeout 30 compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
         bash -c 'command_line train "$@"' _ "${small[@]}" --out "$out/small"
-    part "$tool-generate" compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
-        bash -c 'command_line generate "$@"' _ "$out/small" --prompt the --num-samples 3 --length 5 --top-k 5 --device cuda
+    part "$tool-generate" timeout 30 compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
+        bash -c 'command_line generate "$@"' _ "$out/small" --prompt the --num-samples 3 --length 5 --top-k 5 \
+        --device cuda
 done
 
 rm -rf "$out/graph" "$out/no-graph"
-part one-epoch-graph python train.py "${text[@]}" --epochs 1 --device cuda --out "$out/graph"
-part one-epoch-no-graph python train.py "${text[@]}" --epochs 1 --device cuda --no-graph --out "$out/no-graph"
+part one-epoch-graph timeout 30 python train.py "${text[@]}" --epochs 1 --device cuda --out "$out/graph"
+part one-epoch-no-graph timeout 30 python train.py "${text[@]}" --epochs 1 --device cuda --no-graph \
+    --out "$out/no-graph"
 part graph-equal-bytes equal_bytes "$out/graph" "$out/no-graph"
 
-for run in first second; do
+for run in ${runs[@]+"${runs[@]}"}; do
     rm -rf "$out/$run"
-    part "ten-epochs-$run" python train.py "${text[@]}" --epochs 10 --device cuda --out "$out/$run"
+    part "ten-epochs-$run" timeout 60 python train.py "${text[@]}" --epochs 10 --device cuda --out "$out/$run"
 done
-part equal-bytes equal_bytes "$out/first" "$out/second"
-part generate python generate.py "$out/first" --prompt "ROMEO:" --length 1000 --seed 1 --device cuda
+[ "$quick" ] || part equal-bytes equal_bytes "$out/first" "$out/second"
+part generate python generate.py "$out/${runs[0]-graph}" --prompt "ROMEO:" --length 1000 --seed 1 --device cuda
 rm -rf "$out/small" "$out/graph" "$out/no-graph" "$out/second" "$out"/first/*.safetensors
 
 cat "$out/summary.txt"
