@@ -46,8 +46,8 @@ KERNELS = (
     ("clipping and Adam", "one pass over the data", "", "adam", ""),
     ("sampling", "one block per text, no sort for top-k and top-p", "", "sample", ""),
     ("generation", "persistent: all characters of a call in one launch, weights on chip, layers + 1 barriers per "
-     "character", "fp32", "generate", "persistent"),
-    ("", "stepwise: layers + 2 launches per character", "fp32", "generate", "stepwise"),
+     "character", "fp32, or bf16 weights", "generate", "persistent"),
+    ("", "stepwise: layers + 2 launches per character", "fp32, or bf16 weights", "generate", "stepwise"),
 )
 """Op, variant, what its products are in; and which results say that it has run: benchmark, and a word of the name."""
 

@@ -54,8 +54,10 @@ def read(array) -> Callable[[], np.ndarray]:
         content = to_host(array)
         return lambda: content
     content = _pinned(array)
-    array.get(out=content, blocking=False)
-    arrived = _end_of_copy(content)
+    try:
+        array.get(out=content, blocking=False)
+    finally:  # Ctrl-C may come in between, and what is copied to must not be freed
+        arrived = _end_of_copy(content)
 
     def arrived_content() -> np.ndarray:
         arrived.synchronize()

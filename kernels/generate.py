@@ -167,11 +167,13 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
 def _generate_persistent(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, counters, options: list,
                          plan: GenerationPlan) -> None:
     layers, R, H = h.shape
+    if len(forced_tr) == 0:
+        return
     T, V, width, matrices, padded_units = len(forced_tr), len(P), _width(H), 2 * layers - 1, plan.blocks * plan.units
     weights = scratch("generate weights", (matrices, padded_units, 3, width // (1 + plan.constants["BF16"])), np.uint32)
     biases = scratch("generate biases", (matrices, padded_units, 3))
     states = scratch("generate states", (2, layers, R, width))
-    logits = scratch("generate logits", (plan.groups * plan.blocks, plan.group_rows, _round_up(V, 4)))
+    logits = scratch("generate logits", (plan.groups * plan.blocks, plan.group_rows, _round_up(V, 4)), zeros=True)
     for matrix in range(matrices):
         of = f"hh.{matrix // 2}" if matrix % 2 == 0 else f"ih.{matrix // 2 + 1}"
         runtime.launch("generate_persistent", "pack", -(-weights[matrix].size // THREADS), THREADS,

@@ -394,7 +394,8 @@ write_text(float *h, int *ids, int *ids_tr, float *states, float *partial_logits
             if (threadIdx.x == 0)
                 ids[first_row + row] = ids_tr[at] = id;
         }
-        arrive();
+        if (t + 1 < T)
+            arrive();  // the last one nobody would wait for, and it might come after the counters are set back
     }
     group_leave(counter, counter + 1, blocks);
     for (int layer = 0; layer < layers; ++layer)

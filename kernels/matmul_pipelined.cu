@@ -243,6 +243,7 @@ __device__ __forceinline__ void product(Element *shared, float *__restrict__ C, 
         fragments = next;
     }
 #endif
+    cp_async_wait<0>();  // those that only fill with zeros, too: a thread has to be there when they end
     float *C_split = C + size_t(blockIdx.z) * M * N;
     sums.each([=](int i, int j, float value) {
         const int m = m0 + i, n = n0 + j;

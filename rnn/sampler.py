@@ -222,9 +222,12 @@ class _Inputs:
 def _chunks(writer: _Writer, inputs: _Inputs, length: int, largest: int) -> Iterator[tuple[int, Callable]]:
     """Launch the steps of a stream: (number of the first step, what gives the ids), chunk by chunk."""
     start, first_drawn, end = 0, inputs.prompt_steps.min(), inputs.prompt_steps.max() + length
-    while start < first_drawn:  # nothing is drawn, so there is nothing to read
+    launched: list[Callable] = []
+    while start < first_drawn:  # nothing is drawn, so ids are read only to stay no more than two chunks ahead
         T = min(largest, first_drawn - start)
-        writer.write(*inputs.take(T))
+        launched.append(writer.write(*inputs.take(T)))
+        if len(launched) > 2:
+            launched.pop(0)()
         start += T
     size, before = FIRST_CHUNK, time.perf_counter()
     while length == 0 or start < end:
