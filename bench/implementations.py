@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 import kernels
-from bench.devices import Device, cublas_matmul
+from bench.devices import Device, cores, cublas_matmul
 from bench.side_by_side import Arrays, Candidate, Runnable
-from bench.timing import cores
 from rnn import reference
 
 OURS = "char-gru"

@@ -113,7 +113,7 @@ def ops_table(entries: Sequence[dict]) -> str:
             median, low, high = spread(made["seconds"])
             of_memory = work.bytes / median / ceilings.bytes_per_second
             of_arithmetic = work.flop / median / ceilings.flop_per_second[made["precision"]]
-            ceiling = (f"{of_memory:.0%} of copy" if of_memory >= of_arithmetic else
+            ceiling = (f"{of_memory:.0%} of memory" if of_memory >= of_arithmetic else
                        f"{of_arithmetic:.0%} of product")
             floor = floor_seconds(work, ceilings, made["precision"])
             rows.append([f"{entry['benchmark']} ({_sizes(entry)})" if index == 0 else "", name,
@@ -124,7 +124,7 @@ def ops_table(entries: Sequence[dict]) -> str:
     ceilings = Ceilings(**entries[0]["ceilings"])
     rates = ", ".join(f"{_figures(rate / 1e9)} GFLOP/s in {precision}"
                       for precision, rate in ceilings.flop_per_second.items())
-    text = (f"{_circumstances(entries[0])} Ceilings measured in the same run: a copy "
+    text = (f"{_circumstances(entries[0])} Ceilings measured in the same run: memory "
             f"{_figures(ceilings.bytes_per_second / 1e9)} GB/s, the library's large product {rates}")
     if ceilings.launch_seconds:
         text += (f"; {_figures(1e6 * ceilings.launch_seconds)} us from launch to launch, "

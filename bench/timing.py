@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import statistics
@@ -18,11 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.devices import Device
+from bench.devices import Device, cores
 from bench.floors import Ceilings
 from bench.side_by_side import Benchmark, Measured
 
 RESULTS = Path(__file__).parent / "results"
+
 
 class Spread(NamedTuple):
     """Median, lowest and highest of some measurements."""
@@ -52,11 +52,6 @@ def peak_memory_mib(command: Sequence[str]) -> float:
                           text=True)
     unit = 1 if sys.platform == "darwin" else 1024
     return int(done.stdout) * unit / 2**20
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def machine() -> dict:

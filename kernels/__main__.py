@@ -1,5 +1,5 @@
 """What can be said of the kernels with no GPU: compiles every one and prints what it takes, ``python -m kernels [--arch
-sm_80 sm_90]``; or prints how the recurrence would run, ``python -m kernels --plan --device-like h100``.
+sm_80 sm_90]``; or prints how recurrence and generation would run, ``python -m kernels --plan --device-like h100``.
 """
 
 import argparse
@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from .generate import GenerationPlan, generation_plan
 from .modules import modules_for
 from .plan import GPUS, PACK, RecurrencePlan, backward_plan, forward_plan, precisions
 from .runtime import ARCHITECTURES, GPU, CompileError, DeviceError, ResourceUse, compile_for, current_executor, source
 
 HEADER = ("architecture", "module", "constants", "kernel", "registers", "shared bytes", "spilled bytes")
 _CUT = RecurrencePlan._fields[RecurrencePlan._fields.index("groups"):] + ("registers", "shared_bytes")
+_GENERATION_CUT = GenerationPlan._fields[GenerationPlan._fields.index("groups"):]
 _WIDTHS = (12, 23, 75, 23, 9, 12, 13)
 
 
@@ -74,7 +76,7 @@ def main(arch: tuple[str, ...] = ARCHITECTURES) -> int:
 
 def plan_lines(gpu: GPU, precision: str, batch_size: int, rnn_units: int, layers: int,
                vocabulary: int) -> Iterator[str]:
-    """How each layer's recurrence runs on a GPU, and why.
+    """How each layer's recurrence and the generation of text run on a GPU, and why.
 
     Raises: ValueError for a precision that the GPU has not.
     """
@@ -90,6 +92,12 @@ def plan_lines(gpu: GPU, precision: str, batch_size: int, rnn_units: int, layers
             yield f"layer {layer} {direction}: {plan.variant}; {plan.reason}"
             if plan.variant == "persistent":
                 yield "    " + " ".join(f"{name}={getattr(plan, name)}" for name in _CUT)
+    weights = "bf16" if precision == "bf16" else "fp32"
+    for rows in sorted({1, batch_size}):
+        plan = generation_plan(gpu, rows, vocabulary, rnn_units, layers, weights)
+        yield f"generation, {rows} row{'s' * (rows > 1)}: {plan.variant}; {plan.reason}"
+        if plan.variant == "persistent":
+            yield "    " + " ".join(f"{name}={getattr(plan, name)}" for name in _GENERATION_CUT)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,9 +120,9 @@ def command(arguments: Sequence[str] | None = None) -> int:
         Exit status: as `main`; 2 also for a bad command line, and for a plan where there is no GPU.
     """
     parser = _Parser(prog="python -m kernels", allow_abbrev=False,
-                     description="Compile every kernel and print what it takes, or plan the recurrence; with no GPU.")
+                     description="Compile every kernel and print what it takes, or plan recurrence and generation; with no GPU.")
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="GPU architectures to compile for")
-    parser.add_argument("--plan", action="store_true", help="print how the recurrence runs on a GPU; compile nothing")
+    parser.add_argument("--plan", action="store_true", help="print how recurrence and generation run on a GPU; compile nothing")
     of_plan = parser.add_argument_group("with --plan")
     of_plan.add_argument("--device-like", choices=GPUS, help="the GPU to plan for (default: this machine's)")
     of_plan.add_argument("--precision", choices=("auto", *PACK), default="auto")
