@@ -120,9 +120,11 @@ def command(arguments: Sequence[str] | None = None) -> int:
         Exit status: as `main`; 2 also for a bad command line, and for a plan where there is no GPU.
     """
     parser = _Parser(prog="python -m kernels", allow_abbrev=False,
-                     description="Compile every kernel and print what it takes, or plan recurrence and generation; with no GPU.")
+                     description="Compile every kernel and print what it takes, or plan recurrence and "
+                                 "generation; with no GPU.")
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="GPU architectures to compile for")
-    parser.add_argument("--plan", action="store_true", help="print how recurrence and generation run on a GPU; compile nothing")
+    parser.add_argument("--plan", action="store_true",
+                        help="print how recurrence and generation run on a GPU; compile nothing")
     of_plan = parser.add_argument_group("with --plan")
     of_plan.add_argument("--device-like", choices=GPUS, help="the GPU to plan for (default: this machine's)")
     of_plan.add_argument("--precision", choices=("auto", *PACK), default="auto")

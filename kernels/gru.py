@@ -18,8 +18,8 @@ class GRUSaved(NamedTuple):
 
     h_tb (T+1, B, H): states, `h_tb[0]` the initial one; gates_tb (T, B, 3H): r, z, n; a_n_tb (T, B, H);
     da_tb (T, B, 3H), di_n_tb (T, B, H): gradients, written by the backward pass. h16_tb (T, B, H) and da16_tb
-    (T, B, 3H): the operands of dW_hh in bf16, without steps in other precisions. The others serve the backward pass from step to
-    step, as gru.cu says, and in the end to sort positions by id.
+    (T, B, 3H): the operands of dW_hh in bf16, without steps in other precisions. The others serve the backward pass
+    from step to step, as gru.cu says, and in the end to sort positions by id.
     """
 
     h_tb: Any
@@ -44,12 +44,14 @@ def gru_saved(T: int, B: int, H: int, dtype=np.float32, *, precision="fp32") -> 
     return GRUSaved(
         h_tb=runtime.empty((T + 1, B, H), dtype), gates_tb=runtime.empty((T, B, 3 * H), dtype),
         a_n_tb=runtime.empty((T, B, H), dtype), da_tb=runtime.empty((T, B, 3 * H), dtype),
-        di_n_tb=runtime.empty((T, B, H), dtype), h16_tb=bf16(H), da16_tb=bf16(3 * H), dh_z_b=runtime.empty((B, H), dtype),
+        di_n_tb=runtime.empty((T, B, H), dtype), h16_tb=bf16(H), da16_tb=bf16(3 * H),
+        dh_z_b=runtime.empty((B, H), dtype),
         products_gb=runtime.empty((3, B, H), dtype), arrived=runtime.zeros((_dh_tiles(B, H),), np.uint32),
         sorting=runtime.empty((sum_by_id_scratch_size(T * B),), np.int32))
 
 
-def gru_forward(P, ids_tb, W_hh, b_hh, h0, saved: GRUSaved, *, precision="fp32", plan: RecurrencePlan | None = None) -> None:
+def gru_forward(P, ids_tb, W_hh, b_hh, h0, saved: GRUSaved, *, precision="fp32",
+                plan: RecurrencePlan | None = None) -> None:
     """One GRU layer over a window; the input product of step t, row b is `P[ids_tb[t, b]]`.
 
     tf32 and bf16 round the operands of W_hh h, nothing else. The window may be shorter than what `saved` is made for.
@@ -99,7 +101,8 @@ def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh
     runtime.check("db_hh", db_hh, np.float32, (3 * H,))
     runtime.check("dh0", dh0, np.float32, (B, H))
     _check(ids_tb, W_hh, saved, precision)
-    plan = plan or backward_plan(runtime.current_executor().gpu, B, H, precision, V_out=0 if W_y is None else M, V_in=len(dP))
+    plan = plan or backward_plan(runtime.current_executor().gpu, B, H, precision,
+                                 V_out=0 if W_y is None else M, V_in=len(dP))
     if W_y is not None and not plan.fold_steps:
         dh_tb = scratch("gru_backward", (T, B, H))
         matmul(dy_tb.reshape(T * B, M), W_y, dh_tb.reshape(T * B, H), precision=precision)

@@ -27,10 +27,11 @@ def backward(plan: RecurrencePlan, dy_tb, W_y, ids_tb, W_hh, saved, dP, db_hh, d
     groups, N, V = plan.groups, 0 if W_y is None else len(W_y), len(dP) if plan.sums_on_chip else 0
     dP_g = scratch("gru_backward dP", (groups, V, 3 * H)) if V and groups > 1 else dP
     db_g = scratch("gru_backward db", (groups, 3 * H)) if groups > 1 else db_hh
-    partials = scratch("gru_backward partials", (groups * plan.row_tiles, plan.blocks, plan.splits, plan.rows, plan.units))
+    tiles = groups * plan.row_tiles
+    partials = scratch("gru_backward partials", (tiles, plan.blocks, plan.splits, plan.rows, plan.units))
     runtime.launch("gru_backward_persistent", "gru_backward_persistent", plan.grid, THREADS,
-                   [saved.da_tb, saved.da16_tb, saved.di_n_tb, dh0, dP_g, db_g, saved.dh_z_b, _exchange("gru_backward", plan),
-                    partials, _counters("gru_backward", groups * (1 + plan.blocks)), dy_tb,
+                   [saved.da_tb, saved.da16_tb, saved.di_n_tb, dh0, dP_g, db_g, saved.dh_z_b,
+                    _exchange("gru_backward", plan), partials, _counters("gru_backward", groups * (1 + plan.blocks)), dy_tb,
                     W_hh if W_y is None else W_y, W_hh, saved.h_tb, saved.gates_tb, saved.a_n_tb, ids_tb,
                     *map(np.int32, (T, B, H, N, V, groups))],
                    constants=constants(plan), shared_bytes=plan.shared_bytes, cooperative=True)
@@ -51,7 +52,8 @@ def constants(plan: RecurrencePlan) -> dict[str, int]:
 def _exchange(op: str, plan: RecurrencePlan):
     """Zero where k lies behind the matrix: nobody writes there, in this precision and for this K."""
     steps = plan.splits * WARPS * plan.k_steps
-    return scratch(f"{op} {plan.precision} {plan.K}", (2, plan.groups * plan.row_tiles, steps, plan.rows * WORDS), np.uint32, zeros=True)
+    shape = 2, plan.groups * plan.row_tiles, steps, plan.rows * WORDS
+    return scratch(f"{op} {plan.precision} {plan.K}", shape, np.uint32, zeros=True)
 
 
 def _counters(op: str, count: int):

@@ -196,8 +196,8 @@ def accumulators(rows: int, columns: int) -> int:
 
 
 def operand_registers(rows: int, columns: int, precision: str) -> int:
-    """Registers of a thread for what it has gathered and what is on its way, for which resident.cuh has X_STEPS; with 64
-    rows, the compiler has been seen to take more."""
+    """Registers of a thread for what it has gathered and what is on its way, for which resident.cuh has X_STEPS; with
+    64 rows, the compiler has been seen to take more."""
     if precision != "fp32":
         return 48 if rows == 64 else 32
     return 2 * rows * (1 if rows * columns > 1024 or rows == 64 else 2)
