@@ -109,6 +109,33 @@ def torch_of(direction):
     return make
 
 
+def flashrnn_forward(library, inputs, backend="cuda"):
+    """FlashRNN's GRU on embedded characters. It wants the gates n, r, z of the recurrent product, r, z, n of the input
+    product, and biases of n inside and of r, z, n outside the reset gate; its `vanilla` backend runs on a CPU."""
+    from flashrnn import flashrnn
+
+    torch, dtype = library.torch, {"fp32": "float32", "bf16": "bfloat16"}[library.precision]
+
+    def array(values):
+        return library.array(values).to(getattr(torch, dtype))
+
+    H = inputs["h0"].shape[1]
+    x_bt = array(inputs["W_emb"][inputs["ids_tb"].swapaxes(0, 1)])
+    W_ih, b_ih, h0 = array(inputs["W_ih"]), array(inputs["b_ih"]), array(inputs["h0"])
+    r, z, n = range(3)
+    R = array(inputs["W_hh"].reshape(3, 1, H, H)[[n, r, z]])
+    b_hh = inputs["b_hh"].reshape(3, 1, H)
+    b = array(np.concatenate([b_hh[[n, r, z]], np.zeros_like(b_hh[:1])]))
+
+    @torch.no_grad()
+    def run():
+        Wx = torch.nn.functional.linear(x_bt, W_ih, b_ih).unflatten(2, (3, 1, H))
+        h, _ = flashrnn(Wx, R, b, h0[None, :, None, None], function="gru", backend=backend, dtype=dtype)
+        return {"h_tb": torch.cat([h0[None], h[0, :, :, 0].transpose(0, 1)])}
+
+    return library.runnable(run)
+
+
 def benchmark(direction, work):
     def reference(inputs):
         return ours(direction, numpy_ops, in_float64(inputs)).results()
@@ -124,6 +151,9 @@ def benchmark(direction, work):
                                     functools.partial(ours, direction, ops, plan=plan))
         if direction == "forward":
             yield from plain_candidates(device, plain_forward)
+            yield from torch_candidates(device, flashrnn_forward, name="FlashRNN", package="flashrnn",
+                                        precisions=[precision for precision in ("fp32", "bf16")
+                                                    if device.kind == "cuda" and precision in device.precisions])
         yield from torch_candidates(device, torch_of(direction))
 
     base = {"T": tutorial.T, "B": tutorial.B, "V": tutorial.SIZES.V, "H": tutorial.SIZES.H}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,14 +112,16 @@ class Torch:
         return Runnable(switched_run, results)
 
 
-def torch_candidates(device: Device, make: Callable[[Torch, Arrays], Runnable],
-                     products: bool = True) -> Iterator[Candidate]:
-    """PyTorch in each precision, an op without products in one; none where it is not installed."""
-    if not installed("torch", device.kind):
+def torch_candidates(device: Device, make: Callable[[Torch, Arrays], Runnable], products: bool = True,
+                     name: str = "PyTorch", package: str = "torch",
+                     precisions: Sequence[str] | None = None) -> Iterator[Candidate]:
+    """PyTorch, or a package built on it, in each precision, an op without products in one; none where it is not
+    installed."""
+    if not installed("torch", device.kind) or importlib.util.find_spec(package) is None:
         return
-    for precision in device.precisions if products else ("fp32",):
-        name = "PyTorch" if device.kind == "cpu" else f"PyTorch {precision}"
-        yield Candidate(name, precision, lambda inputs, precision=precision: make(Torch(device, precision), inputs))
+    for precision in (device.precisions if products else ("fp32",)) if precisions is None else precisions:
+        yield Candidate(name if device.kind == "cpu" else f"{name} {precision}", precision,
+                        lambda inputs, precision=precision: make(Torch(device, precision), inputs))
 
 
 def installed(library: str, kind: str) -> bool:

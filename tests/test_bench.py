@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import devices, floors, implementations, side_by_side, timing
+from bench import bench_gru, devices, floors, implementations, side_by_side, timing
 from bench.devices import Cpu, Gpu, Sample, queued_sample
 from bench.side_by_side import Benchmark, Candidate, Failed, Measured, Runnable, measure
 from kernels import runtime
@@ -361,3 +361,13 @@ def test_few_rounds_and_part_of_a_group_are_not_recorded(tmp_path, options):
     done = run_suite(tmp_path, *options)
     assert "passed" in done.stdout, done.stdout + done.stderr
     assert not (tmp_path / "results").exists()
+
+
+def test_flashrnn_is_given_the_model_in_its_own_order():
+    """By its backend for a CPU; it stays out of tables where it is not installed."""
+    pytest.importorskip("torch")
+    pytest.importorskip("flashrnn")
+    inputs = bench_gru.inputs(T=3, B=2, V=5, H=8)
+    library = implementations.Torch(devices.Cpu(), "fp32")
+    results = bench_gru.flashrnn_forward(library, inputs, backend="vanilla").results()
+    side_by_side.assert_right("FlashRNN", results, bench_gru.FORWARD.reference(inputs), 2**-13)
