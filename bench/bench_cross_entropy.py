@@ -27,9 +27,9 @@ def forward_of(ops, inputs):
 
 def backward_of(ops, inputs):
     dlogits_tb, h_tb = (on(ops, inputs[name], activations=True) for name in ("dlogits_tb", "h_tb"))
-    W_out = on(ops, inputs["W_out"])
-    dW_out, db_out = ops.empty(W_out.shape, W_out.dtype), ops.empty(W_out.shape[:1], W_out.dtype)
-    return runnable(ops, lambda: ops.cross_entropy_backward(dlogits_tb, h_tb, W_out, dW_out, db_out),
+    V, H, dtype = dlogits_tb.shape[2], h_tb.shape[2], h_tb.dtype
+    dW_out, db_out = ops.empty((V, H), dtype), ops.empty((V,), dtype)
+    return runnable(ops, lambda: ops.cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out),
                     dW_out=dW_out, db_out=db_out)
 
 

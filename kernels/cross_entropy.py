@@ -35,18 +35,16 @@ def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, *, p
     runtime.launch("cross_entropy", "mean_loss", 1, MEAN_THREADS, [loss, losses, np.int32(T * B)], constants=module)
 
 
-def cross_entropy_backward(dlogits_tb, h_tb, W_out, dW_out, db_out, *, precision="fp32") -> None:
+def cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out, *, precision="fp32") -> None:
     """Gradients of the output layer's parameters. That of h_tb, dlogits_tb W_out, is `gru_backward`'s to make.
 
-    Shapes: dlogits_tb (T, B, V); h_tb (T, B, H); W_out (V, H); results dW_out (V, H), db_out (V,).
+    Shapes: dlogits_tb (T, B, V); h_tb (T, B, H); results dW_out (V, H), db_out (V,).
     Raises: ValueError.
     Equals: dlogits^T h and dlogits, summed over positions.
     """
-    T, B, V = dlogits_tb.shape
-    H = W_out.shape[1]
+    (T, B, V), H = dlogits_tb.shape, h_tb.shape[2]
     runtime.check("dlogits_tb", dlogits_tb, np.float32, (T, B, V))
     runtime.check("h_tb", h_tb, np.float32, (T, B, H))
-    runtime.check("W_out", W_out, np.float32, (V, H))
     runtime.check("dW_out", dW_out, np.float32, (V, H))
     runtime.check("db_out", db_out, np.float32, (V,))
     dlogits = dlogits_tb.reshape(T * B, V)

@@ -164,7 +164,7 @@ class LanguageModel:
     def _backward(self) -> None:
         ops, params, grads = self.ops, self.params, self.grads
         dy_tb, W_y = self._dlogits_tb, params["W_out"]
-        ops.cross_entropy_backward(dy_tb, self._layers[-1].saved.h_tb[1:], W_y, grads["W_out"], grads["b_out"])
+        ops.cross_entropy_backward(dy_tb, self._layers[-1].saved.h_tb[1:], grads["W_out"], grads["b_out"])
         for layer in reversed(range(self.sizes.layers)):
             buffers = self._layers[layer]
             if self._drops(layer):

@@ -286,13 +286,12 @@ def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb) -> N
     logits /= T * B
 
 
-def cross_entropy_backward(dlogits_tb, h_tb, W_out, dW_out, db_out) -> None:
+def cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out) -> None:
     """Gradients of the output layer's parameters. That of h_tb, dlogits_tb W_out, is `gru_backward`'s to make.
 
-    Shapes: dlogits_tb (T, B, V); h_tb (T, B, H); W_out (V, H); results dW_out (V, H), db_out (V,).
+    Shapes: dlogits_tb (T, B, V); h_tb (T, B, H); results dW_out (V, H), db_out (V,).
     """
-    T, B, V = dlogits_tb.shape
-    H = W_out.shape[1]
+    (T, B, V), H = dlogits_tb.shape, h_tb.shape[2]
     dlogits = dlogits_tb.reshape(T * B, V)
     np.matmul(dlogits.T, h_tb.reshape(T * B, H), out=dW_out)
     np.sum(dlogits, axis=0, out=db_out)
