@@ -100,31 +100,6 @@ __device__ __forceinline__ unsigned pack_bf16(float low, float high)
 #endif
 }
 
-// IEEE half precision, stored as an unsigned short; rounding is to nearest, ties to even.
-__device__ __forceinline__ unsigned short to_fp16(float x)
-{
-#ifdef HOST_CUDA
-    return host_cuda::to_fp16(x);
-#else
-    unsigned short result;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(x));
-    return result;
-#endif
-}
-
-__device__ __forceinline__ float from_fp16(unsigned short x)
-{
-#ifdef HOST_CUDA
-    return host_cuda::from_fp16(x);
-#else
-    float result;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x));
-    return result;
-#endif
-}
-
-__device__ __forceinline__ unsigned pack_fp16(float low, float high) { return unsigned(to_fp16(high)) << 16 | to_fp16(low); }
-
 #if __CUDA_ARCH__ >= 800
 // The nearest tf32 (10 bits of mantissa, ties away from zero) as the bits of a float. The tensor core truncates what it is
 // given, which doubles the error: round first.

@@ -2,7 +2,6 @@
 //
 //   mma_m16n8k8_tf32     D (16,8) += A (16,8)  B (8,8)    sm_80   a[4], b[2]: one tf32 per register
 //   mma_m16n8k16_bf16    D (16,8) += A (16,16) B (16,8)   sm_80   a[4], b[2]: two bf16 per register
-//   mma_m16n8k8_fp16     D (16,8) += A (16,8)  B (8,8)    sm_75   a[2], b[1]: two fp16 per register
 //   ldmatrix_x4(_trans)  four 8x8 matrices of 16-bit elements, from shared memory to registers       sm_75
 //   cp_async_16, _4      copies from global to shared memory that run while the thread goes on       sm_80
 //
@@ -23,7 +22,6 @@ struct HostFragments {
 
 HOST_CUDA_UNCHECKED inline float host_tf32(unsigned bits, int) { return __uint_as_float(bits & 0xffffe000u); }
 HOST_CUDA_UNCHECKED inline float host_bf16(unsigned bits, int i) { return __uint_as_float(bits >> 16 * i << 16); }
-HOST_CUDA_UNCHECKED inline float host_fp16(unsigned bits, int i) { return host_cuda::from_fp16((unsigned short)(bits >> 16 * i)); }
 
 // One mma.sync: gathers A and B from the fragments of the 32 lanes, multiplies, and adds to the accumulators of each lane.
 // `P` is the number of elements per register, `A` the number of registers of an A fragment.
@@ -79,19 +77,6 @@ HOST_CUDA_UNCHECKED void host_ldmatrix(void *const *lanes)
         }
 }
 #endif
-
-// d += a b in half precision, on every GPU from Turing on.
-__device__ __forceinline__ void mma_m16n8k8_fp16(float (&d)[4], const unsigned (&a)[2], const unsigned (&b)[1])
-{
-#ifdef HOST_CUDA
-    HostFragments fragments = {d, a, b};
-    host_cuda::whole_warp("mma_m16n8k8_fp16", &fragments, host_mma<host_fp16, 2, 2>);
-#else
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(b[0]));
-#endif
-}
 
 // Four 8x8 matrices of 16-bit elements. Lane 8 m + i gives the address (16-byte aligned, shared memory) of the eight elements
 // of row i of matrix m; registers[m] receives elements 2 q and 2 q + 1 of row g: an A fragment of mma_m16n8k16_bf16 when the

@@ -29,18 +29,6 @@ KERNELS = """
         out[(g + 8 * (i / 2)) * 8 + 2 * q + i % 2] = d[i];
 
 __device__ __forceinline__ unsigned bits(const float *x, int) { return __float_as_uint(*x); }
-__device__ __forceinline__ unsigned two_fp16(const float *x, int stride) { return pack_fp16(x[0], x[stride]); }
-
-extern "C" __global__ void fp16(float *out, const float *a, const float *b)
-{
-    const int K = 8, A = 2;
-    unsigned fa[2], fb[1];
-    FRAGMENTS(2, two_fp16)
-    mma_m16n8k8_fp16(d, fa, fb);
-    mma_m16n8k8_fp16(d, fa, fb);
-    STORE
-}
-
 // Element k of row r of each of four 8x8 matrices, gathered in fragments: registers[m] of a lane, and the same transposed.
 extern "C" __global__ void matrices(unsigned *out, unsigned *transposed, const unsigned short *in)
 {
@@ -57,15 +45,12 @@ extern "C" __global__ void matrices(unsigned *out, unsigned *transposed, const u
         transposed[m * 32 + lane()] = registers[m];
 }
 
-extern "C" __global__ void formats(unsigned short *bf16, unsigned *two_bf16, float *from16, unsigned short *fp16, float *from_half,
-                                   const float *in)
+extern "C" __global__ void formats(unsigned short *bf16, unsigned *two_bf16, float *from16, const float *in)
 {
     const size_t i = thread_in_grid();
     bf16[i] = to_bf16(in[i]);
     two_bf16[i] = pack_bf16(in[i], in[i ^ 1]);
     from16[i] = from_bf16(bf16[i]);
-    fp16[i] = to_fp16(in[i]);
-    from_half[i] = from_fp16(fp16[i]);
 }
 
 #if __CUDA_ARCH__ >= 800
@@ -131,8 +116,7 @@ def operands(k):
     return random.normal(size=(16, k)).astype(np.float32), random.normal(size=(k, 8)).astype(np.float32)
 
 
-FORMATS = {"fp16": (8, lambda x: x.astype(np.float16).astype(np.float32)), "tf32": (8, truncated_tf32),
-           "bf16": (16, lambda x: rounded(x, "bf16"))}
+FORMATS = {"tf32": (8, truncated_tf32), "bf16": (16, lambda x: rounded(x, "bf16"))}
 
 
 @pytest.mark.parametrize("kernel", FORMATS)
@@ -188,20 +172,16 @@ def awkward_floats():
     return np.concatenate([special, -special, (random.normal(size=208) * 10.0**random.integers(-9, 9, 208)).astype(np.float32)])
 
 
-def test_narrow_formats_round_to_nearest_even(executor):
+def test_bf16_rounds_to_nearest_even(executor):
     values = awkward_floats()
-    outputs = [((256,), dtype) for dtype in (np.uint16, np.uint32, np.float32, np.uint16, np.float32)]
-    bf16, two_bf16, from_bf16, fp16, from_fp16 = launched(executor, "formats", outputs, [values], threads=256)
+    outputs = [((256,), dtype) for dtype in (np.uint16, np.uint32, np.float32)]
+    bf16, two_bf16, from_bf16 = launched(executor, "formats", outputs, [values], threads=256)
     number = ~np.isnan(values)
     expected = (rounded(values, "bf16").view(np.uint32) >> 16).astype(np.uint16)
     np.testing.assert_array_equal(bf16[number], expected[number])
     assert (bf16[~number] == 0x7FFF).all() and np.isnan(from_bf16[~number]).all()
     np.testing.assert_array_equal(from_bf16[number], rounded(values, "bf16")[number])
     np.testing.assert_array_equal(two_bf16, bf16.astype(np.uint32) | bf16[np.arange(256) ^ 1].astype(np.uint32) << 16)
-    with np.errstate(over="ignore"):
-        half = values.astype(np.float16)
-    np.testing.assert_array_equal(fp16[number], half.view(np.uint16)[number])
-    np.testing.assert_array_equal(from_fp16, half.astype(np.float32))
 
 
 def test_tf32_rounds_to_nearest_away_from_zero(executor):
@@ -227,7 +207,7 @@ def test_tf32_operand_keeps_nan(executor):
 @pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)
 def test_instructions_are_accepted_for_every_architecture_that_has_them(architecture):
     kernels = runtime.compile_for(SOURCE, architecture)
-    expected = {"fp16", "matrices", "formats"}
+    expected = {"matrices", "formats"}
     if architecture != "sm_75":
         expected |= {"tf32", "bf16", "rounded_tf32", "copies"}
     assert set(kernels) == expected

@@ -117,29 +117,6 @@ HOST_CUDA_UNCHECKED inline To bit_cast(From from)
     return to;
 }
 
-inline unsigned short to_fp16(float x)
-{
-    const float size = std::fabs(x);
-    const unsigned sign = bit_cast<unsigned>(x) >> 16 & 0x8000u;
-    if (std::isnan(x))
-        return 0x7fff;
-    if (size >= 65520.0f)
-        return (unsigned short)(sign | 0x7c00u);
-    if (size < 0x1p-14f)  // subnormal: a multiple of 2^-24
-        return (unsigned short)(sign | unsigned(std::lrint(size * 0x1p24f)));
-    const unsigned bits = bit_cast<unsigned>(size) - (112u << 23);
-    return (unsigned short)(sign | (bits + 0xfffu + (bits >> 13 & 1u)) >> 13);
-}
-
-HOST_CUDA_UNCHECKED inline float from_fp16(unsigned short x)
-{
-    const int exponent = x >> 10 & 31, mantissa = x & 1023;
-    const float size = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                       : exponent     ? std::ldexp(float(1024 + mantissa), exponent - 25)
-                                      : std::ldexp(float(mantissa), -24);
-    return x & 0x8000 ? -size : size;
-}
-
 template <class T>
 inline T shuffle_value(const char *name, unsigned mask, T value, int source, const char *file, int line)
 {
