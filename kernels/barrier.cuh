@@ -9,6 +9,8 @@
 // other blocks write during the launch must not be read through __ldg or a `const __restrict__` parameter.
 // Source: PTX ISA, "Memory Consistency Model", release and acquire patterns.
 
+constexpr int COUNTER_WORDS = 32;  // a counter has a line of L2 to itself
+
 __device__ __forceinline__ void add_release(unsigned *counter, unsigned value)
 {
 #ifdef HOST_CUDA

@@ -6,9 +6,9 @@
 //   db = sum of da          dP[v] = sum of di over the positions of id v
 //
 // Arguments, float32 but for the integers and the bf16 copy:
-//   da_tb (T, B, 3H), di_n_tb (T, B, H), only for those who sum by id themselves (V = 0); da16_tb (T, B, 3H) bf16, only
-//   in bf16, where it takes da_tb's place as an operand of dW_hh; dh0 (B, H); dP_g (groups, V, 3H) and db_g (groups, 3H):
-//   sums over the rows of each group; dh_z_b (B, H): z dh of the step before
+//   da_tb (T, B, 3H), and in bf16 da16_tb (T, B, 3H) bf16, which dW_hh then takes in its place; where V = 0, for those
+//   who sum by id themselves, di_n_tb (T, B, H), and da_tb in bf16, too; dh0 (B, H); dP_g (groups, V, 3H) and
+//   db_g (groups, 3H): sums over the rows of each group; dh_z_b (B, H): z dh of the step before
 //   exchange (2, row tiles, SPLITS WARPS K_STEPS, X_STEP) words, zero where k >= 3H; partials (row tiles, ranges, SPLITS,
 //   ROWS, UNITS); counters (groups, 1 + ranges, 2 COUNTER_WORDS) uint32, zero between launches
 //   dy_tb (T, B, N) with W_y (N, H); or, where N = 0, dy_tb (T, B, H), to which no product is left to do
@@ -23,7 +23,7 @@
 //
 // Per step and block: 4 ROWS * 8 WARPS K_STEPS bytes from L2 for each row tile (3H / SPLITS elements for each row),
 // with more than one split 4 ROWS (UNITS + SPLITS FINISHED) bytes of partial sums written and read, 24 ROWS FINISHED
-// bytes read (28 where N = 0) and 28 written, 16 in bf16 (20 where V = 0).
+// bytes read (28 where N = 0) and 28 written, 16 in bf16 (32 in both where V = 0).
 // At B 64, H 1024 on an H100: tf32, 2 groups of 16 ranges and 4 splits, gathers 96 KiB a block and step (unsplit, 384);
 // bf16, 4 groups of 32 ranges, unsplit, 96 KiB.
 //
@@ -39,7 +39,6 @@
 constexpr int UNITS = COLUMNS;
 constexpr int FINISHED = ceil_div(UNITS, 2 * SPLITS) * 2;  // even: two bf16 of a word come from one block
 constexpr int PAIRS = ceil_div(ROWS * FINISHED, THREADS);  // of a row and a unit, that a thread takes through the gates
-constexpr int COUNTER_WORDS = 32;                          // a counter has a line of L2 to itself
 constexpr int ROWS_AT_A_TIME = 8;                          // that are on their way to the sums by id
 
 // One block: x counts the splits of the first range of the first group, then those of its second range, ...

@@ -29,7 +29,6 @@
 static_assert(COLUMNS % 3 == 0, "a block owns the three gates of its units");
 constexpr int UNITS = COLUMNS / 3;
 constexpr int PAIRS = ceil_div(ROWS * UNITS, THREADS);  // of a row and a unit, that a thread takes through the gates
-constexpr int COUNTER_WORDS = 32;                       // a counter has a line of L2 to itself
 
 // One block: x counts the blocks of the first group, then those of the second, ...
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
