@@ -32,6 +32,9 @@ ADAM_CHUNK = 1 << 16
 MATRIX_VECTOR_ROWS = 8
 """Up to this many rows of generated text, one matrix-vector product a row beats one matrix product."""
 
+PRODUCT_BLOCK = 3 << 18
+"""Elements of W_hh that BLAS multiplies with a batch at a time: faster than a larger matrix in one piece."""
+
 
 # Arrays
 
@@ -157,7 +160,7 @@ def gru_forward(P, ids_tb, W_hh, b_hh, h0, saved: GRUSaved) -> None:
     for t in range(len(ids_tb)):
         rz, n = saved.gates_tb[t][:, :2 * H], saved.gates_tb[t][:, 2 * H:]
         r, z = rz[:, :H], rz[:, H:]
-        np.matmul(h, W_hh.T, out=a)
+        _columns_times(h, W_hh, a)
         a += b_hh
         np.take(P.T, ids_tb[t], axis=1, out=i.T, mode="clip")
         np.add(i[:, :2 * H], a[:, :2 * H], out=rz)
@@ -367,7 +370,8 @@ def _draw(logits, uniforms, ids, temperature, top_k, top_p, min_p) -> None:
         ids[...] = 1 + known.argmax(axis=1)
         return
     p = known - np.maximum.reduce(known, axis=1, keepdims=True)
-    p /= divisor
+    if divisor != 1:
+        p /= divisor
     np.exp(p, out=p)
     if top_k or top_p < 1:
         order = np.argsort(-known, axis=1, kind="stable")
@@ -464,10 +468,10 @@ def _columns_outermost(x) -> np.ndarray:
 
 def _take_rows(P, ids, out) -> None:
     """out = P[ids]."""
-    if P.T.flags.c_contiguous:
-        np.take(P.T, ids, axis=1, out=out.T, mode="clip")
+    if P.flags.c_contiguous:
+        P.take(ids, 0, out, "clip")
     else:
-        np.take(P, ids, axis=0, out=out, mode="clip")
+        P.T.take(ids, 1, out.T, "clip")
 
 
 def _rows_times(x, W, out) -> None:
@@ -476,4 +480,12 @@ def _rows_times(x, W, out) -> None:
         for row, row_out in zip(x, out):
             np.dot(W, row, out=row_out)
     else:
-        np.matmul(x, W.T, out=out)
+        _columns_times(x, W, out)
+
+
+def _columns_times(x, W, out) -> None:
+    """out = x W^T for x (R, K) and out (R, N) whose columns are outermost in memory, and W (N, K)."""
+    blocks = max(1, W.size // PRODUCT_BLOCK)
+    if len(W) % blocks:
+        blocks = 1
+    np.matmul(W.reshape(blocks, -1, W.shape[1]), x.T, out=out.T.reshape(blocks, -1, len(x), copy=False))
