@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, SupportsFloat
 
@@ -13,6 +14,7 @@ PINNED_BYTES = 1 << 20
 """Larger arrays than a step's data are copied without pinned memory, which CuPy never gives back."""
 
 _in_flight: collections.deque = collections.deque()  # (event, memory) of copies that may not have ended
+_in_flight_changes = threading.Lock()
 
 
 def empty(shape: tuple[int, ...], dtype=np.float32) -> Any:
@@ -130,7 +132,8 @@ def _end_of_copy(*memory: Any) -> Any:
 
     event = cupy.cuda.Event(disable_timing=True)
     event.record(cupy.cuda.get_current_stream())
-    while _in_flight and _in_flight[0][0].done:
-        _in_flight.popleft()
-    _in_flight.append((event, memory))
+    with _in_flight_changes:
+        while _in_flight and _in_flight[0][0].done:
+            _in_flight.popleft()
+        _in_flight.append((event, memory))
     return event

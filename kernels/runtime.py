@@ -9,6 +9,7 @@ import functools
 import importlib.resources
 import math
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -89,8 +90,8 @@ class Executor(Protocol):
 class CupyExecutor:
     """Runs kernels on the current GPU and the current stream, compiled by NVRTC at their first use.
 
-    The thread that makes it gets a stream to work on, since the null stream cannot be captured. Work on the null
-    stream, such as that of other threads, stays in order with it.
+    The thread that makes it gets a stream to work on. Other threads work on the null stream, and what both launch stays
+    in order; no stream is shared with a capture, so that any thread may capture while others launch.
 
     Raises: DeviceError where CuPy is not installed or finds no GPU.
     """
@@ -111,6 +112,7 @@ class CupyExecutor:
         self._modules: dict = {}
         self._functions: dict = {}
         self._resident: dict = {}
+        self._loading = threading.Lock()
         self.array_type = cupy.ndarray
         attributes = self._device.attributes
         self.gpu = GPU(cupy.cuda.runtime.getDeviceProperties(self._device.id)["name"].decode(),
@@ -154,24 +156,30 @@ class CupyExecutor:
             function(grid, block, tuple(args), shared_mem=shared_bytes)
 
     def capture(self, function):
-        stream = self._cupy.cuda.get_current_stream()
+        # The null stream cannot be captured; and while a stream is captured that blocks it, no thread may use it.
+        stream = self._cupy.cuda.Stream(non_blocking=True)
         try:
-            stream.begin_capture()
-            try:
-                function()
-            finally:
-                graph = stream.end_capture()
+            with stream:
+                stream.begin_capture()
+                try:
+                    function()
+                finally:
+                    graph = stream.end_capture()
         except RuntimeError as error:
-            raise DeviceError(f"CUDA cannot capture a training step as a graph ({error}): use --no-graph, or "
+            raise DeviceError(f"CUDA cannot capture launches as a graph ({error}): to train without, use --no-graph, or "
                               "graph=False from Python") from error
         return graph
 
     def _function(self, source, kernel, shared_bytes, cooperative):
+        key = source, kernel, shared_bytes, cooperative
+        if key not in self._functions:
+            with self._loading:  # what one thread reads of modules and limits, another must not change before it writes
+                self._functions[key] = self._loaded(*key)
+        return self._functions[key]
+
+    def _loaded(self, source, kernel, shared_bytes, cooperative):
         """The kernel, with leave to use that much shared memory. CuPy launches all kernels of a module in the same way, so a
         source with both kinds of launch becomes two modules."""
-        key = source, kernel, shared_bytes, cooperative
-        if key in self._functions:
-            return self._functions[key]
         limit = self.gpu.shared_bytes
         if (source, cooperative) not in self._modules:
             self._modules[source, cooperative] = self._cupy.RawModule(
@@ -186,16 +194,16 @@ class CupyExecutor:
             raise ValueError(f"{kernel}: {total} bytes of shared memory per block; this GPU has {limit}")
         if total > SHARED_BYTES_WITHOUT_ASKING:  # one attribute for all launches of the kernel: never lowered
             function.max_dynamic_shared_size_bytes = max(shared_bytes, function.max_dynamic_shared_size_bytes)
-        self._functions[key] = function
         return function
 
 
 _executor: Executor | None = None
+_making = threading.Lock()
 
 
 @contextlib.contextmanager
 def use(executor: Executor) -> Iterator[Executor]:
-    """Inside the ``with`` block, kernels run on this executor."""
+    """Inside the ``with`` block, kernels run on this executor, those of other threads too."""
     global _executor
     before, _executor = _executor, executor
     try:
@@ -211,7 +219,9 @@ def current_executor() -> Executor:
     """
     global _executor
     if _executor is None:
-        _executor = CupyExecutor()
+        with _making:
+            if _executor is None:
+                _executor = CupyExecutor()
     return _executor
 
 

@@ -1,5 +1,6 @@
 """The runtime refuses what CuPy would let pass, builds one text per module, and says plainly what is missing."""
 
+import functools
 import importlib.resources
 import pathlib
 import subprocess
@@ -234,7 +235,7 @@ class FakeCupy:
         device = types.SimpleNamespace(id=0, compute_capability="89",
                                        attributes={"MultiProcessorCount": 10, "MaxSharedMemoryPerBlockOptin": 100_000})
         self.cuda = types.SimpleNamespace(
-            Device=lambda: device, Stream=lambda: FakeStream(self), get_current_stream=lambda: self.streams[-1],
+            Device=lambda: device, Stream=functools.partial(FakeStream, self), get_current_stream=lambda: self.streams[-1],
             runtime=types.SimpleNamespace(getDeviceProperties=lambda device: {"name": b"NVIDIA L5"}),
             driver=types.SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=lambda pointer, threads, shared_bytes: 2))
 
@@ -247,11 +248,11 @@ class FakeCupy:
 
 
 class FakeStream:
-    """A stream that captures what is launched while it is current, as CUDA does: the null stream cannot, and an error
-    in between shows again at the end of the capture."""
+    """A stream that captures what is launched while it is current, as CUDA does: the null stream cannot, an error in
+    between shows again at the end of the capture, and until then a blocking stream makes the null stream unusable."""
 
-    def __init__(self, cupy, is_null=False):
-        self.cupy, self.is_null, self.captured, self.invalid = cupy, is_null, None, False
+    def __init__(self, cupy, is_null=False, non_blocking=False):
+        self.cupy, self.is_null, self.blocks, self.captured, self.invalid = cupy, is_null, not non_blocking, None, False
 
     def __enter__(self):
         self.cupy.streams.append(self)
@@ -262,6 +263,7 @@ class FakeStream:
     def begin_capture(self):
         if self.is_null:
             raise RuntimeError("cannot capture on the default (legacy) stream")
+        assert not self.blocks, "other threads may be using the null stream"
         self.captured, self.invalid = [], False
 
     def end_capture(self):
@@ -384,25 +386,34 @@ def test_function_that_failed_at_first_is_not_captured(cupy):
     assert names_of(cupy.calls) == ["scale", "scale"]
 
 
-def test_kernels_run_on_a_stream_that_can_be_captured(cupy):
+def test_the_thread_of_the_executor_keeps_a_stream_of_its_own(cupy):
     with cupy.cuda.Stream():
         pass
     assert not cupy.cuda.get_current_stream().is_null
+
+
+def test_a_thread_that_works_on_the_null_stream_captures_too(cupy):
+    with cupy.streams[0]:
+        graph = runtime.current_executor().capture(launch)
+        assert cupy.cuda.get_current_stream().is_null and cupy.calls == []
+        graph.launch()
+    assert names_of(cupy.calls) == [["scale"]]
 
 
 def test_capture_that_fails_names_the_way_without(cupy):
     stream = cupy.cuda.get_current_stream()
 
     def invalid():
-        stream.invalid = True
+        cupy.cuda.get_current_stream().invalid = True
+
+    def invalid_at_once():
+        invalid()
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    for function in (invalid, lambda: setattr(stream, "invalid", True)):
-        with pytest.raises(runtime.DeviceError, match=r"^CUDA .*Invalidated\): use --no-graph, or graph=False"):
+    for function in (invalid, invalid_at_once):
+        with pytest.raises(runtime.DeviceError, match=r"^CUDA .*Invalidated\): .* use --no-graph, or graph=False"):
             runtime.current_executor().capture(function)
-        assert stream.captured is None
-    with cupy.streams[0], pytest.raises(runtime.DeviceError, match=r"default \(legacy\) stream\): use --no-graph"):
-        runtime.current_executor().capture(launch)
+        assert cupy.cuda.get_current_stream() is stream
 
 
 def test_error_of_the_function_ends_the_capture_and_stays_what_it_is(cupy):
