@@ -8,16 +8,17 @@
 //
 // P (V, 3H), W_hh, W_ih (3H, H), b_hh, b_ih (3H,), W_out (V, H), b_out (V,), states h (R, H), logits (R, V), uniforms
 // (R,), uniforms_tr (T, R) float32; ids (R,), forced_tr, ids_tr (T, R) int32, forced_tr negative where a character is
-// to be drawn.
+// to be drawn; t (1,) int32, the number of the step, -1 before the first.
 //
 // A step needs the old states of all units, so new states go to scratch, and the kernel that reads them next, for the
-// layer above or the output layer, also puts them in their place.
+// layer above or the output layer, also puts them in their place. The first kernel of a step moves t on, for the last
+// two, so that all steps are the same launches, which a graph may repeat.
 //
 // step_first, step_upper, output_layer: a warp owns one unit (with its three gates) or one logit, for ROWS rows; its
 // lanes share the sum over the inputs. sample, next_character: a block owns a row.
 // Bytes per character: reads the weights once per ROWS rows, 12 H^2 in the first layer, 24 H^2 in those above, 4 H V in
 // the output layer; writes 8 R H per layer and 4 R V.
-// Variants: this one, a step in layers + 2 launches, for any sizes; generate_persistent.cu, all steps in one launch.
+// Variants: this one, a step in layers + 2 kernels, for any sizes; generate_persistent.cu, all steps in one launch.
 // Source: generate.cuh.
 
 #include "generate.cuh"
@@ -83,9 +84,11 @@ __device__ __forceinline__ int unit_of_warp(int units) { return int(thread_in_gr
 __device__ __forceinline__ int first_row_of_warp(int units) { return int(thread_in_grid() / WARP / units) * ROWS; }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-step_first(float *__restrict__ h_new, const float *__restrict__ h, const float *__restrict__ P,
+step_first(float *__restrict__ h_new, int *__restrict__ t, const float *__restrict__ h, const float *__restrict__ P,
            const int *__restrict__ ids, const float *__restrict__ W_hh, const float *__restrict__ b_hh, int R, int H)
 {
+    if (thread_in_grid() == 0)
+        ++*t;
     const int j = unit_of_warp(H), first = first_row_of_warp(H), row = first + lane();
     if (first >= R)
         return;
@@ -125,12 +128,12 @@ step_upper(float *__restrict__ h_new, float *__restrict__ h_below, const float *
 // character is forced; they are left as they are.
 extern "C" __global__ void __launch_bounds__(THREADS)
 output_layer(float *__restrict__ logits, float *__restrict__ h_top, const float *__restrict__ x,
-             const float *__restrict__ W_out, const float *__restrict__ b_out, const int *__restrict__ forced_tr, int t,
-             int R, int V, int H)
+             const float *__restrict__ W_out, const float *__restrict__ b_out, const int *__restrict__ forced_tr,
+             const int *__restrict__ t, int R, int V, int H)
 {
     keep_states(h_top, x, R, H);
     const int v = unit_of_warp(V), first = first_row_of_warp(V), row = first + lane();
-    const bool free = lane() < ROWS && row < R && forced_tr[size_t(t) * R + row] < 0;
+    const bool free = lane() < ROWS && row < R && forced_tr[size_t(*t) * R + row] < 0;
     if (!__any_sync(ALL_LANES, free))
         return;
     float sums[1][ROWS];
@@ -155,10 +158,10 @@ sample(int *__restrict__ ids, const float *__restrict__ logits, const float *__r
 // The character of step t: the forced one, else one drawn.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 next_character(int *__restrict__ ids, int *__restrict__ ids_tr, const float *__restrict__ logits,
-               const int *__restrict__ forced_tr, const float *__restrict__ uniforms_tr, int t, int R, int V,
-               float temperature, int top_k, float top_p, float min_p)
+               const int *__restrict__ forced_tr, const float *__restrict__ uniforms_tr, const int *__restrict__ t,
+               int R, int V, float temperature, int top_k, float top_p, float min_p)
 {
-    const size_t row = blockIdx.x, at = size_t(t) * R + row;
+    const size_t row = blockIdx.x, at = size_t(*t) * R + row;
     int id = forced_tr[at];
     if (id < 0)  // the same for the whole block
         id = draw(logits + row * V, uniforms_tr[at], V, {temperature, top_k, top_p, min_p});

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import runtime
+from .arrays import copy
 from .scratch import scratch
 
 THREADS = 256
@@ -13,6 +14,7 @@ WARPS = THREADS // 32
 MAX_ROWS = 8  # that a warp multiplies its weights with; more do not fit into registers
 CHUNK = 128  # k of a stage of the persistent kernel's ring
 STAGES = (8, 4, 2)
+GRAPH_STEPS = 8  # of one launch: its cost is little beside 8 characters, and the sampler's chunks are multiples of 8
 WEIGHTS = ("fp32", "bf16")
 STATIC_SHARED_BYTES = 96  # of the persistent kernel, for drawing
 
@@ -105,17 +107,23 @@ def sample(logits, uniforms, ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0
 
 class GenerationSaved(NamedTuple):
     """Room for `generate` to work in: h_new_r (2, R, H), new states on their way to the next layer; logits_r (R, V);
-    counters (R, 32), of the barriers of up to R groups, zero between two launches."""
+    counters (R, 32), of the barriers of up to R groups, zero between two launches; t (1,) and t_before (1,), the number
+    of a step, and what it is before the first, -1; graphs, GRAPH_STEPS steps that can be repeated, by all that is fixed
+    in them: those of the last call that had so many."""
 
     h_new_r: Any
     logits_r: Any
     counters: Any
+    t: Any
+    t_before: Any
+    graphs: dict
 
 
 def generation_saved(R: int, H: int, V: int, dtype=np.float32) -> GenerationSaved:
     """Arrays for `generate` with R rows."""
     return GenerationSaved(h_new_r=runtime.empty((2, R, H), dtype), logits_r=runtime.empty((R, V), dtype),
-                           counters=runtime.zeros((R, 32), np.uint32))
+                           counters=runtime.zeros((R, 32), np.uint32), t=runtime.empty((1,), np.int32),
+                           t_before=runtime.to_device(np.array([-1], np.int32)), graphs={})
 
 
 def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: GenerationSaved,
@@ -189,27 +197,41 @@ def _generate_persistent(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, coun
 def _generate_stepwise(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: GenerationSaved, options: list,
                        module: dict[str, int]) -> None:
     layers, R, H = h.shape
-    T, V = len(forced_tr), len(P)
-    h_of_layer, h_new = list(h), list(saved.h_new_r)
+    V, h_of_layer, h_new = len(P), list(h), list(saved.h_new_r)
+    step = []  # its launches: kernel, blocks, arguments
 
-    def launch(kernel: str, outputs: int, args: list) -> None:
+    def of_warps(kernel: str, outputs: int, args: list) -> None:
         """A kernel of which a warp owns one of the `outputs` of ROWS rows."""
         warps = outputs * -(-R // module["ROWS"])
-        runtime.launch("generate", kernel, -(-warps // WARPS), THREADS, args, constants=module)
+        step.append((kernel, -(-warps // WARPS), args))
 
-    for t in range(T):
-        for layer, h_layer in enumerate(h_of_layer):
-            recurrence = [params[f"W_hh.{layer}"], params[f"b_hh.{layer}"], np.int32(R), np.int32(H)]
-            if layer == 0:
-                launch("step_first", H, [h_new[0], h_layer, P, ids, *recurrence])
-            else:
-                launch("step_upper", H, [h_new[layer % 2], h_of_layer[layer - 1], h_layer, h_new[(layer - 1) % 2],
-                                         params[f"W_ih.{layer}"], params[f"b_ih.{layer}"], *recurrence])
-        step = [np.int32(t), np.int32(R), np.int32(V)]
-        launch("output_layer", V, [saved.logits_r, h_of_layer[-1], h_new[(layers - 1) % 2], params["W_out"],
-                                   params["b_out"], forced_tr, *step, np.int32(H)])
-        runtime.launch("generate", "next_character", R, THREADS,
-                       [ids, ids_tr, saved.logits_r, forced_tr, uniforms_tr, *step, *options], constants=module)
+    for layer, h_layer in enumerate(h_of_layer):
+        recurrence = [params[f"W_hh.{layer}"], params[f"b_hh.{layer}"], np.int32(R), np.int32(H)]
+        if layer == 0:
+            of_warps("step_first", H, [h_new[0], saved.t, h_layer, P, ids, *recurrence])
+        else:
+            of_warps("step_upper", H, [h_new[layer % 2], h_of_layer[layer - 1], h_layer, h_new[(layer - 1) % 2],
+                                       params[f"W_ih.{layer}"], params[f"b_ih.{layer}"], *recurrence])
+    of_warps("output_layer", V, [saved.logits_r, h_of_layer[-1], h_new[(layers - 1) % 2], params["W_out"],
+                                 params["b_out"], forced_tr, saved.t, np.int32(R), np.int32(V), np.int32(H)])
+    step.append(("next_character", R, [ids, ids_tr, saved.logits_r, forced_tr, uniforms_tr, saved.t, np.int32(R),
+                                       np.int32(V), *options]))
+
+    def steps(count: int) -> None:
+        for kernel, blocks, args in count * step:
+            runtime.launch("generate", kernel, blocks, THREADS, args, constants=module)
+
+    copy(saved.t, saved.t_before)
+    graphs, others = divmod(len(forced_tr), GRAPH_STEPS)
+    if graphs:
+        fixed = (*module.values(), *(arg if isinstance(arg, np.generic) else runtime.address(arg)
+                                     for kernel, blocks, args in step for arg in args))
+        if fixed not in saved.graphs:
+            saved.graphs.clear()
+            saved.graphs[fixed] = runtime.replayable(functools.partial(steps, GRAPH_STEPS))
+        for _ in range(graphs):
+            saved.graphs[fixed]()
+    steps(others)
 
 
 def constants(R: int, weights: str = "fp32") -> dict[str, int]:

@@ -245,6 +245,11 @@ def to_host(array: Any) -> np.ndarray:
     return current_executor().to_host(array)
 
 
+def address(array: Any) -> int:
+    """Where an array of the device begins."""
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+
+
 def peak_memory_mib() -> float:
     """The most memory that arrays of the device have taken so far, in MiB."""
     return current_executor().peak_memory_mib()

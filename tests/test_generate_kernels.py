@@ -1,14 +1,18 @@
 """Writing text on the device against the reference: states, prompts, and the characters drawn."""
 
+import weakref
+
 import numpy as np
 import pytest
 
 import kernels
 from kernels import runtime
-from kernels.generate import MAX_ROWS, STATIC_SHARED_BYTES, WEIGHTS, generation_plan
+from kernels.generate import GRAPH_STEPS, MAX_ROWS, STATIC_SHARED_BYTES, WEIGHTS, generation_plan
 from kernels.runtime import GPU
 from rnn import reference
 from rnn.params import named_views
+from rnn.sampler import Generator
+from rnn.vocabulary import Vocabulary
 from tests import host_cuda
 from tests.cases import Case, random_case
 from tests.compare import assert_close, rounded
@@ -155,6 +159,94 @@ def test_text_goes_on_where_it_stopped(executor, variant):
         results.append((runtime.to_host(ids_tr), runtime.to_host(h)))
     for whole, halves in zip(*results):
         np.testing.assert_array_equal(whole, halves)
+
+
+@pytest.fixture
+def captures(executor, monkeypatch):
+    """What is captured in the test."""
+    captured, capture = [], executor.capture
+    monkeypatch.setattr(executor, "capture", lambda function: captured.append(function) or capture(function))
+    return captured
+
+
+class Chunks:
+    """Text of three rows in chunks of up to `most` steps, by the stepwise variant and by the reference, in arrays that
+    stay where they are."""
+
+    def __init__(self, most: int):
+        self.rng, self.made = np.random.default_rng(0), []
+        case, P = text_case(3, H=7, V=9, layers=2), self.rng.standard_normal((9, 21))
+        params = named_views(case.flat_params.astype(np.float32), case.sizes)
+        on_kernels, on_reference = (kernels, runtime.to_device, {"variant": "stepwise"}), (reference, np.copy, {})
+        for ops, to_device, variant in (on_kernels, on_reference):
+            arrays = [to_device(array) for array in
+                      (P.astype(np.float32), case.h0.astype(np.float32), np.arange(1, 4, dtype=np.int32))]
+            text = [to_device(np.zeros((most, 3), dtype)) for dtype in (np.int32, np.float32, np.int32)]
+            self.made.append((ops, variant, {name: to_device(array) for name, array in params.items()}, arrays, text,
+                              ops.generation_saved(3, 7, 9)))
+
+    def write(self, T: int, **options) -> None:
+        """Writes T steps more; both are to write the same."""
+        forced_tr = np.where(self.rng.random((T, 3)) < 0.2, self.rng.integers(0, 9, (T, 3)), -1)
+        uniforms_tr, texts = self.rng.random((T, 3), np.float32), []
+        for ops, variant, params, arrays, text, saved in self.made:
+            forced, uniforms, ids_tr = (array[:T] for array in text)
+            ops.copy_in(forced, forced_tr)
+            ops.copy_in(uniforms, uniforms_tr)
+            ops.generate(params, *arrays, forced, uniforms, ids_tr, saved, **variant, **options)
+            texts.append(ops.to_host(ids_tr))
+        np.testing.assert_array_equal(*texts)
+
+
+def test_steps_are_captured_once_and_repeated_in_every_chunk(captures):
+    chunks, N = Chunks(most=5 * GRAPH_STEPS), GRAPH_STEPS
+    for T, captured in ((1, 0), (N - 1, 0), (N, 0), (3 * N + 2, 1), (5 * N, 1), (N + 1, 1), (0, 1)):
+        chunks.write(T)
+        assert len(captures) == captured
+
+
+def test_repeated_steps_read_what_is_in_the_arrays_now(captures):
+    chunks = Chunks(most=2 * GRAPH_STEPS)
+    for _ in range(3):
+        chunks.write(2 * GRAPH_STEPS)
+        for ops, variant, params, *_ in chunks.made:
+            ops.copy_in(params["b_out"], ops.to_host(params["W_out"])[:, 0])
+    assert len(captures) == 1
+
+
+def test_steps_with_other_options_or_arrays_are_captured_anew(captures):
+    chunks, expected = Chunks(most=2 * GRAPH_STEPS), 0
+    for options in ({}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.2}):
+        chunks.write(2 * GRAPH_STEPS, **options)
+        expected += 1
+        assert len(captures) == expected
+    ops, variant, params, arrays, text, saved = chunks.made[0]
+    places = [(params, name) for name in params if name not in ("W_emb", "W_ih.0", "b_ih.0")]  # which are in P
+    for kept, place in (*places, *((kept, i) for kept in (arrays, text) for i in range(3))):
+        kept[place] = runtime.to_device(ops.to_host(kept[place]))
+        chunks.write(2 * GRAPH_STEPS, **options)
+        expected += 1
+        assert len(captures) == expected
+    assert len(saved.graphs) == 1
+
+
+def test_captured_steps_are_freed_with_the_room_they_worked_in(executor):
+    chunks = Chunks(most=2 * GRAPH_STEPS)
+    chunks.write(2 * GRAPH_STEPS)
+    freed = weakref.ref(*chunks.made[0][-1].graphs.values())
+    del chunks
+    assert freed() is None
+
+
+def test_a_writer_on_a_gpu_that_cannot_hold_the_model_captures_once(captures, executor, monkeypatch):
+    monkeypatch.setattr(executor, "gpu", GPU("of this test", 75, 2, 1024))
+    characters = "\nabcdefg"
+    case, texts = text_case(1, H=7, V=len(characters) + 1, layers=1), []
+    params = named_views(case.flat_params.astype(np.float32), case.sizes)
+    for ops, to_device in ((kernels, runtime.to_device), (reference, np.copy)):
+        on_device = {name: to_device(array) for name, array in params.items()}
+        texts.append(Generator(case.sizes, Vocabulary(characters), on_device, ops).generate(["ab"], 100, seed=1))
+    assert texts[0] == texts[1] and len(captures) == 1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
