@@ -12,7 +12,7 @@
 
 constexpr int WARPS = THREADS / WARP;
 constexpr int DIGIT_BITS = 3;
-static_assert(WARPS == 1 << DIGIT_BITS, "find_cut needs a warp for each value of a digit");
+static_assert(WARPS == 1 << DIGIT_BITS, "cut_by_digits needs a warp for each value of a digit");
 
 // A weight of W_hh, W_ih or W_out as it is multiplied; P is not rounded.
 __device__ __forceinline__ float rounded(float weight) { return BF16 ? from_bf16(to_bf16(weight)) : weight; }
@@ -88,7 +88,7 @@ __device__ __forceinline__ float weight_from(Key cut, const Row &row, Weight wei
 // The largest cut from which on the characters weigh at least `wanted`; 0 if all together weigh less. The cut is found
 // digit by digit, the highest first, where each warp weighs one of the values that a digit may have.
 template <class Weight>
-__device__ __forceinline__ Key find_cut(const Row &row, float wanted, Weight weight, float *scratch)
+__device__ __forceinline__ Key cut_by_digits(const Row &row, float wanted, Weight weight, float *scratch)
 {
     Key cut = 0;
     for (int digits = ceil_div(32 + row.id_bits, DIGIT_BITS); digits > 0; --digits) {
@@ -102,6 +102,51 @@ __device__ __forceinline__ Key find_cut(const Row &row, float wanted, Weight wei
             --digit;
         cut |= Key(digit) << shift;
         __syncthreads();  // the next digit's sums go to the same place
+    }
+    return cut;
+}
+
+// find_cut where each thread has a character of its own, or none: it stays if few enough are more likely, and weigh
+// little enough. Their sum has the same order for all characters, so a less likely one never has less before it.
+__device__ __forceinline__ Key cut_by_ranks(const Row &row, const Options &options, Key *keys, float *sums)
+{
+    const int v = 1 + threadIdx.x;
+    const Key key = v < row.V ? row.key(v) : 0;
+    int rank = 0;
+    float p_before = 0.0f;
+    for (int first = 1; first < row.V && v - lane() < row.V; first += WARP) {  // not in warps that have no character
+        const int u = first + lane();
+        const Key key_u = u < row.V ? row.key(u) : 0;
+        const float p_u = u < row.V ? row.p(u) : 0.0f;
+#pragma unroll 8  // shuffles in flight
+        for (int i = 0; i < min(WARP, row.V - first); ++i) {
+            const bool more_likely = __shfl_sync(ALL_LANES, key_u, i) > key;
+            const float p = __shfl_sync(ALL_LANES, p_u, i);
+            rank += more_likely;
+            p_before += more_likely ? p : 0.0f;
+        }
+    }
+    bool stays = v < row.V && (options.top_k == 0 || rank < options.top_k);
+    const float p_of_top_k = block_sum(stays ? row.p(v) : 0.0f, sums);
+    stays = stays && (options.top_p >= 1.0f || p_before < options.top_p * p_of_top_k);
+    return ~block_max(stays ? ~key : 0, keys);
+}
+
+// The smallest key that top_k and top_p leave, by all threads of the block. Ranks take V steps and 3 barriers; digits
+// take 26 barriers and more for each of the two, but far fewer steps where a thread has many characters.
+__device__ __forceinline__ Key find_cut(const Row &row, const Options &options, Key *keys, float *sums)
+{
+    if (options.top_k == 0 && options.top_p >= 1.0f)
+        return 0;
+    if (row.V <= 1 + THREADS)
+        return cut_by_ranks(row, options, keys, sums);
+    Key cut = 0;
+    if (options.top_k > 0)
+        cut = cut_by_digits(row, float(options.top_k), [](int) { return 1.0f; }, sums);
+    if (options.top_p < 1.0f) {
+        const auto p_of_top_k = [&](int v) { return row.key(v) >= cut ? row.p(v) : 0.0f; };
+        const float wanted = options.top_p * weight_from(0, row, p_of_top_k);
+        cut = cut_by_digits(row, wanted, p_of_top_k, sums);  // never a smaller one
     }
     return cut;
 }
@@ -145,13 +190,7 @@ __device__ __forceinline__ int draw(const float *__restrict__ logits, float unif
         return row.id(best);
     row.largest = logits[row.id(best)];
 
-    Key cut = 0;
-    if (options.top_k > 0)
-        cut = find_cut(row, float(options.top_k), [](int) { return 1.0f; }, sums);
-    if (options.top_p < 1.0f) {
-        const auto p_of_top_k = [&](int v) { return row.key(v) >= cut ? row.p(v) : 0.0f; };
-        cut = find_cut(row, options.top_p * weight_from(0, row, p_of_top_k), p_of_top_k, sums);  // never a smaller one
-    }
+    const Key cut = find_cut(row, options, keys, sums);
     const auto p_kept = [&](int v) {
         const float p = row.p(v);
         return row.key(v) >= cut && p >= options.min_p ? p : 0.0f;

@@ -76,10 +76,13 @@ def test_the_smallest_and_the_largest_number_draw_the_first_and_the_last_kept(ex
         assert middle + share / 2 > 1 - 1e-6, "it is not the last, nor are all behind it as small as rounding"
 
 
+@pytest.mark.parametrize("impossible", [0, THREADS])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_ties_and_certainties_are_drawn_as_the_reference_does(executor, options):
+def test_ties_and_certainties_are_drawn_as_the_reference_does(executor, options, impossible):
+    """So few characters that each thread has one, and more of them, that add nothing to any sum."""
     rng = np.random.default_rng(3)
     logits = rng.choice(np.array([-80.0, -0.0, 0.0, 0.5, 80.0]), (60, 7))
+    logits = np.pad(logits, ((0, 0), (0, impossible)), constant_values=-1e4)
     uniforms, expected = rng.random(60, np.float32), np.empty(60, np.int32)
     uniforms[:20] = 0
     reference.sample(logits.astype(np.float32), uniforms, expected, **options)
@@ -113,21 +116,24 @@ def test_a_tiny_temperature_is_the_limit_zero(executor, temperature):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("V", [9, THREADS + 9])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_logits_that_are_not_finite_draw_some_character(executor, bad, options):
-    logits = np.stack([row_of_logits(9), np.full(9, bad)])
+def test_logits_that_are_not_finite_draw_some_character(executor, bad, options, V):
+    logits = np.stack([row_of_logits(V), np.full(V, bad)])
     logits[0, 4] = bad
     ids = drawn(logits, [0.3, 0.6], **options)
-    assert ((ids > 0) & (ids < 9)).all()
+    assert ((ids > 0) & (ids < V)).all()
 
 
-def test_sample_does_not_depend_on_the_order_of_threads(ordered_executor):
-    assert_middles_are_drawn(row_of_logits(300), rows=12, **OPTIONS[-1])
+@pytest.mark.parametrize("V", [66, 300])
+def test_sample_does_not_depend_on_the_order_of_threads(ordered_executor, V):
+    assert_middles_are_drawn(row_of_logits(V), rows=12, **OPTIONS[-1])
 
 
+@pytest.mark.parametrize("V", [66, 300])
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_sanitizer_finds_nothing_in_sample(sanitizer):
-    assert host_cuda.run_sanitized(lambda: drawn(row_of_logits(300)[None], [0.6], **OPTIONS[-1]), sanitizer) == ""
+def test_sanitizer_finds_nothing_in_sample(sanitizer, V):
+    assert host_cuda.run_sanitized(lambda: drawn(row_of_logits(V)[None], [0.6], **OPTIONS[-1]), sanitizer) == ""
 
 
 def test_sample_names_the_argument_that_does_not_fit(executor):
