@@ -44,10 +44,12 @@ KERNELS = (
     ("dropout", "one pass over the data", "", "dropout_forward", ""),
     ("global norm", "one pass over the data", "", "global_norm", ""),
     ("clipping and Adam", "one pass over the data", "", "adam", ""),
-    ("sampling", "one block per text, no sort for top-k and top-p", "", "sample", ""),
+    ("sampling", "one block per text; top-k and top-p by ranks up to 257 characters, digit by digit of a threshold above",
+     "", "sample", ""),
     ("generation", "persistent: all characters of a call in one launch, weights on chip, layers + 1 barriers per "
      "character", "fp32, or bf16 weights", "generate", "persistent"),
-    ("", "stepwise: layers + 2 launches per character", "fp32, or bf16 weights", "generate", "stepwise"),
+    ("", "stepwise: layers + 2 kernels per character, eight characters to a CUDA graph", "fp32, or bf16 weights",
+     "generate", "stepwise"),
 )
 """Op, variant, what its products are in; and which results say that it has run: benchmark, and a word of the name."""
 
