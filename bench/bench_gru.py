@@ -11,7 +11,8 @@ import pytest
 
 import kernels
 from bench import floors, tutorial
-from bench.implementations import (OURS, in_float64, on, plain_candidates, random_inputs, runnable, torch_candidates)
+from bench.implementations import (OURS, flashrnn_gru, in_float64, on, plain_candidates, random_inputs, runnable,
+                                   torch_candidates)
 from bench.side_by_side import Benchmark, Candidate, one_at_a_time
 from kernels import runtime
 from kernels.plan import backward_plan, forward_plan
@@ -84,10 +85,7 @@ def torch_of(direction):
         x_tb = library.array(inputs["W_emb"][inputs["ids_tb"]], requires_grad=direction == "backward")
         h0 = library.array(inputs["h0"][None], requires_grad=direction == "backward")
         dlogits_tb, W_out = library.array(inputs["dlogits_tb"]), library.array(inputs["W_out"])
-        gru = torch.nn.GRU(E, h0.shape[2]).to(library.kind)
-        for name in ("W_ih", "W_hh", "b_ih", "b_hh"):
-            weight = getattr(gru, f"{name.replace('W', 'weight').replace('b_', 'bias_')}_l0")
-            weight.data.copy_(library.array(inputs[name]))
+        gru = torch_gru(library, inputs)
 
         @torch.no_grad()
         def forward():
@@ -109,29 +107,26 @@ def torch_of(direction):
     return make
 
 
-def flashrnn_forward(library, inputs, backend="cuda"):
-    """FlashRNN's GRU on embedded characters. It wants the gates n, r, z of the recurrent product, r, z, n of the input
-    product, and biases of n inside and of r, z, n outside the reset gate; its `vanilla` backend runs on a CPU."""
-    from flashrnn import flashrnn
+def torch_gru(library, inputs):
+    """torch.nn.GRU with the parameters of the inputs."""
+    gru = library.torch.nn.GRU(E, inputs["h0"].shape[1]).to(library.kind)
+    for name in ("W_ih", "W_hh", "b_ih", "b_hh"):
+        weight = getattr(gru, f"{name.replace('W', 'weight').replace('b_', 'bias_')}_l0")
+        weight.data.copy_(library.array(inputs[name]))
+    return gru
 
-    torch, dtype = library.torch, {"fp32": "float32", "bf16": "bfloat16"}[library.precision]
 
-    def array(values):
-        return library.array(values).to(getattr(torch, dtype))
-
-    H = inputs["h0"].shape[1]
-    x_bt = array(inputs["W_emb"][inputs["ids_tb"].swapaxes(0, 1)])
-    W_ih, b_ih, h0 = array(inputs["W_ih"]), array(inputs["b_ih"]), array(inputs["h0"])
-    r, z, n = range(3)
-    R = array(inputs["W_hh"].reshape(3, 1, H, H)[[n, r, z]])
-    b_hh = inputs["b_hh"].reshape(3, 1, H)
-    b = array(np.concatenate([b_hh[[n, r, z]], np.zeros_like(b_hh[:1])]))
+def flashrnn_forward(library, inputs):
+    """FlashRNN's GRU on embedded characters, all arrays in its dtype."""
+    torch = library.torch
+    dtype = torch.bfloat16 if library.precision == "bf16" else torch.float32
+    gru = flashrnn_gru(library, torch_gru(library, inputs)).to(dtype)
+    x_tb = library.array(inputs["W_emb"][inputs["ids_tb"]]).to(dtype)
+    h0 = library.array(inputs["h0"][None]).to(dtype)
 
     @torch.no_grad()
     def run():
-        Wx = torch.nn.functional.linear(x_bt, W_ih, b_ih).unflatten(2, (3, 1, H))
-        h, _ = flashrnn(Wx, R, b, h0[None, :, None, None], function="gru", backend=backend, dtype=dtype)
-        return {"h_tb": torch.cat([h0[None], h[0, :, :, 0].transpose(0, 1)])}
+        return {"h_tb": torch.cat([h0, gru(x_tb, h0)[0]])}
 
     return library.runnable(run)
 

@@ -2,12 +2,12 @@
 
 import functools
 
-import numpy as np
 import pytest
 
 from bench import floors
 from bench.floors import FLOAT
-from bench.implementations import OURS, in_float64, on, plain_candidates, random_inputs, runnable, torch_candidates
+from bench.implementations import (OURS, bfloat16_bits, in_float64, on, plain_candidates, random_inputs, runnable,
+                                   torch_candidates)
 from bench.side_by_side import Benchmark, Candidate
 from kernels import op_set
 from kernels.matmul import ALIGNMENT, OPERANDS, VARIANTS, matmul
@@ -28,11 +28,6 @@ def ours(variant, precision, stored, inputs):
     A, B = (on(ops, bfloat16_bits(array) if stored else array) for array in inputs.values())
     C = ops.empty((A.shape[1], B.shape[1]))
     return runnable(ops, lambda: matmul(A, B, C, transpose_a=True, precision=precision, variant=variant), C=C)
-
-
-def bfloat16_bits(array):
-    """Rounded to nearest, halves up."""
-    return (array.view(np.uint32) + 0x8000 >> 16).astype(np.uint16)
 
 
 def plain(library, inputs):

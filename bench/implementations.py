@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,12 +18,21 @@ from rnn import reference
 
 OURS = "char-gru"
 
+WARM_UP_CALLS = 3
+"""Before PyTorch records a graph, as its documentation asks."""
+
 
 def on(ops: Any, array: np.ndarray, activations: bool = False):
     """An array of an op set; activations in the memory order in which it keeps them."""
     new = (ops.empty_activations if activations else ops.empty)(array.shape, array.dtype)
     ops.copy_in(new, array)
     return new
+
+
+def bfloat16_bits(array: np.ndarray) -> np.ndarray:
+    """float32 rounded to bfloat16, to nearest, ties to even."""
+    bits = array.view(np.uint32)
+    return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
 
 
 def runnable(ops: Any, run: Callable[[], None], **outputs: Any) -> Runnable:
@@ -100,6 +110,27 @@ class Torch:
         with self.torch.autocast(self.kind, self.torch.bfloat16, enabled=self.precision == "bf16"):
             yield
 
+    def replayable(self, function: Callable[[], None]) -> Callable[[], None]:
+        """A function that works on fixed tensors: on a GPU its first calls as they are, all later ones a replay of a
+        CUDA graph that is recorded of it."""
+        if self.kind == "cpu":
+            return function
+        calls, graph = 0, None
+
+        def replayed() -> None:
+            nonlocal calls, graph
+            calls += 1
+            if calls <= WARM_UP_CALLS:
+                function()
+                return
+            if graph is None:
+                graph = self.torch.cuda.CUDAGraph()
+                with self.torch.cuda.graph(graph):
+                    function()
+            graph.replay()
+
+        return replayed
+
     def runnable(self, run: Callable[[], dict[str, Any]]) -> Runnable:
         """run() returns its results by name."""
         def switched_run() -> dict[str, Any]:
@@ -117,23 +148,74 @@ def torch_candidates(device: Device, make: Callable[[Torch, Arrays], Runnable], 
                      precisions: Sequence[str] | None = None) -> Iterator[Candidate]:
     """PyTorch, or a package built on it, in each precision, an op without products in one; none where it is not
     installed."""
-    if not installed("torch", device.kind) or importlib.util.find_spec(package) is None:
+    if not installed(package, device.kind):
         return
     for precision in (device.precisions if products else ("fp32",)) if precisions is None else precisions:
         yield Candidate(name if device.kind == "cpu" else f"{name} {precision}", precision,
                         lambda inputs, precision=precision: make(Torch(device, precision), inputs))
 
 
+def flashrnn_gru(library: Torch, gru):
+    """A module with the parameters of a torch.nn.GRU and FlashRNN's kernels: (x_tb, h0) -> (h_tb, last), like the GRU.
+
+    FlashRNN's reset gate, too, acts after the recurrent product and its bias, so it is the same function. It wants the
+    gates r, z, n of the input product, but n, r, z of the recurrent one and of its biases; then a bias of n outside the
+    reset gate, which is zero here and not trained, as b_ih is part of the input product. Parameters stay in float32;
+    in bf16 FlashRNN keeps states, too, in bfloat16. On a CPU its `vanilla` backend runs, which is plain PyTorch.
+    """
+    from flashrnn import flashrnn
+
+    torch, H = library.torch, gru.hidden_size
+    backend = "vanilla" if library.kind == "cpu" else "cuda"
+    dtype_name = {"fp32": "float32", "bf16": "bfloat16"}[library.precision]
+    dtype = getattr(torch, dtype_name)
+
+    class FlashGRU(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            r, z, n = range(3)
+            self.W_ih, self.b_ih = gru.weight_ih_l0, gru.bias_ih_l0
+            self.W_hh = torch.nn.Parameter(gru.weight_hh_l0.detach().view(3, 1, H, H)[[n, r, z]])
+            self.b_hh = torch.nn.Parameter(gru.bias_hh_l0.detach().view(3, 1, H)[[n, r, z]])
+
+        def forward(self, x_tb, h0=None):
+            i_tb = torch.nn.functional.linear(x_tb, self.W_ih, self.b_ih).unflatten(2, (3, 1, H)).to(dtype)
+            b = torch.cat([self.b_hh, torch.zeros_like(self.b_hh[:1])]).to(dtype)
+            states = None if h0 is None else h0[:, :, None, None].to(dtype)
+            # It takes batch-major arrays, and turns them: of the transposed views nothing is copied.
+            h_bt, last = flashrnn(i_tb.transpose(0, 1), self.W_hh.to(dtype), b, states, function="gru",
+                                  backend=backend, dtype=dtype_name)
+            return h_bt[0, :, :, 0].transpose(0, 1), last[0, :, :, 0].transpose(0, 1)
+
+    return FlashGRU()
+
+
 def installed(library: str, kind: str) -> bool:
-    """Whether a library is installed, and for a GPU, with what that takes."""
-    found = importlib.util.find_spec(library) is not None
-    if not found or kind == "cpu":
-        return found
+    """Whether a library is installed, with what it builds on, and for a GPU, whether it has one."""
+    if importlib.util.find_spec(library) is None:
+        return False
+    if library == "keras" and keras_backend() == "torch" and kind == "cpu" and installed("torch", "cuda"):
+        return False  # on PyTorch, Keras takes a GPU where there is one
+    if library in ("flashrnn", "keras"):
+        return installed("torch" if library == "flashrnn" else keras_backend(), kind)
+    if kind == "cpu":
+        return True
     if library == "torch":
         import torch
         return torch.cuda.is_available()
+    return library == "jax" and imported_jax().default_backend() == "gpu"
+
+
+def keras_backend() -> str:
+    """What Keras computes with: JAX, or what KERAS_BACKEND names. Keras reads it when it is imported."""
+    return os.environ.setdefault("KERAS_BACKEND", "jax")
+
+
+def imported_jax():
+    """JAX, which would take most of a GPU's memory at once if it were not told to take what it needs."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
-    return jax.default_backend() == "gpu"
+    return jax
 
 
 def random_inputs(shapes: dict[str, tuple[int, ...]], **ids: tuple[tuple[int, ...], int]) -> dict[str, np.ndarray]:

@@ -368,6 +368,5 @@ def test_flashrnn_is_given_the_model_in_its_own_order():
     pytest.importorskip("torch")
     pytest.importorskip("flashrnn")
     inputs = bench_gru.inputs(T=3, B=2, V=5, H=8)
-    library = implementations.Torch(devices.Cpu(), "fp32")
-    results = bench_gru.flashrnn_forward(library, inputs, backend="vanilla").results()
+    results = bench_gru.flashrnn_forward(implementations.Torch(Cpu(), "fp32"), inputs).results()
     side_by_side.assert_right("FlashRNN", results, bench_gru.FORWARD.reference(inputs), 2**-13)
