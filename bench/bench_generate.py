@@ -8,11 +8,11 @@ import pytest
 import kernels
 from bench import floors, tutorial
 from bench.bench_train_step import params_of
-from bench.implementations import OURS, on
-from bench.peers import installed_peers
+from bench.implementations import OURS, bfloat16_bits, on
+from bench.peers import writing_peers
 from bench.side_by_side import Benchmark, Candidate, Runnable, one_at_a_time
 from kernels import runtime
-from kernels.generate import generation_plan
+from kernels.generate import WEIGHTS, generation_plan
 from rnn import reference as numpy_ops
 from rnn.config import Sizes
 from rnn.params import initial_parameters, named_views
@@ -20,7 +20,12 @@ from rnn.params import initial_parameters, named_views
 TEMPERATURE = 1.0
 
 PARAMETER_SCALE = np.float32(2)
-"""Initial parameters as they are soon write one character for ever; verified texts should vary."""
+"""Initial parameters as they are soon write one character for ever; verified texts should vary. With these, the two
+largest logits of a verified character lie 8e-6 apart or more, and rounding moves a logit by 2e-6 at most: texts have to
+be equal."""
+
+ROUNDED = ("W_hh.0", "W_out")
+"""Parameters that bf16 weights are."""
 
 
 def inputs(T, R, V, E, H):
@@ -29,15 +34,16 @@ def inputs(T, R, V, E, H):
     return params | {"first_ids_tb": 1 + np.arange(R, dtype=np.int32) % (V - 1), "length_tb": np.array(T)}
 
 
-def texts(generate, inputs):
+def texts(generate, inputs, weights="fp32"):
     """Texts by any library's generate(first_ids, length, temperature); verified where nothing is drawn."""
     first_ids, length = inputs["first_ids_tb"], int(inputs["length_tb"])
     return Runnable(lambda: generate(first_ids, length, TEMPERATURE),
-                    lambda: {"ids_tr": generate(first_ids, length, 0.0)})
+                    lambda: {f"{weights}_tr": generate(first_ids, length, 0.0)})
 
 
 def ours(ops, inputs, **options):
-    """The op set's generate on all characters in one call, from ids on the host to ids on the host."""
+    """The op set's generate on all characters in one call, from ids on the host to ids on the host. options are the
+    launcher's."""
     sizes, params = params_of(inputs)
     T, R = int(inputs["length_tb"]), len(inputs["first_ids_tb"])
     params = {name: on(ops, array) for name, array in params.items()}
@@ -55,25 +61,37 @@ def ours(ops, inputs, **options):
         ops.generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved, temperature=temperature, **options)
         return ops.to_host(ids_tr)
 
-    return texts(generate, inputs)
+    return texts(generate, inputs, options.get("weights", "fp32"))
 
 
 def reference(inputs):
-    return ours(numpy_ops, inputs).results()
+    """Texts of the model as it is, and of one whose weights were rounded before."""
+    rounded = {name: (bfloat16_bits(inputs[name]).astype(np.uint32) << 16).view(np.float32) for name in ROUNDED}
+    [as_it_is], [with_rounded] = (ours(numpy_ops, model).results().values() for model in (inputs, inputs | rounded))
+    return {"fp32_tr": as_it_is, "bf16_tr": with_rounded}
+
+
+def variants(R, V, H, weights):
+    """Those that the GPU runs at these sizes."""
+    plan = generation_plan(runtime.current_executor().gpu, R, V, H, layers=1, weights=weights)
+    return dict.fromkeys(("stepwise", plan.variant))
 
 
 def candidates(device, T, R, V, E, H):
     if device.kind == "cpu":
         yield Candidate(OURS, "fp32", functools.partial(ours, numpy_ops))
     else:
-        plan = generation_plan(runtime.current_executor().gpu, R, V, H, 1)
-        for variant in dict.fromkeys(("stepwise", plan.variant)):
-            yield Candidate(f"{OURS} {variant} fp32", "fp32",
-                            functools.partial(ours, kernels.op_set("fp32"), variant=variant))
-    for peer in installed_peers(device):
-        if peer.generates and peer.precision == "fp32":
-            yield Candidate(peer.name, "fp32",
-                            lambda inputs, peer=peer: texts(peer.make(*params_of(inputs)).generate, inputs))
+        for weights in (weights for weights in WEIGHTS if weights in device.precisions):
+            for variant in variants(R, V, H, weights):
+                yield Candidate(f"{OURS} {variant} {weights}", weights,
+                                functools.partial(ours, kernels.op_set("fp32"), variant=variant, weights=weights))
+    for peer in writing_peers(device):
+        yield of_peer(peer)
+
+
+def of_peer(peer):
+    return Candidate(peer.name, peer.precision,
+                     lambda inputs: texts(peer.make(*params_of(inputs)).generate, inputs))
 
 
 BASE = {"T": 1000, "R": 1, "V": tutorial.SIZES.V, "E": tutorial.SIZES.E, "H": tutorial.SIZES.H}
@@ -81,7 +99,7 @@ BASE = {"T": 1000, "R": 1, "V": tutorial.SIZES.V, "E": tutorial.SIZES.E, "H": tu
 GENERATE = Benchmark(
     "generate", lambda E, **sizes: floors.generate(**sizes), inputs, reference, candidates,
     sizes=(BASE, *one_at_a_time(BASE, R=(5, 64))), sweep=one_at_a_time(BASE, R=(16, 256), H=(128, 512, 2048, 4096)),
-    whole_job=True, tolerances={"fp32": 0.0})
+    whole_job=True, tolerances=dict.fromkeys(WEIGHTS, 0.0))
 
 
 @pytest.mark.side_by_side(GENERATE)

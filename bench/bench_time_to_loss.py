@@ -9,7 +9,7 @@ import pytest
 import kernels
 from bench import floors, tutorial
 from bench.implementations import OURS
-from bench.peers import installed_peers
+from bench.peers import training_peers
 from bench.side_by_side import Benchmark, Candidate, Runnable
 from rnn import reference as numpy_ops
 from rnn.batches import Batch, ShuffledWindows
@@ -84,7 +84,7 @@ def candidates(device, **sizes):
         ops = numpy_ops if device.kind == "cpu" else kernels.op_set(precision)
         yield Candidate(OURS if device.kind == "cpu" else f"{OURS} {precision}", precision,
                         functools.partial(learner, functools.partial(ours, ops)))
-    for peer in installed_peers(device):
+    for peer in training_peers(device, tutorial=True):
         def make(sizes, params, T, B, peer=peer):
             made = peer.make(sizes, params)
             return made.train_step, made.loss

@@ -10,7 +10,7 @@ import pytest
 import kernels
 from bench import floors, tutorial
 from bench.implementations import OURS
-from bench.peers import installed_peers
+from bench.peers import training_peers
 from bench.side_by_side import Benchmark, Candidate, Runnable, one_at_a_time
 from bench.timing import peak_memory_mib
 from rnn import reference as numpy_ops
@@ -69,9 +69,13 @@ def candidates(device, **sizes):
             ops = kernels.op_set(precision)
             yield Candidate(f"{OURS} {precision}", precision, functools.partial(ours, ops))
         yield Candidate(f"{OURS} no graph {precision}", precision, functools.partial(ours, ops, graph=False))
-    for peer in installed_peers(device):
-        yield Candidate(peer.name, peer.precision,
-                        lambda inputs, peer=peer: steps(peer.make(*params_of(inputs)).train_step, inputs))
+    for peer in training_peers(device, tutorial=sizes == BASE):
+        yield of_peer(peer)
+
+
+def of_peer(peer):
+    return Candidate(peer.name, peer.precision,
+                     lambda inputs: steps(peer.make(*params_of(inputs)).train_step, inputs))
 
 
 BASE = {"T": tutorial.T, "B": tutorial.B, "V": tutorial.SIZES.V, "E": tutorial.SIZES.E, "H": tutorial.SIZES.H}

@@ -6,25 +6,25 @@ them. Nothing of a library is imported until its peer is made.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib.util
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsFloat
 
 import numpy as np
 
 from bench.devices import Device
-from bench.implementations import Torch, installed
+from bench.implementations import Torch, flashrnn_gru, imported_jax, installed, keras_backend
 from rnn.config import Sizes
 from rnn.model import BETA_1, BETA_2, EPSILON
 from rnn.params import checkpoint_name
 
-WARM_UP_STEPS = 3
-"""Before PyTorch records a graph, as its documentation asks."""
-
 JAX_PRECISIONS = {"fp32": "float32", "tf32": "tensorfloat32", "bf16": "bfloat16"}
+
+CORRECTED_STEP = 1e6
+"""The step at which PyTorch's Adam starts, so that its corrections of the moments are 1: it adds epsilon to the root of
+the corrected moment, Keras and char-gru add it to the root itself and correct the learning rate."""
 
 
 class Peer(NamedTuple):
@@ -32,62 +32,80 @@ class Peer(NamedTuple):
 
     train_step(inputs_tb, targets_tb, learning_rate) -> loss: one step of Adam, as `LanguageModel.train_step`.
     generate(first_ids, length, temperature) -> ids (length, R): characters that follow the given ones (R,), from a
-    zero state; `[UNK]`, id 0, is never drawn; temperature 0 takes the most likely character. None where a library's
-    user would write the loop in another one.
+    zero state; `[UNK]`, id 0, is never drawn; temperature 0 takes the most likely character.
     loss(inputs_tb, targets_tb) -> loss: without training.
     """
 
     train_step: Callable[[np.ndarray, np.ndarray, float], SupportsFloat]
-    generate: Callable[[np.ndarray, int, float], np.ndarray] | None
+    generate: Callable[[np.ndarray, int, float], np.ndarray]
     loss: Callable[[np.ndarray, np.ndarray], SupportsFloat]
 
 
 class Maker(NamedTuple):
-    """A peer that can be made: its name, precision, make(sizes, params) with params as `rnn.params.named_views` gives
-    them, and whether it writes text."""
+    """A peer that can be made: its name, precision, and make(sizes, params), params as `rnn.params.named_views` gives
+    them."""
 
     name: str
     precision: str
     make: Callable[[Sizes, Mapping[str, np.ndarray]], Peer]
-    generates: bool
 
 
-def installed_peers(device: Device) -> Iterator[Maker]:
-    """The peers whose libraries are installed, in the precisions of the device; Keras on the CPU, where it has the same
-    precision as the others."""
-    with_torch, with_jax = (installed(library, device.kind) for library in ("torch", "jax"))
+def training_peers(device: Device, tutorial: bool) -> Iterator[Maker]:
+    """The peers that train on a device, in each of its precisions, at the tutorial's sizes or others. On a GPU, those
+    that compile for long are measured at the tutorial's sizes only, and in tf32, in which libraries multiply there if
+    not told otherwise; FlashRNN, which has no tf32, in both that it has."""
+    if device.kind == "cpu":
+        return _installed(device, dict.fromkeys(("PyTorch", "PyTorch compiled", "JAX", "Keras"), device.precisions))
+    precisions = dict.fromkeys(("PyTorch", "PyTorch graph", "JAX"), device.precisions)
+    if tutorial:
+        precisions |= {"PyTorch compiled": ("tf32",), "Keras": ("tf32",), "PyTorch FlashRNN": ("fp32", "bf16")}
+    return _installed(device, precisions)
+
+
+def writing_peers(device: Device) -> Iterator[Maker]:
+    """The peers that write text on a device, in float32."""
+    of_device = () if device.kind == "cpu" else ("PyTorch graph",)
+    return _installed(device, dict.fromkeys(("PyTorch", "PyTorch compiled", *of_device, "JAX", "Keras"), ("fp32",)))
+
+
+def _installed(device: Device, precisions: Mapping[str, Sequence[str]]) -> Iterator[Maker]:
     for precision in device.precisions:
-        suffix = "" if device.kind == "cpu" else f" {precision}"
-        if with_torch:
-            for name, mode in TORCH_MODES.items():
-                if mode == "eager" or mode == ("graph" if device.kind == "cuda" else "compiled") or (
-                        mode == "compiled" and precision == "tf32"):  # on a GPU once: it compiles for a minute
-                    yield Maker(name + suffix, precision,
-                                lambda *model, mode=mode, precision=precision: pytorch_peer(
-                                    *model, Torch(device, precision), mode), mode == "eager")
-        if with_jax:
-            yield Maker(f"JAX{suffix}", precision,
-                        functools.partial(jax_peer, device=device.kind, precision=precision), True)
-    if importlib.util.find_spec("keras") and device.kind == "cpu":
-        yield Maker("Keras", "fp32", keras_peer, False)
+        for name, (library, peer) in PEERS.items():
+            if precision in precisions.get(name, ()) and installed(library, device.kind):
+                yield Maker(name if device.kind == "cpu" else f"{name} {precision}", precision,
+                            functools.partial(peer, device=device, precision=precision))
 
 
-TORCH_MODES = {"PyTorch": "eager", "PyTorch compiled": "compiled", "PyTorch graph": "graph"}
-"""PyTorch as it is; its forward pass and loss through torch.compile; a whole step recorded in a CUDA graph."""
+def corrected(learning_rate: float, step: int) -> float:
+    """The learning rate of a step, counted from 1, corrected for moments that started at zero."""
+    return learning_rate * math.sqrt(1 - BETA_2**step) / (1 - BETA_1**step)
 
 
-def pytorch_peer(sizes: Sizes, params: Mapping[str, np.ndarray], library: Torch, mode: str = "eager") -> Peer:
-    """PyTorch: its modules, its Adam (fused, its fastest), and a step of its GRU for each character written."""
+def pytorch_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: Device, precision: str,
+                 mode: str = "eager") -> Peer:
+    """PyTorch: its modules, its Adam (fused, its fastest), and a step of its GRU for each character written.
+
+    mode: eager, as it is; compiled, the forward pass and the loss, and the step of a character, through torch.compile;
+    graph, a whole training step, or the step of a character with drawing it, recorded in a CUDA graph; flashrnn, eager
+    with FlashRNN's GRU.
+    """
+    library = Torch(device, precision)
     torch, functional = library.torch, library.torch.nn.functional
     model = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(sizes.V, sizes.E),
                                  "gru": torch.nn.GRU(sizes.E, sizes.H),
-                                 "output": torch.nn.Linear(sizes.H, sizes.V)}).to(library.kind)
+                                 "output": torch.nn.Linear(sizes.H, sizes.V)})
     model.load_state_dict({checkpoint_name(name): torch.tensor(array) for name, array in params.items()})
-    rate = torch.tensor(0.0, device=library.kind) if mode == "graph" else 0.0
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(BETA_1, BETA_2), eps=EPSILON, fused=True,
-                                 capturable=mode == "graph")
+    if mode == "flashrnn":
+        model["gru"] = flashrnn_gru(library, model["gru"])
+    model.to(library.kind)
+    rate = torch.tensor(0.0, device=library.kind)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate if mode == "graph" else 0.0, betas=(BETA_1, BETA_2),
+                                 eps=EPSILON, fused=True, capturable=mode == "graph")
     [group] = optimizer.param_groups
-    step, graph, static = 0, None, None
+    for param in group["params"]:
+        optimizer.state[param] = {"step": torch.tensor(CORRECTED_STEP, device=library.kind),
+                                  "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+    step = 0
 
     def ids_of(*arrays: np.ndarray) -> list:
         return [torch.tensor(ids_tb, dtype=torch.long, device=library.kind) for ids_tb in arrays]
@@ -96,8 +114,19 @@ def pytorch_peer(sizes: Sizes, params: Mapping[str, np.ndarray], library: Torch,
         h_tb, _ = model["gru"](model["embedding"](ids_tb))
         return functional.cross_entropy(model["output"](h_tb).flatten(0, 1), targets_tb.flatten())
 
+    def next_ids(ids, h, temperature: float):
+        y, h = model["gru"](model["embedding"](ids)[None], h)
+        logits = model["output"](y[0]).float()
+        logits[:, 0] = -math.inf
+        if temperature == 0:
+            return logits.argmax(dim=1), h
+        p = torch.softmax(logits / temperature, dim=1)
+        # As torch.multinomial draws, but that also checks p.
+        return (p / torch.empty_like(p).exponential_()).argmax(dim=1), h
+
     if mode == "compiled":
-        mean_loss = torch.compile(mean_loss)
+        torch.compiler.reset()  # what was compiled for other sizes; else it compiles for any sizes, or gives up
+        mean_loss, next_ids = torch.compile(mean_loss), torch.compile(next_ids)
 
     def one_step(ids_tb, targets_tb):
         optimizer.zero_grad()
@@ -110,29 +139,24 @@ def pytorch_peer(sizes: Sizes, params: Mapping[str, np.ndarray], library: Torch,
         nonlocal step
         step += 1
         batch = ids_of(inputs_tb, targets_tb)
+        step_size = corrected(learning_rate, step)
         with library.switched():
             if mode == "graph":
-                rate.fill_(learning_rate)
-                return graph_step(batch)
-            group["lr"] = learning_rate
-            # PyTorch adds epsilon to the corrected root, Keras and char-gru to the root itself.
-            group["eps"] = EPSILON / math.sqrt(1 - BETA_2**step)
+                fixed_ids_tb, fixed_targets_tb, fixed_loss, train = recorded_step(*inputs_tb.shape)
+                for fixed, value in zip((fixed_ids_tb, fixed_targets_tb), batch):
+                    fixed.copy_(value)
+                rate.fill_(step_size)
+                train()
+                return fixed_loss
+            group["lr"] = step_size
             return one_step(*batch)
 
-    def graph_step(batch: list):
-        """The first steps as they are, all later ones a replay of the one that was recorded."""
-        nonlocal graph, static
-        if graph is None and step <= WARM_UP_STEPS:
-            return one_step(*batch)
-        if graph is None:
-            static = batch
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                static.append(one_step(*batch))
-        for fixed, ids_tb in zip(static, batch):
-            fixed.copy_(ids_tb)
-        graph.replay()
-        return static[2]
+    @functools.cache
+    def recorded_step(T: int, B: int):
+        """Ids, targets and loss of a step, and what makes the step."""
+        ids_tb, targets_tb = (torch.empty((T, B), dtype=torch.long, device=library.kind) for _ in range(2))
+        loss = torch.empty((), device=library.kind)
+        return ids_tb, targets_tb, loss, library.replayable(lambda: loss.copy_(one_step(ids_tb, targets_tb)))
 
     @torch.no_grad()
     def loss(inputs_tb: np.ndarray, targets_tb: np.ndarray) -> Any:
@@ -141,31 +165,44 @@ def pytorch_peer(sizes: Sizes, params: Mapping[str, np.ndarray], library: Torch,
 
     @torch.inference_mode()
     def generate(first_ids: np.ndarray, length: int, temperature: float) -> np.ndarray:
-        ids, h = torch.tensor(first_ids, dtype=torch.long, device=library.kind), None
+        [ids], h = ids_of(first_ids), torch.zeros((1, len(first_ids), sizes.H), device=library.kind)
         ids_tr = torch.empty((length, len(first_ids)), dtype=torch.long, device=library.kind)
         with library.switched():
-            for t in range(length):
-                y, h = model["gru"](model["embedding"](ids)[None], h)
-                logits = model["output"](y[0]).float()
-                logits[:, 0] = -math.inf
-                if temperature == 0:
-                    ids = logits.argmax(dim=1)
+            if mode == "graph":
+                fixed_ids, fixed_h, move_on = recorded_next_ids(len(first_ids), temperature)
+                fixed_ids.copy_(ids)
+                fixed_h.copy_(h)
+            for ids_r in ids_tr:
+                if mode == "graph":
+                    move_on()
+                    ids_r.copy_(fixed_ids)
                 else:
-                    ids = torch.multinomial(torch.softmax(logits / temperature, dim=1), 1)[:, 0]
-                ids_tr[t] = ids
+                    ids, h = next_ids(ids, h, temperature)
+                    ids_r.copy_(ids)
         return ids_tr.cpu().numpy()
 
-    return Peer(train_step, generate if mode == "eager" else None, loss)
+    @functools.cache
+    def recorded_next_ids(R: int, temperature: float):
+        """Ids and states, and what moves both on by a character."""
+        ids = torch.empty((R,), dtype=torch.long, device=library.kind)
+        h = torch.empty((1, R, sizes.H), device=library.kind)
+
+        def move_on() -> None:
+            for fixed, moved in zip((ids, h), next_ids(ids, h, temperature)):
+                fixed.copy_(moved)
+
+        return ids, h, library.replayable(move_on)
+
+    return Peer(train_step, generate, loss)
 
 
-def jax_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: str = "cpu", precision: str = "fp32") -> Peer:
+def jax_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: Device, precision: str) -> Peer:
     """JAX: a compiled step with the input products of all positions in one, and a compiled loop over the characters."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else it takes most of a GPU at once
-    import jax
+    jax = imported_jax()
     from jax import lax
     from jax import numpy as jnp
 
-    place = jax.devices(device)[0]
+    place = jax.devices(device.kind)[0]
     named = {name.removesuffix(".0"): array for name, array in params.items()}
     training = {"params": named, "m": jax.tree.map(np.zeros_like, named), "v": jax.tree.map(np.zeros_like, named)}
     training = jax.device_put(training, place)
@@ -222,7 +259,7 @@ def jax_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: str = "cpu"
     def train_step(inputs_tb: np.ndarray, targets_tb: np.ndarray, learning_rate: float) -> Any:
         nonlocal training, step
         step += 1
-        step_size = learning_rate * math.sqrt(1 - BETA_2**step) / (1 - BETA_1**step)
+        step_size = corrected(learning_rate, step)
         with jax.default_matmul_precision(JAX_PRECISIONS[precision]):
             training, loss = compiled_step(training, inputs_tb, targets_tb, step_size)
         return jax.block_until_ready((training, loss))[1]
@@ -242,28 +279,96 @@ def jax_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: str = "cpu"
     return Peer(train_step, generate, loss)
 
 
-def keras_peer(sizes: Sizes, params: Mapping[str, np.ndarray]) -> Peer:
-    """Keras on JAX, or on the backend that KERAS_BACKEND names: the tutorial's layers, its Adam, `train_on_batch`."""
-    os.environ.setdefault("KERAS_BACKEND", "jax")
+def keras_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: Device, precision: str) -> Peer:
+    """Keras on JAX, or on the backend that KERAS_BACKEND names: the tutorial's layers, its Adam, `train_on_batch`, and
+    the tutorial's way of writing: a compiled model of one step, called once for each character."""
+    backend = keras_backend()
+    if backend == "jax":
+        jax = imported_jax()
     import keras
 
     layers = keras.layers
-    model = keras.Sequential([layers.Embedding(sizes.V, sizes.E), layers.GRU(sizes.H, return_sequences=True),
-                              layers.Dense(sizes.V)])
-    model.build((None, None))
+    keras.config.set_dtype_policy("float32")
+
+    @contextlib.contextmanager
+    def switched() -> Iterator[None]:
+        """Inside the `with` block, Keras computes on this device and multiplies in this precision."""
+        with contextlib.ExitStack() as stack:
+            if backend == "jax":
+                stack.enter_context(jax.default_device(jax.devices(device.kind)[0]))
+                stack.enter_context(jax.default_matmul_precision(JAX_PRECISIONS[precision]))
+            if backend == "torch":
+                stack.enter_context(Torch(device, precision).switched())
+            yield
 
     def gates_zrn(array: np.ndarray) -> np.ndarray:
         r, z, n = np.split(array, 3)
         return np.concatenate([z, r, n])
 
-    weights = {name: gates_zrn(params[f"{name}.0"]) for name in ("W_ih", "W_hh", "b_ih", "b_hh")}
-    model.set_weights([params["W_emb"], weights["W_ih"].T, weights["W_hh"].T,
-                       np.stack([weights["b_ih"], weights["b_hh"]]), params["W_out"].T, params["b_out"]])
-    optimizer = keras.optimizers.Adam(beta_1=BETA_1, beta_2=BETA_2, epsilon=EPSILON)
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    with switched():
+        embedding, output = layers.Embedding(sizes.V, sizes.E), layers.Dense(sizes.V)
+        gru = layers.GRU(sizes.H, return_sequences=True, return_state=True)
+        ids_bt, h_b = keras.Input((None,), dtype="int32"), keras.Input((sizes.H,))
+        h_bt, _ = gru(embedding(ids_bt))
+        model = keras.Model(ids_bt, output(h_bt))
+        weights = {name: gates_zrn(params[f"{name}.0"]) for name in ("W_ih", "W_hh", "b_ih", "b_hh")}
+        model.set_weights([params["W_emb"], weights["W_ih"].T, weights["W_hh"].T,
+                           np.stack([weights["b_ih"], weights["b_hh"]]), params["W_out"].T, params["b_out"]])
+        optimizer = keras.optimizers.Adam(beta_1=BETA_1, beta_2=BETA_2, epsilon=EPSILON)
+        model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    mask = np.where(np.arange(sizes.V) == 0, -np.inf, 0).astype(np.float32)
+
+    class Draw(layers.Layer):
+        """From logits (R, V) to ids (R, 1)."""
+
+        def __init__(self, temperature: float) -> None:
+            super().__init__()
+            self.temperature, self.seeds = temperature, keras.random.SeedGenerator(0)
+
+        def call(self, logits):
+            logits += mask
+            if self.temperature == 0:
+                return keras.ops.argmax(logits, axis=1, keepdims=True)
+            return keras.random.categorical(logits / self.temperature, 1, seed=self.seeds)
+
+    @functools.cache
+    def one_step(temperature: float):
+        """The model of one step, from ids (R, 1) and states (R, H) to those of the next character; and that compiled,
+        on JAX without `predict_on_batch`, around which a step takes nearly twice as long."""
+        y_bt, h_next_b = gru(embedding(ids_bt), initial_state=h_b)
+        step_model = keras.Model([ids_bt, h_b], [Draw(temperature)(output(y_bt[:, -1])), h_next_b])
+        return step_model, jax.jit(step_model.stateless_call) if backend == "jax" else step_model.predict_on_batch
 
     def train_step(inputs_tb: np.ndarray, targets_tb: np.ndarray, learning_rate: float) -> float:
-        optimizer.learning_rate = learning_rate
-        return model.train_on_batch(inputs_tb.T, targets_tb.T)
+        with switched():
+            optimizer.learning_rate = learning_rate
+            return model.train_on_batch(inputs_tb.T, targets_tb.T)
 
-    return Peer(train_step, None, lambda inputs_tb, targets_tb: model.test_on_batch(inputs_tb.T, targets_tb.T))
+    def generate(first_ids: np.ndarray, length: int, temperature: float) -> np.ndarray:
+        ids, h = first_ids[:, None], np.zeros((len(first_ids), sizes.H), np.float32)
+        ids_tr = []
+        with switched():
+            step_model, step = one_step(temperature)
+            trained, others = ([variable.value for variable in variables] for variables in
+                               (step_model.trainable_variables, step_model.non_trainable_variables))
+            for _ in range(length):
+                if backend == "jax":
+                    (ids, h), others = step(trained, others, [ids, h])
+                else:
+                    ids, h = step([ids, h])
+                ids_tr.append(ids)
+        return np.concatenate([np.asarray(ids) for ids in ids_tr], axis=1).T
+
+    def loss(inputs_tb: np.ndarray, targets_tb: np.ndarray) -> float:
+        with switched():
+            return model.test_on_batch(inputs_tb.T, targets_tb.T)
+
+    return Peer(train_step, generate, loss)
+
+
+PEERS: Mapping[str, tuple[str, Callable[..., Peer]]] = {
+    "PyTorch": ("torch", pytorch_peer), "PyTorch compiled": ("torch", functools.partial(pytorch_peer, mode="compiled")),
+    "PyTorch graph": ("torch", functools.partial(pytorch_peer, mode="graph")),
+    "PyTorch FlashRNN": ("flashrnn", functools.partial(pytorch_peer, mode="flashrnn")),
+    "JAX": ("jax", jax_peer), "Keras": ("keras", keras_peer)}
+"""By name: the library that has to be installed, and what makes the peer."""

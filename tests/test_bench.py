@@ -1,5 +1,7 @@
 """The benchmark suite's own logic: verification, turns, clocks and events, ceilings, floors, records, the front end."""
 
+import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -11,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import bench_gru, devices, floors, implementations, side_by_side, timing
+from bench import (bench_generate, bench_gru, bench_train_step, devices, floors, implementations, peers, side_by_side,
+                   timing)
 from bench.devices import Cpu, Gpu, Sample, queued_sample
 from bench.side_by_side import Benchmark, Candidate, Failed, Measured, Runnable, measure
 from kernels import runtime
@@ -102,9 +105,12 @@ def one_call_a_sample(monkeypatch) -> None:
 
 
 def measured(benchmark, device, chosen=lambda name: True):
-    sizes = tiny(benchmark)
-    candidates = [candidate for candidate in benchmark.candidates(device, **sizes) if chosen(candidate.name)]
-    outcomes = measure(benchmark, sizes, candidates, device, rounds=2, pause=lambda seconds: None)
+    candidates = benchmark.candidates(device, **tiny(benchmark))
+    return measured_candidates(benchmark, device, [made for made in candidates if chosen(made.name)])
+
+
+def measured_candidates(benchmark, device, candidates):
+    outcomes = measure(benchmark, tiny(benchmark), candidates, device, rounds=2, pause=lambda seconds: None)
     for outcome in outcomes.values():
         if isinstance(outcome, Failed):
             raise outcome.error
@@ -131,6 +137,7 @@ def test_candidates_on_the_harness_compute_what_the_reference_does(executor, nam
     assert chosen
     if name in ("gru_forward", "gru_backward", "generate"):
         assert {"stepwise", "persistent"} == {variant.split()[1] for variant in chosen}
+        assert {"fp32", "bf16"} <= {variant.split()[2] for variant in chosen}
     if BENCHMARKS[name].whole_job:
         assert {outcome.notes["memory_mib"] for outcome in chosen.values()} == {3}
 
@@ -363,6 +370,33 @@ def test_few_rounds_and_part_of_a_group_are_not_recorded(tmp_path, options):
     assert not (tmp_path / "results").exists()
 
 
+# Other libraries
+
+@pytest.mark.parametrize("name", [name for name in peers.PEERS if name != "PyTorch compiled"])
+def test_peer_learns_and_writes_what_the_reference_does(name, monkeypatch):
+    """On the CPU: graphs are not recorded, what they would be recorded of is called, and FlashRNN runs its `vanilla`
+    backend."""
+    library, make = peers.PEERS[name]
+    if not implementations.installed(library, "cpu"):
+        pytest.skip(f"{library} is not installed")
+    one_call_a_sample(monkeypatch)
+    maker = peers.Maker(name, "fp32", functools.partial(make, device=Cpu(), precision="fp32"))
+    measured_candidates(bench_train_step.TRAIN_STEP, Cpu(), [bench_train_step.of_peer(maker)])
+    measured_candidates(bench_generate.GENERATE, Cpu(), [bench_generate.of_peer(maker)])
+
+
+@pytest.mark.parametrize("name", [name for name in peers.PEERS if name not in ("PyTorch compiled", "PyTorch FlashRNN")])
+def test_peer_draws_every_character_but_unk(name):
+    library, make = peers.PEERS[name]
+    if not implementations.installed(library, "cpu"):
+        pytest.skip(f"{library} is not installed")
+    inputs = bench_generate.inputs(T=400, R=3, V=4, E=5, H=8)
+    peer = make(*bench_train_step.params_of(inputs), device=Cpu(), precision="fp32")
+    ids_tr = peer.generate(inputs["first_ids_tb"], 400, 2.0)
+    assert ids_tr.shape == (400, 3) and set(ids_tr.flat) == {1, 2, 3}
+    assert len({tuple(ids_r) for ids_r in ids_tr.T}) == 3
+
+
 def test_flashrnn_is_given_the_model_in_its_own_order():
     """By its backend for a CPU; it stays out of tables where it is not installed."""
     pytest.importorskip("torch")
@@ -370,3 +404,55 @@ def test_flashrnn_is_given_the_model_in_its_own_order():
     inputs = bench_gru.inputs(T=3, B=2, V=5, H=8)
     results = bench_gru.flashrnn_forward(implementations.Torch(Cpu(), "fp32"), inputs).results()
     side_by_side.assert_right("FlashRNN", results, bench_gru.FORWARD.reference(inputs), 2**-13)
+
+
+def test_peers_of_a_device(monkeypatch):
+    monkeypatch.setattr(peers, "installed", lambda library, kind: True)
+    gpu = types.SimpleNamespace(kind="cuda", precisions=("fp32", "tf32", "bf16"))
+    anywhere = {f"{name} {precision}" for name in ("PyTorch", "PyTorch graph", "JAX") for precision in gpu.precisions}
+
+    def names(makers):
+        listed = [maker.name for maker in makers]
+        assert len(set(listed)) == len(listed)
+        return set(listed)
+
+    assert names(peers.training_peers(Cpu(), tutorial=False)) == {"PyTorch", "PyTorch compiled", "JAX", "Keras"}
+    assert names(peers.writing_peers(Cpu())) == {"PyTorch", "PyTorch compiled", "JAX", "Keras"}
+    assert names(peers.training_peers(gpu, tutorial=False)) == anywhere
+    assert names(peers.training_peers(gpu, tutorial=True)) == anywhere | {
+        "PyTorch compiled tf32", "PyTorch FlashRNN fp32", "PyTorch FlashRNN bf16", "Keras tf32"}
+    assert names(peers.writing_peers(gpu)) == {
+        "PyTorch fp32", "PyTorch compiled fp32", "PyTorch graph fp32", "JAX fp32", "Keras fp32"}
+
+
+@pytest.mark.parametrize("backend, torch_gpu, jax_gpu, kinds", [
+    ("jax", False, True, ["cpu", "cuda"]), ("jax", True, False, ["cpu"]), ("torch", True, False, ["cuda"]),
+    ("torch", False, True, ["cpu"]), ("tensorflow", True, True, ["cpu"])])
+def test_keras_is_measured_where_its_backend_computes(monkeypatch, backend, torch_gpu, jax_gpu, kinds):
+    monkeypatch.setenv("KERAS_BACKEND", backend)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    monkeypatch.setattr(implementations.importlib.util, "find_spec", lambda library: library)
+    cuda = types.SimpleNamespace(is_available=lambda: torch_gpu)
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
+    jax = types.SimpleNamespace(default_backend=lambda: "gpu" if jax_gpu else "cpu")
+    monkeypatch.setitem(sys.modules, "jax", jax)
+    assert [kind for kind in ("cpu", "cuda") if implementations.installed("keras", kind)] == kinds
+
+
+def test_pytorch_records_a_graph_once_and_then_replays_it():
+    calls = []
+
+    @contextlib.contextmanager
+    def record(graph):
+        calls.append("record")
+        yield
+        calls.append("recorded")
+
+    graph = types.SimpleNamespace(replay=lambda: calls.append("replay"))
+    library = object.__new__(implementations.Torch)
+    library.kind = "cuda"
+    library.torch = types.SimpleNamespace(cuda=types.SimpleNamespace(CUDAGraph=lambda: graph, graph=record))
+    replayed = library.replayable(lambda: calls.append("call"))
+    for _ in range(implementations.WARM_UP_CALLS + 2):
+        replayed()
+    assert calls == ["call"] * implementations.WARM_UP_CALLS + ["record", "call", "recorded", "replay", "replay"]
