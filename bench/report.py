@@ -346,6 +346,7 @@ def _circumstances(entry: dict) -> str:
         *gpu, facts["cpu"], f"{_count(facts['cores'], 'core')}; Python {facts['python']}",
         _library("NumPy", facts["numpy"], numpy), _library("PyTorch", facts["torch"], torch),
         _library("JAX", facts["jax"], []), _library("Keras", facts["keras"], []),
+        *([_library("FlashRNN", facts["flashrnn"], [])] if gpu else []),
     ]) + f". Median and range of {_count(rounds, 'interleaved round')}; {facts['date']}, {facts['commit']}."
 
 

@@ -10,7 +10,7 @@ MACHINE = {"cpu": "Some CPU", "cores": 2, "system": "Linux 6", "python": "3.11.7
            "blas": "openblas 0.3", "blas_kernels": "SkylakeX", "blas_threads": 2, "torch": "2.13.0",
            "torch_threads": 2, "jax": None, "keras": None, "commit": "0123456789ab", "date": "2026-01-02"}
 
-GPU = {"gpu": "NVIDIA X", "driver": "for CUDA 13.0", "cuda_runtime": "13.0", "cupy": "14.2"}
+GPU = {"gpu": "NVIDIA X", "driver": "for CUDA 13.0", "cuda_runtime": "13.0", "cupy": "14.2", "flashrnn": "1.0"}
 
 
 def entry(benchmark, sizes, seconds, tutorial=True, gpu=False, work=(10**9, 10**6, 1, 2), **notes) -> dict:
@@ -93,6 +93,7 @@ def test_step_on_a_gpu_is_compared_within_its_precision_and_shows_memory():
     seconds = {"char-gru tf32": [1.0], "char-gru bf16": [0.5], "PyTorch tf32": [3.0], "PyTorch bf16": [2.0]}
     table = report.train_step_table(entry("train_step", TRAIN_STEP["sizes"], seconds, gpu=True, memory_mib=10.0))
     assert table.startswith("NVIDIA X, driver for CUDA 13.0, CUDA 13.0, CuPy 14.2, Some CPU")
+    assert "Keras not installed and so left out, FlashRNN 1.0." in table
     rows = {cells[1]: cells for line in table.splitlines() if (cells := [cell.strip() for cell in line.split("|")])[1:]}
     assert {name: rows[name][6:8] for name in seconds} == {
         "char-gru tf32": ["1.00", "10.0"], "char-gru bf16": ["1.00", "10.0"], "PyTorch tf32": ["3.00", "10.0"],
