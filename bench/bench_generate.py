@@ -21,8 +21,8 @@ TEMPERATURE = 1.0
 
 PARAMETER_SCALE = np.float32(2)
 """Initial parameters as they are soon write one character for ever; verified texts should vary. With these, the two
-largest logits of a verified character lie 8e-6 apart or more, and rounding moves a logit by 2e-6 at most: texts have to
-be equal."""
+largest logits of a verified character at the default sizes lie 8e-6 apart or more, and rounding moves a logit by 2e-6
+at most: texts have to be equal."""
 
 ROUNDED = ("W_hh.0", "W_out")
 """Parameters that bf16 weights are."""
