@@ -1,16 +1,15 @@
-// What both variants of generation share: how they take weights, one unit of the recurrence, and drawing a character.
+// What the variants of generation share: how they take weights, one unit of the recurrence, and drawing a character.
 //
-// Constants from the launcher: THREADS of a block, 256; BF16, 1 where weights are rounded to bfloat16, else 0.
+// Constant from the launcher: BF16, 1 where weights are rounded to bfloat16, else 0.
 // The functions that draw are for all threads of a block together.
 // Source: Holtzman et al., "The Curious Case of Neural Text Degeneration" (top-p); Nguyen et al., "Turning Up the Heat"
 // (min-p).
-#include "common.cuh"
+#include "block.cuh"
 
-#if !defined(THREADS) || !defined(BF16)
-#error "the launcher defines THREADS, of a block, and BF16, whether weights are rounded to it"
+#ifndef BF16
+#error "the launcher defines BF16, whether weights are rounded to it"
 #endif
 
-constexpr int WARPS = THREADS / WARP;
 constexpr int DIGIT_BITS = 3;
 static_assert(WARPS == 1 << DIGIT_BITS, "cut_by_digits needs a warp for each value of a digit");
 

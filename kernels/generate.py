@@ -7,10 +7,9 @@ import numpy as np
 
 from . import runtime
 from .arrays import copy
+from .plan import THREADS, WARPS
 from .scratch import scratch
 
-THREADS = 256
-WARPS = THREADS // 32
 MAX_ROWS = 8  # that a warp multiplies its weights with; more do not fit into registers
 CHUNK = 128  # k of a stage of the persistent kernel's ring
 STAGES = (8, 4, 2)
@@ -236,7 +235,7 @@ def _generate_stepwise(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved:
 
 def constants(R: int, weights: str = "fp32") -> dict[str, int]:
     """What generate.cu is compiled with, and generate_persistent.cu for groups of R rows, with UNITS and STAGES."""
-    return {"THREADS": THREADS, "ROWS": _tile_rows(R), "BF16": int(weights == "bf16")}
+    return {"ROWS": _tile_rows(R), "BF16": int(weights == "bf16")}
 
 
 def _tile_rows(R: int) -> int:

@@ -27,6 +27,7 @@
 
 #include "barrier.cuh"
 #include "generate.cuh"
+#include "generate_logits.cuh"
 #include "mma.cuh"
 
 #if !defined(ROWS) || !defined(UNITS) || !defined(STAGES)
@@ -39,8 +40,6 @@ static_assert(STAGES >= 2, "one stage is filled while another is read");
 
 // How many 32-bit words `count` weights take.
 __device__ constexpr int words(int count) { return BF16 ? count / 2 : count; }
-
-__device__ constexpr int round_up(int n, int multiple) { return ceil_div(n, multiple) * multiple; }
 
 __device__ __forceinline__ float4 four_weights(const unsigned *at)
 {
@@ -220,60 +219,6 @@ struct Product {
     }
 };
 
-// ---- Logits ---------------------------------------------------------------------------------------------------------
-
-// What this block's units, with states (units, padded_rows), add to the logits of its group's rows: parts (rows, V),
-// `stride` from row to row.
-__device__ __forceinline__ void publish_logits(float *parts, int stride, const float *W_out, const float *states,
-                                               int rows, int padded_rows, int V, int units)
-{
-    for (int i = threadIdx.x; i < V * (padded_rows / ROWS); i += THREADS) {
-        const int v = i % V, row = i / V * ROWS;
-        float sums[ROWS] = {};
-        for (int u = 0; u < units; ++u) {
-            const float weight = W_out[u * V + v];
-            const void *aligned = __builtin_assume_aligned(states + u * padded_rows + row, 4 * (ROWS < 4 ? ROWS : 4));
-            const float *state = static_cast<const float *>(aligned);
-#pragma unroll
-            for (int r = 0; r < ROWS; ++r)
-                sums[r] = fmaf(weight, state[r], sums[r]);
-        }
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-            if (row + r < rows)
-                parts[(row + r) * stride + v] = sums[r];
-    }
-}
-
-// How many threads share the sum over the blocks for four logits.
-__device__ constexpr int logits_shares(int V) { return V > 4 * THREADS ? 1 : THREADS / ceil_div(V, 4); }
-
-// The logits (V,) of one row, in shared memory with room for logits_shares(V) rows of round_up(V, 4): the sum of what
-// the blocks published for it, `stride` from block to block.
-__device__ __forceinline__ void sum_logits(float *logits, const float *parts, size_t stride, int blocks,
-                                           const float *__restrict__ b_out, int V)
-{
-    const int quads = ceil_div(V, 4), shares = logits_shares(V);
-    for (int i = threadIdx.x; i < quads * shares; i += THREADS) {
-        const int v = 4 * (i % quads);
-        float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 8  // loads in flight
-        for (int block = i / quads; block < blocks; block += shares) {
-            const float4 part = *reinterpret_cast<const float4 *>(parts + block * stride + v);
-            sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-        }
-        *reinterpret_cast<float4 *>(logits + 4 * i) = sum;
-    }
-    __syncthreads();
-    for (int v = threadIdx.x; v < V; v += THREADS) {
-        float sum = b_out[v];
-        for (int share = 0; share < shares; ++share)
-            sum += logits[share * 4 * quads + v];
-        logits[v] = sum;  // where this thread alone has read
-    }
-    __syncthreads();
-}
-
 // ---- All steps ------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -375,7 +320,7 @@ write_text(float *h, int *ids, int *ids_tr, float *states, float *partial_logits
             }
             if (layer == layers - 1) {
                 __syncthreads();  // the states of all units
-                publish_logits(partial_logits + size_t(blockIdx.x) * group_rows * logits_stride, logits_stride,
+                publish_logits<ROWS>(partial_logits + size_t(blockIdx.x) * group_rows * logits_stride, logits_stride,
                                own_W_out, layer_states, rows, padded_rows, V, units);
             }
             arrive();

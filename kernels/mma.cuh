@@ -117,6 +117,15 @@ __device__ __forceinline__ unsigned tf32_operand(unsigned bits)
     return fabsf(__uint_as_float(bits)) < infinity ? bits + 0x1000u : bits;
 }
 
+// The same bits, of which the compiler knows nothing: what follows from them it computes again in each turn of a loop.
+__device__ __forceinline__ unsigned opaque(unsigned bits)
+{
+#ifndef HOST_CUDA
+    asm volatile("" : "+r"(bits));
+#endif
+    return bits;
+}
+
 // d += a b in tf32.
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2])
 {

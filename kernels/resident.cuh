@@ -1,38 +1,53 @@
 // A product with weights that stay on chip: c (ROWS, COLUMNS) = x (ROWS, K) w (K, COLUMNS), one block, many times over.
 //
-// Constants from the launcher: PRECISION (0 fp32, 1 tf32, 2 bf16); ROWS: 16, 32 or 64; COLUMNS; K_STEPS and
-// REGISTER_STEPS, below. K counts in steps of STEP_K: 8 words of 32 bits, one fp32, one tf32 or two bf16 of neighbouring
-// k each. A block has WARPS warps. Each owns K_STEPS steps of K, with all ROWS and COLUMNS, so that it reads its share of x
-// from L2 once, straight into registers, and its share of w from where only it ever looks:
-//   REGISTER_STEPS steps   in registers, 2 per thread for each 8 columns (tensor cores only)
+// Constants from the launcher: PRECISION (0 fp32, 1 tf32, 2 bf16, 3 fp32 in parts); ROWS: 16, 32 or 64; COLUMNS; K_STEPS
+// and REGISTER_STEPS, below; with PRECISION 3, BF16: whether w is rounded to bf16. K counts in steps of STEP_K: 8 words of
+// 32 bits, one fp32, one tf32 or two bf16 of neighbouring k each. A block has WARPS warps. Each owns K_STEPS steps of K,
+// with all ROWS and COLUMNS, so that it reads its share of x from L2 once, straight into registers, and its share of w
+// from where only it ever looks:
+//   REGISTER_STEPS steps   in registers, LANE_WORDS per thread for each 8 columns (tensor cores only)
 //   the other steps        in shared memory, WEIGHT_STEP words each
 // The sums of the warps meet in shared memory, SUMS floats: the upper half of the warps leaves its sums, the lower half
 // adds its own, and whoever needs an element adds those of the lower half, in ascending order.
 //
+// fp32 in parts is fp32 on tensor cores, as exact as without: x and w stay fp32 words until they are multiplied, when
+// each is cut into the nearest tf32, hi, and what that leaves, lo, of which tf32 takes all but the last bit:
+//   x w = x_lo w_hi + x_hi w_lo + x_hi w_hi      x_lo w_lo is as small as what fp32 rounds off
+// A bf16 is a tf32: w_lo is 0, two products are enough, and a word holds the w of two k. Tensor cores cut off what sums
+// lose, where fp32 rounds it, so that long sums drift: here they sum the products of one step, and the thread its steps.
+//
 // x is handed from block to block through global memory in the order in which warps load it, 16 bytes a lane:
-//   tf32, bf16  steps of K, each of fragments of 16 rows, each of 4 words for each lane (mma.cuh)
-//   fp32        steps of K, each of 8 k, each of ROWS rows: those of thread_row() 0, 8 apart, then those of 1, ...
+//   tensor cores  steps of K, each of fragments of 16 rows, each of 4 words for each lane (mma.cuh)
+//   fp32          steps of K, each of 8 k, each of ROWS rows: those of thread_row() 0, 8 apart, then those of 1, ...
 // x_place says where an element lies; what lies beyond the matrix in k must be zero there, rows may hold anything.
 //
 // Per product, a block reads 4 ROWS * 8 bytes of L2 and WEIGHT_STEP * 4 of shared memory for each step that is there,
 // and writes and reads 2 * 4 WARPS / 2 * ROWS * COLUMNS bytes of sums.
-// Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip".
-#include "common.cuh"
+// Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip"; Ootomo and Yokota, "Recovering Single
+// Precision Accuracy from Tensor Cores While Surpassing the FP32 Theoretical Peak Performance".
+#include "block.cuh"
 #include "mma.cuh"
 
 #if !defined(PRECISION) || !defined(ROWS) || !defined(COLUMNS) || !defined(K_STEPS) || !defined(REGISTER_STEPS)
 #error "the launcher defines PRECISION, ROWS, COLUMNS, K_STEPS and REGISTER_STEPS"
 #endif
+#if PRECISION == 3 && !defined(BF16)
+#error "the launcher defines BF16, whether weights are rounded to it"
+#endif
 #if PRECISION != 0 && __CUDA_ARCH__ < 800
-#error "tf32 and bf16 need the tensor cores of sm_80"
+#error "all but fp32 without parts need the tensor cores of sm_80"
 #endif
 
-constexpr int WARPS = 8, THREADS = WARPS * WARP;
 constexpr int PACK = PRECISION == 2 ? 2 : 1;  // elements per word
 constexpr int STEP_K = 8 * PACK;
 constexpr int TILES_M = ROWS / 16, TILES_N = ceil_div(COLUMNS, 8);
-constexpr int X_STEP = ROWS * 8;              // words of x per step
-constexpr int WEIGHT_STEP = TILES_N * 8 * 8;  // words of w per step
+constexpr int X_STEP = ROWS * 8;  // words of x per step
+#if PRECISION == 3 && BF16
+constexpr int LANE_WORDS = 1;  // of w per step and 8 columns
+#else
+constexpr int LANE_WORDS = 2;
+#endif
+constexpr int WEIGHT_STEP = TILES_N * WARP * LANE_WORDS;  // words of w per step
 // Steps of x that a warp loads at a time; fp32 has registers for more than one where there are few sums.
 constexpr int X_STEPS = PRECISION != 0 ? 64 / ROWS : ROWS * TILES_N * 8 > 1024 || ROWS == 64 ? 1 : 2;
 
@@ -41,7 +56,7 @@ constexpr int SUMS_STRIDE = TILES_N * 8 + (TILES_N % 2 == 0 ? 8 : 0);
 constexpr int SUMS_OF_WARP = ROWS * SUMS_STRIDE;
 constexpr int SUMS = WARPS / 2 * SUMS_OF_WARP;
 
-static_assert(PRECISION >= 0 && PRECISION <= 2, "0 fp32, 1 tf32, 2 bf16");
+static_assert(PRECISION >= 0 && PRECISION <= 3, "0 fp32, 1 tf32, 2 bf16, 3 fp32 in parts");
 static_assert(ROWS == 16 || ROWS == 32 || ROWS == 64, "rows come in fragments of 16");
 static_assert(REGISTER_STEPS <= K_STEPS, "no more steps in registers than there are");
 static_assert(PRECISION != 0 || REGISTER_STEPS == 0, "fp32 weights lie in shared memory");
@@ -59,16 +74,16 @@ __device__ __forceinline__ size_t x_place(int row, int k)
 #endif
 }
 
-// Puts an element of x there, rounded.
+// Puts an element of x there, rounded to what its word holds.
 __device__ __forceinline__ void store_x(unsigned *x, int row, int k, float value)
 {
     const size_t place = x_place(row, k);
-#if PRECISION == 0
-    x[place] = __float_as_uint(value);
-#elif PRECISION == 1
+#if PRECISION == 1
     x[place] = to_tf32(value);
-#else
+#elif PRECISION == 2
     reinterpret_cast<unsigned short *>(x)[place] = to_bf16(value);
+#else
+    x[place] = __float_as_uint(value);
 #endif
 }
 
@@ -175,32 +190,87 @@ struct ResidentSums {
                     const int row = m * 16 + lane() / 4 + i % 2 * 8, k = (lane() % 4 + i / 2 * 4) * PACK;
 #if PRECISION == 1
                     a[m][i] = to_tf32(read(row, k));
-#else
+#elif PRECISION == 2
                     a[m][i] = pack_bf16(read(row, k), read(row, k + 1));
+#else
+                    a[m][i] = __float_as_uint(read(row, k));
 #endif
                 }
         }
     };
 
-    // w: the two words of this lane for each 8 columns
-    __device__ __forceinline__ void add(const X &x, int n, unsigned w0, unsigned w1)
+#if PRECISION == 3
+    // What the tensor cores take of x.
+    struct Operand {
+        unsigned hi[TILES_M][4], lo[TILES_M][4];
+
+        __device__ __forceinline__ explicit Operand(const X &x)
+        {
+#pragma unroll
+            for (int m = 0; m < TILES_M; ++m)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    split(x.a[m][i], hi[m][i], lo[m][i]);
+        }
+    };
+
+    // Of lo the tensor core takes the upper 11 bits, and there are 12 at most.
+    static __device__ __forceinline__ void split(unsigned x, unsigned &hi, unsigned &lo)
     {
-        const unsigned b[2] = {w0, w1};
+        hi = to_tf32(__uint_as_float(x));
+        lo = __float_as_uint(__uint_as_float(x) - __uint_as_float(hi));
+    }
+
+    __device__ __forceinline__ void add(const Operand &x, int n, const unsigned (&w)[LANE_WORDS])
+    {
+        float step[TILES_M][4] = {};  // small products first; neighbouring instructions do not wait for each other
+        // opaque: of weights in registers, which are the same in every product, the compiler would keep the parts too.
+#if BF16
+        const unsigned two = opaque(w[0]), w_hi[2] = {two << 16, two & 0xffff0000u};
+#else
+        unsigned w_hi[2], w_lo[2];
+        split(opaque(w[0]), w_hi[0], w_lo[0]);
+        split(opaque(w[1]), w_hi[1], w_lo[1]);
+#pragma unroll
+        for (int m = 0; m < TILES_M; ++m)
+            mma_m16n8k8_tf32(step[m], x.hi[m], w_lo);
+#endif
+#pragma unroll
+        for (int m = 0; m < TILES_M; ++m)
+            mma_m16n8k8_tf32(step[m], x.lo[m], w_hi);
+#pragma unroll
+        for (int m = 0; m < TILES_M; ++m)
+            mma_m16n8k8_tf32(step[m], x.hi[m], w_hi);
+#pragma unroll
+        for (int m = 0; m < TILES_M; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                c[m][n][i] += step[m][i];
+    }
+#else
+    using Operand = X;
+
+    __device__ __forceinline__ void add(const Operand &x, int n, const unsigned (&w)[LANE_WORDS])
+    {
 #pragma unroll
         for (int m = 0; m < TILES_M; ++m)
 #if PRECISION == 1
-            mma_m16n8k8_tf32(c[m][n], x.a[m], b);
+            mma_m16n8k8_tf32(c[m][n], x.a[m], w);
 #else
-            mma_m16n8k16_bf16(c[m][n], x.a[m], b);
+            mma_m16n8k16_bf16(c[m][n], x.a[m], w);
 #endif
     }
+#endif
 
     __device__ __forceinline__ void add(const X &x, const unsigned *weights)
     {
+        const Operand operand(x);
 #pragma unroll
         for (int n = 0; n < TILES_N; ++n) {
-            const uint2 w = reinterpret_cast<const uint2 *>(weights)[n * WARP + lane()];
-            add(x, n, w.x, w.y);
+            struct alignas(4 * LANE_WORDS) Words {  // read at once
+                unsigned w[LANE_WORDS];
+            };
+            add(operand, n, reinterpret_cast<const Words *>(weights)[n * WARP + lane()].w);
         }
     }
 
@@ -252,15 +322,20 @@ __device__ __forceinline__ float sum_of(const float *sums, int row, int column)
 }
 
 #if PRECISION != 0
-// Word i of this lane's fragment of columns 8 n to 8 n + 7, from read(k, column); k counts from the step's first.
+// Word i of this lane's fragment of columns 8 n to 8 n + 7, from read(k, column); k counts from the step's first. In one
+// word: both elements of the fragment, 4 k apart.
 template <class Read>
 __device__ __forceinline__ unsigned weight_word(int n, int i, Read read)
 {
     const int k = (lane() % 4 + i * 4) * PACK, column = n * 8 + lane() / 4;
 #if PRECISION == 1
     return to_tf32(read(k, column));
-#else
+#elif PRECISION == 2
     return pack_bf16(read(k, column), read(k + 1, column));
+#elif BF16
+    return pack_bf16(read(k, column), read(k + 4, column));
+#else
+    return __float_as_uint(read(k, column));
 #endif
 }
 #endif
@@ -276,14 +351,14 @@ __device__ __forceinline__ void store_weights(unsigned *weights, Read read)
 #pragma unroll
     for (int n = 0; n < TILES_N; ++n)
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-            weights[n * 64 + lane() * 2 + i] = weight_word(n, i, read);
+        for (int i = 0; i < LANE_WORDS; ++i)
+            weights[(n * WARP + lane()) * LANE_WORDS + i] = weight_word(n, i, read);
 #endif
 }
 
 // A warp's share of w.
 struct ResidentWeights {
-    unsigned registers[REGISTER_STEPS > 0 ? REGISTER_STEPS : 1][TILES_N][2];
+    unsigned registers[REGISTER_STEPS > 0 ? REGISTER_STEPS : 1][TILES_N][LANE_WORDS];
     unsigned *shared;
 
     static constexpr int SHARED_STEPS = K_STEPS - REGISTER_STEPS;
@@ -301,7 +376,7 @@ struct ResidentWeights {
 #pragma unroll
             for (int n = 0; n < TILES_N; ++n)
 #pragma unroll
-                for (int i = 0; i < 2; ++i)
+                for (int i = 0; i < LANE_WORDS; ++i)
                     registers[s][n][i] =
                         weight_word(n, i, [=](int k, int column) { return read((first + s) * STEP_K + k, column); });
 #endif
@@ -350,9 +425,10 @@ struct ResidentWeights {
         for (int i = 0; i < X_STEPS; ++i) {
 #if PRECISION != 0
             if (IN_REGISTERS && step + i < REGISTER_STEPS) {
+                const ResidentSums::Operand operand(now[i]);
 #pragma unroll
                 for (int n = 0; n < TILES_N; ++n)
-                    sums.add(now[i], n, registers[step + i][n][0], registers[step + i][n][1]);
+                    sums.add(operand, n, registers[step + i][n]);
                 continue;
             }
 #endif

@@ -1,0 +1,80 @@
+"""Products with weights on chip, of fp32 in parts: as exact as fp32, for numbers of all sizes."""
+
+import numpy as np
+import pytest
+
+from kernels import runtime
+from tests.compare import rounded
+
+KERNEL = """
+#include "resident.cuh"
+
+extern "C" __global__ void product(float *out, unsigned *x, const float *x_rows, const float *w, int K)
+{
+    extern __shared__ __align__(16) unsigned shared[];
+    float *sums = reinterpret_cast<float *>(shared + ResidentWeights::SHARED_WORDS);
+    for (int e = threadIdx.x; e < ROWS * K; e += THREADS)
+        store_x(x, e / K, e % K, x_rows[e]);
+    ResidentWeights weights;
+    weights.load(shared, [=](int k, int column) { return k < K && column < COLUMNS ? w[k * COLUMNS + column] : 0.0f; });
+    __syncthreads();
+    ResidentSums all;
+    weights.multiply(all, x);
+    all.meet(sums);
+    for (int e = threadIdx.x; e < ROWS * COLUMNS; e += THREADS)
+        out[e] = sum_of(sums, e / COLUMNS, e % COLUMNS);
+}
+"""
+
+
+def product(executor, x: np.ndarray, w: np.ndarray, bf16: bool, register_steps: int, source: str = KERNEL) -> np.ndarray:
+    """x (ROWS, K) times w (K, COLUMNS)."""
+    (rows, K), columns = x.shape, w.shape[1]
+    k_steps = -(-K // 64)
+    constants = {"PRECISION": 3, "BF16": int(bf16), "ROWS": rows, "COLUMNS": columns, "K_STEPS": k_steps,
+                 "REGISTER_STEPS": register_steps}
+    out, exchange = executor.empty((rows, columns), np.float32), executor.zeros((8 * k_steps, rows * 8), np.uint32)
+    executor.launch(runtime.assemble("product.cu", source, constants), "product", (1, 1, 1), (256, 1, 1),
+                    [out, exchange, executor.to_device(x), executor.to_device(w), np.int32(K)], 60 * 1024, False)
+    return executor.to_host(out)
+
+
+def operands(rows: int, K: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of all sizes and both signs, whose products with each other are of about the same size, so that each
+    counts: column k of x is as large as row k of w is small."""
+    rng = np.random.default_rng([rows, K, columns])
+    scale = 10.0 ** rng.uniform(-8, 8, K)
+    return ((rng.standard_normal((rows, K)) * scale).astype(np.float32),
+            (rng.standard_normal((K, columns)) / scale[:, None]).astype(np.float32))
+
+
+def relative_error(out: np.ndarray, x: np.ndarray, w: np.ndarray) -> float:
+    """The largest error, relative to the sum of the products' absolute values."""
+    x, w = x.astype(np.float64), w.astype(np.float64)
+    return (np.abs(out - x @ w) / (np.abs(x) @ np.abs(w))).max()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("rows, K, columns, register_steps", [
+    (16, 1, 3, 0), (16, 63, 24, 1), (16, 64, 9, 0), (32, 65, 21, 1), (32, 130, 48, 3), (64, 200, 15, 2),
+])
+def test_product_in_parts_is_as_exact_as_fp32(executor, rows, K, columns, register_steps, bf16):
+    x, w = operands(rows, K, columns)
+    w = rounded(w, "bf16") if bf16 else w
+    assert relative_error(product(executor, x, w, bf16, register_steps), x, w) <= 4 * np.finfo(np.float32).eps
+
+
+@pytest.mark.parametrize("left_out", ["mma_m16n8k8_tf32(step[m], x.lo[m], w_hi);", "mma_m16n8k8_tf32(step[m], x.hi[m], w_lo);"])
+def test_without_a_small_product_it_is_not(executor, left_out):
+    x, w = operands(16, 64, 24)
+    source = runtime.assemble("product.cu", KERNEL, {})
+    assert source.count(left_out) == 1
+    out = product(executor, x, w, bf16=False, register_steps=0, source=source.replace(left_out, ";"))
+    assert relative_error(out, x, w) > 100 * np.finfo(np.float32).eps
+
+
+def test_weights_are_rounded_to_bf16_and_states_are_not(executor):
+    x, w = operands(32, 100, 24)
+    out = product(executor, x, w, bf16=True, register_steps=0)
+    np.testing.assert_array_equal(out, product(executor, x, rounded(w, "bf16"), bf16=True, register_steps=0))
+    assert relative_error(out, x, rounded(w, "bf16")) <= 4 * np.finfo(np.float32).eps
