@@ -96,7 +96,7 @@ def plan_lines(gpu: GPU, precision: str, batch_size: int, rnn_units: int, layers
     for rows in sorted({1, batch_size}):
         plan = generation_plan(gpu, rows, vocabulary, rnn_units, layers, weights)
         yield f"generation, {rows} row{'s' * (rows > 1)}: {plan.variant}; {plan.reason}"
-        if plan.variant == "persistent":
+        if plan.variant != "stepwise":
             yield "    " + " ".join(f"{name}={getattr(plan, name)}" for name in _GENERATION_CUT)
 
 

@@ -1,13 +1,17 @@
-"""Launchers of generate.cu and generate_persistent.cu: drawing characters, and writing text with a model."""
+"""Drawing characters, and writing text with a model: launchers of generate.cu and generate_persistent.cu, and the
+choice among all variants."""
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import runtime
 from .arrays import copy
-from .plan import THREADS, WARPS
+from .generate_batched import FEWEST_ROWS, batched_plans, generate_batched
+from .generate_plan import STATIC_SHARED_BYTES, GenerationPlan, character_cycles
+from .plan import SHARED_RATE, THREADS, WARPS, rates_of
 from .scratch import scratch
 
 MAX_ROWS = 8  # that a warp multiplies its weights with; more do not fit into registers
@@ -15,26 +19,42 @@ CHUNK = 128  # k of a stage of the persistent kernel's ring
 STAGES = (8, 4, 2)
 GRAPH_STEPS = 8  # of one launch: its cost is little beside 8 characters, and the sampler's chunks are multiples of 8
 WEIGHTS = ("fp32", "bf16")
-STATIC_SHARED_BYTES = 96  # of the persistent kernel, for drawing
 
 
-class GenerationPlan(NamedTuple):
-    """How `generate` runs: the variant, why, and what generate_persistent.cu has to know."""
+def generation_plan(gpu: runtime.GPU, R: int, V: int, H: int, layers: int, weights: str = "fp32",
+                    variant: str | None = None) -> GenerationPlan:
+    """The quickest of `generation_plans`, or that of a variant.
 
-    variant: str
-    reason: str
-    constants: dict[str, int]
-    groups: int = 0  # of rows, that do not wait for each other
-    group_rows: int = 0
-    blocks: int = 0  # of a group
-    units: int = 0  # of a block, in every layer
-    stage_rows: int = 0
-    shared_bytes: int = 0
+    Raises: ValueError for a variant that is not among them.
+    """
+    plans = generation_plans(gpu, R, V, H, layers, weights)
+    for plan in plans:
+        if variant in (None, plan.variant):
+            return plan
+    expected = " or ".join(plan.variant for plan in plans)
+    raise ValueError(f"variant: expected {expected}, got {variant!r}: {plans[-1].reason}")
 
 
 @functools.lru_cache
-def generation_plan(gpu: runtime.GPU, R: int, V: int, H: int, layers: int, weights: str = "fp32") -> GenerationPlan:
-    """The persistent variant where a GPU holds all weights on chip, else the stepwise one.
+def generation_plans(gpu: runtime.GPU, R: int, V: int, H: int, layers: int,
+                     weights: str = "fp32") -> tuple[GenerationPlan, ...]:
+    """The best plan of each variant that there is for these sizes, the quickest first: persistent and batched where a
+    GPU holds all weights on chip, and then stepwise, for any."""
+    persistent, least = _persistent_plans(gpu, R, V, H, layers, weights)
+    batched = sorted(batched_plans(gpu, R, V, H, layers, weights), key=operator.itemgetter(0))[:1]
+    on_chip = sorted(persistent + batched, key=operator.itemgetter(0))
+    megahertz = rates_of(gpu).gigahertz * 1000
+    predicted = ", ".join(f"{plan.variant} {cycles / megahertz:.1f} us" for cycles, plan in on_chip)
+    predicted += " a character" + ("; batched is for one layer" if layers > 1 and R >= FEWEST_ROWS else "")
+    plans = [plan._replace(reason=f"{plan.reason}; predicted: {predicted}") for _, plan in on_chip]
+    misfit = (f"a block's share of {weights} weights and states takes {least / 1024:.0f} KiB of shared memory; "
+              f"{gpu.name} has {gpu.shared_bytes / 1024:.0f}")
+    return *plans, GenerationPlan("stepwise", "for any sizes" if persistent else misfit, constants(R, weights))
+
+
+def _persistent_plans(gpu: runtime.GPU, R: int, V: int, H: int, layers: int,
+                      weights: str) -> tuple[list[tuple[float, GenerationPlan]], int]:
+    """Cycles of a character, and plan, of the best cut, if one fits; and the least shared memory that any takes.
 
     More groups read fewer states, each its own, but hold the weights as many times: of the numbers of groups that fit
     and leave each MAX_ROWS rows, the largest whose blocks have the least to multiply.
@@ -42,12 +62,9 @@ def generation_plan(gpu: runtime.GPU, R: int, V: int, H: int, layers: int, weigh
     most = max(1, min(R // MAX_ROWS, gpu.multiprocessors))
     plans = [_persistent_plan(gpu, -(-R // groups), R, V, H, layers, weights) for groups in range(1, most + 1)]
     fitting = [(work, plan) for work, plan in plans if plan.shared_bytes + STATIC_SHARED_BYTES <= gpu.shared_bytes]
-    if fitting:
-        return min(fitting, key=lambda fit: (fit[0], -fit[1].groups))[1]
-    least = min(plan.shared_bytes for work, plan in plans)
-    reason = (f"a block's share of {weights} weights and states takes {least / 1024:.0f} KiB of shared memory; "
-              f"{gpu.name} has {gpu.shared_bytes / 1024:.0f}")
-    return GenerationPlan("stepwise", reason, constants(R, weights))
+    best = [plan for _, plan in sorted(fitting, key=lambda fit: (fit[0], -fit[1].groups))[:1]]
+    return [(_persistent_cycles(gpu, plan, V, H, layers), plan) for plan in best], min(
+        plan.shared_bytes for work, plan in plans)
 
 
 def _persistent_plan(gpu: runtime.GPU, group_rows: int, R: int, V: int, H: int, layers: int,
@@ -71,6 +88,18 @@ def _persistent_plan(gpu: runtime.GPU, group_rows: int, R: int, V: int, H: int, 
     reason = f"{groups} x {blocks} blocks hold {weights} weights on chip, in {shared_bytes / 1024:.0f} KiB each"
     return passes * tile_units * rows, GenerationPlan("persistent", reason, module, groups, group_rows, blocks, units,
                                                       stage_rows, shared_bytes)
+
+
+def _persistent_cycles(gpu: runtime.GPU, plan: GenerationPlan, V: int, H: int, layers: int) -> float:
+    """Of a character: a product takes the longest of gathering the states, multiplying, and reading both operands from
+    shared memory, tile by tile."""
+    rates, width, rows, units = rates_of(gpu), _width(H), plan.constants["ROWS"], plan.constants["UNITS"]
+    rounds, passes = -(-plan.units // (units * WARPS)), -(-plan.group_rows // plan.stage_rows)
+    tiles, gates = passes * rounds * WARPS, 3 * units
+    gather = rounds * plan.group_rows * width * 4 / rates.l2
+    multiply = tiles * gates * rows * width / rates.multiply["fp32"]
+    shared = tiles * (gates / (1 + plan.constants["BF16"]) + rows) * width * 4 / SHARED_RATE
+    return character_cycles(gpu, plan, V, layers, max(gather, multiply, shared))
 
 
 def _shared_bytes(V: int, width: int, layers: int, units: int, group_rows: int, stage_rows: int,
@@ -133,8 +162,8 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
     forced_tr is not negative (that is how prompts are read), else one drawn as `sample` says.
 
     weights: bf16 rounds W_hh, W_ih above layer 0 and W_out, and nothing else, so that larger models fit on chip.
-    variant: persistent or stepwise; None takes what `generation_plan` says. Calls that continue each other leave the
-    same bits as one call.
+    variant: persistent, batched (one layer, from 9 rows on, tensor cores) or stepwise; None takes what
+    `generation_plan` says. Calls that continue each other leave the same bits as one call.
 
     Shapes: params name -> array, as `rnn.params.named_views` gives them; P (V, 3H), the input table of layer 0;
     h (layers, R, H), moved on in place; ids (R,) int32, the characters before the first step, replaced by the last
@@ -159,16 +188,13 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
     runtime.check("counters", saved.counters, np.uint32, (R, 32))
     if weights not in WEIGHTS:
         raise ValueError(f"weights: expected {' or '.join(WEIGHTS)}, got {weights!r}")
-    plan = generation_plan(runtime.current_executor().gpu, R, V, H, layers, weights)
-    variant = variant or plan.variant
-    possible = ("persistent", "stepwise") if plan.variant == "persistent" else ("stepwise",)
-    if variant not in possible:
-        raise ValueError(f"variant: expected {' or '.join(possible)}, got {variant!r}: {plan.reason}")
+    plan = generation_plan(runtime.current_executor().gpu, R, V, H, layers, weights, variant)
     options = _options(V, temperature, top_k, top_p, min_p)
-    if variant == "stepwise":
-        _generate_stepwise(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved, options, constants(R, weights))
-    else:
-        _generate_persistent(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved.counters, options, plan)
+    if plan.variant == "stepwise":
+        _generate_stepwise(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved, options, plan.constants)
+        return
+    on_chip = generate_batched if plan.variant == "batched" else _generate_persistent
+    on_chip(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved.counters, options, plan)
 
 
 def _generate_persistent(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, counters, options: list,

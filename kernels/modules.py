@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from .cross_entropy import TILE as CROSS_ENTROPY_TILE
-from .generate import MAX_ROWS, constants as generate_constants, generation_plan
+from .generate import MAX_ROWS, WEIGHTS, constants as generate_constants, generation_plan
 from .gru import constants as gru_constants
 from .gru_persistent import constants as gru_persistent_constants
 from .matmul import (OPERANDS, PIPELINED_TILES, PRECISIONS, TILES, constants as tile_constants, pipelined_constants,
@@ -18,7 +18,7 @@ MODULES: dict[str, tuple[dict[str, int], ...]] = {
     "cross_entropy": tuple(tile_constants(precision) | CROSS_ENTROPY_TILE for precision in PRECISIONS),
     "dropout": ({},),
     "generate": (*(generate_constants(R) for R in (1, 2, 4, MAX_ROWS)), generate_constants(MAX_ROWS, "bf16")),
-    "generate_persistent": tuple(generation_plan(GPUS["h100"], R, V=66, H=1024, layers=1, weights=weights).constants
+    "generate_persistent": tuple(generation_plan(GPUS["h100"], R, 66, 1024, 1, weights, "persistent").constants
                                  for R, weights in ((1, "fp32"), (5, "fp32"), (64, "fp32"), (1, "bf16"), (64, "bf16"))),
     "gru": tuple(gru_constants(precision) for precision in PRECISIONS),
     "input_table": ({},),
@@ -28,7 +28,7 @@ MODULES: dict[str, tuple[dict[str, int], ...]] = {
 }
 """Stem of a .cu file -> the sets of constants that its launchers compile it with, each name -> value."""
 
-PLANNED = ("gru_forward_persistent", "gru_backward_persistent")
+PLANNED = ("gru_forward_persistent", "gru_backward_persistent", "generate_batched")
 """Stems of the .cu files whose constants a plan gives, for each GPU and for each size of the model."""
 
 SIZES = ((64, 1024), (32, 256))  # rows and hidden units of README's two models
@@ -50,11 +50,14 @@ def modules_for(architecture: str) -> Iterator[tuple[str, dict[str, int]]]:
 def _planned(capability: int) -> list[tuple[str, dict[str, int]]]:
     found = []
     for gpu in GPUS.values():
-        for precision in precisions(gpu) if gpu.capability == capability else ():
-            for B, H in SIZES:
+        if gpu.capability != capability:
+            continue
+        for B, H in SIZES:
+            for precision in precisions(gpu):
                 plans = (forward_plan(gpu, B, H, precision),
                          backward_plan(gpu, B, H, precision, V_out=CHARACTERS, V_in=CHARACTERS))
-                for stem, plan in zip(PLANNED, plans):
-                    if plan.variant == "persistent" and (stem, gru_persistent_constants(plan)) not in found:
-                        found.append((stem, gru_persistent_constants(plan)))
-    return found
+                found += [(stem, gru_persistent_constants(plan)) for stem, plan in zip(PLANNED, plans)
+                          if plan.variant == "persistent"]
+            plans = (generation_plan(gpu, B, CHARACTERS, H, 1, weights) for weights in WEIGHTS)
+            found += [("generate_batched", plan.constants) for plan in plans if plan.variant == "batched"]
+    return [module for i, module in enumerate(found) if module not in found[:i]]

@@ -222,7 +222,7 @@ def gradients_bytes(plan: "RecurrencePlan") -> int:
 
 def precisions(gpu: GPU) -> tuple[str, ...]:
     """What a GPU multiplies in."""
-    return tuple(_rates(gpu).multiply)
+    return tuple(rates_of(gpu).multiply)
 
 
 def forward_plan(gpu: GPU, B: int, H: int, precision: str, *, variant: str = "auto") -> RecurrencePlan:
@@ -321,7 +321,7 @@ def _cut(plan: RecurrencePlan) -> str:
 # Costs
 
 def _persistent_cycles(gpu: GPU, plan: RecurrencePlan) -> float:
-    rates, sums = _rates(gpu), plan.rows * plan.columns
+    rates, sums = rates_of(gpu), plan.rows * plan.columns
     steps = plan.k_steps + plan.fold_steps
     gather = _gathered_bytes(plan) / rates.l2
     multiply = sums * steps * WARPS * WORDS * PACK[plan.precision] / rates.multiply[plan.precision]
@@ -334,7 +334,7 @@ def _persistent_cycles(gpu: GPU, plan: RecurrencePlan) -> float:
 
 
 def _stepwise_cycles(gpu: GPU, plan: RecurrencePlan) -> float:
-    rates = _rates(gpu)
+    rates = rates_of(gpu)
     units, splits = STEPWISE_COLUMNS // plan.gates, plan.K // plan.H  # backward, each gate has a block of its own
     tiles = _ceil_div(plan.B, STEPWISE_ROWS) * _ceil_div(plan.H, units) * splits
     gather = (STEPWISE_ROWS + STEPWISE_COLUMNS) * plan.H * 4 / rates.l2
@@ -352,11 +352,11 @@ def _elsewhere_cycles(gpu: GPU, plan: RecurrencePlan) -> float:
 def _microseconds(gpu: GPU, plan: RecurrencePlan, cycles: float) -> float:
     """Of a step that takes so many cycles, or as long as memory takes for what it moves."""
     moved = (20 if plan.K == plan.H else 32) * plan.B * plan.H
-    return max(cycles, _memory_cycles(gpu, moved)) / (_rates(gpu).gigahertz * 1000)
+    return max(cycles, _memory_cycles(gpu, moved)) / (rates_of(gpu).gigahertz * 1000)
 
 
 def _memory_cycles(gpu: GPU, size: int) -> float:
-    return size / (gpu.multiprocessors * _rates(gpu).memory)
+    return size / (gpu.multiprocessors * rates_of(gpu).memory)
 
 
 def _gathered_bytes(plan: RecurrencePlan) -> float:
@@ -365,7 +365,8 @@ def _gathered_bytes(plan: RecurrencePlan) -> float:
     return min(plan.rows, plan.B) * k / plan.splits * 4 / PACK[plan.precision]
 
 
-def _rates(gpu: GPU) -> Rates:
+def rates_of(gpu: GPU) -> Rates:
+    """Of a GPU's capability."""
     return RATES[max((capability for capability in RATES if capability <= gpu.capability), default=min(RATES))]
 
 

@@ -1,10 +1,10 @@
 // A product with weights that stay on chip: c (ROWS, COLUMNS) = x (ROWS, K) w (K, COLUMNS), one block, many times over.
 //
-// Constants from the launcher: PRECISION (0 fp32, 1 tf32, 2 bf16, 3 fp32 in parts); ROWS: 16, 32 or 64; COLUMNS; K_STEPS
-// and REGISTER_STEPS, below; with PRECISION 3, BF16: whether w is rounded to bf16. K counts in steps of STEP_K: 8 words of
-// 32 bits, one fp32, one tf32 or two bf16 of neighbouring k each. A block has WARPS warps. Each owns K_STEPS steps of K,
-// with all ROWS and COLUMNS, so that it reads its share of x from L2 once, straight into registers, and its share of w
-// from where only it ever looks:
+// Constants from the launcher: PRECISION (0 fp32, 1 tf32, 2 bf16, 3 fp32 in parts); ROWS: 16, 32 or 64; COLUMNS;
+// K_STEPS and REGISTER_STEPS, below; with PRECISION 3, BF16: whether w is rounded to bf16. K counts in steps of STEP_K:
+// 8 words of 32 bits, one fp32, one tf32 or two bf16 of neighbouring k each. A block has WARPS warps. Each owns K_STEPS
+// steps of K, with all ROWS and COLUMNS, so that it reads its share of x from L2 once, straight into registers, and its
+// share of w from where only it ever looks:
 //   REGISTER_STEPS steps   in registers, LANE_WORDS per thread for each 8 columns (tensor cores only)
 //   the other steps        in shared memory, WEIGHT_STEP words each
 // The sums of the warps meet in shared memory, SUMS floats: the upper half of the warps leaves its sums, the lower half
@@ -12,9 +12,9 @@
 //
 // fp32 in parts is fp32 on tensor cores, as exact as without: x and w stay fp32 words until they are multiplied, when
 // each is cut into the nearest tf32, hi, and what that leaves, lo, of which tf32 takes all but the last bit:
-//   x w = x_lo w_hi + x_hi w_lo + x_hi w_hi      x_lo w_lo is as small as what fp32 rounds off
-// A bf16 is a tf32: w_lo is 0, two products are enough, and a word holds the w of two k. Tensor cores cut off what sums
-// lose, where fp32 rounds it, so that long sums drift: here they sum the products of one step, and the thread its steps.
+//   x w = x_lo w_hi + x_hi w_lo + x_hi w_hi      x_lo w_lo is about as small as what fp32 rounds off
+// A bf16 is a tf32: w_lo is 0, two products are enough, and a word holds the w of two k. Tensor cores cut off what does
+// not fit into a sum, where fp32 rounds it, so that long sums drift: here they sum one step, and the thread its steps.
 //
 // x is handed from block to block through global memory in the order in which warps load it, 16 bytes a lane:
 //   tensor cores  steps of K, each of fragments of 16 rows, each of 4 words for each lane (mma.cuh)
@@ -214,10 +214,11 @@ struct ResidentSums {
         }
     };
 
-    // Of lo the tensor core takes the upper 11 bits, and there are 12 at most.
+    // Of lo the tensor core takes the upper 11 bits, and there are 12 at most. NaN may be lost in hi, which is rounded
+    // in fewer instructions than by to_tf32, but not in lo.
     static __device__ __forceinline__ void split(unsigned x, unsigned &hi, unsigned &lo)
     {
-        hi = to_tf32(__uint_as_float(x));
+        hi = (x + 0x1000u) & 0xffffe000u;
         lo = __float_as_uint(__uint_as_float(x) - __uint_as_float(hi));
     }
 
@@ -322,8 +323,8 @@ __device__ __forceinline__ float sum_of(const float *sums, int row, int column)
 }
 
 #if PRECISION != 0
-// Word i of this lane's fragment of columns 8 n to 8 n + 7, from read(k, column); k counts from the step's first. In one
-// word: both elements of the fragment, 4 k apart.
+// Word i of this lane's fragment of columns 8 n to 8 n + 7, from read(k, column); k counts from the step's first. Where
+// there is but one word, it has both elements of the fragment, 4 k apart.
 template <class Read>
 __device__ __forceinline__ unsigned weight_word(int n, int i, Read read)
 {
@@ -387,8 +388,9 @@ struct ResidentWeights {
         __syncwarp();  // lanes read what others stored
     }
 
-    // Adds this warp's share of x w.
-    __device__ __forceinline__ void multiply(ResidentSums &sums, const unsigned *x_all) const
+    // Adds this warp's share of x w, or the first `steps` of it. Where that is no constant, the code of a step stays
+    // apart from that of others: of fp32 in parts, the compiler would begin more at once than it has registers for.
+    __device__ __forceinline__ void multiply(ResidentSums &sums, const unsigned *x_all, int steps = K_STEPS) const
     {
         constexpr int WITH_REGISTERS = ceil_div(REGISTER_STEPS, X_STEPS) * X_STEPS;
         const unsigned *x = x_all + size_t(warp()) * K_STEPS * X_STEP;
@@ -396,10 +398,10 @@ struct ResidentWeights {
         load_x(next, x, 0);
 #pragma unroll
         for (int step = 0; step < WITH_REGISTERS; step += X_STEPS)
-            add_steps<true>(sums, next, x, step);
+            add_steps<true>(sums, next, x, step, steps);
 #pragma unroll 1
         for (int step = WITH_REGISTERS; step < K_STEPS; step += X_STEPS)
-            add_steps<false>(sums, next, x, step);
+            add_steps<false>(sums, next, x, step, steps);
     }
 
     static __device__ __forceinline__ void load_x(ResidentSums::X (&next)[X_STEPS], const unsigned *x, int step)
@@ -414,7 +416,7 @@ struct ResidentWeights {
     // some may be in registers, `step` has to be a constant after unrolling, or all registers would go to local memory.
     template <bool IN_REGISTERS>
     __device__ __forceinline__ void add_steps(ResidentSums &sums, ResidentSums::X (&next)[X_STEPS], const unsigned *x,
-                                              int step) const
+                                              int step, int steps) const
     {
         ResidentSums::X now[X_STEPS];
 #pragma unroll
@@ -423,6 +425,8 @@ struct ResidentWeights {
         load_x(next, x, step + X_STEPS);
 #pragma unroll
         for (int i = 0; i < X_STEPS; ++i) {
+            if (step + i >= steps)
+                return;
 #if PRECISION != 0
             if (IN_REGISTERS && step + i < REGISTER_STEPS) {
                 const ResidentSums::Operand operand(now[i]);
@@ -432,8 +436,7 @@ struct ResidentWeights {
                 continue;
             }
 #endif
-            if (step + i < K_STEPS)
-                sums.add(now[i], shared + (step + i - REGISTER_STEPS) * WEIGHT_STEP);
+            sums.add(now[i], shared + (step + i - REGISTER_STEPS) * WEIGHT_STEP);
         }
     }
 };

@@ -27,7 +27,8 @@ extern "C" __global__ void product(float *out, unsigned *x, const float *x_rows,
 """
 
 
-def product(executor, x: np.ndarray, w: np.ndarray, bf16: bool, register_steps: int, source: str = KERNEL) -> np.ndarray:
+def product(executor, x: np.ndarray, w: np.ndarray, bf16: bool, register_steps: int,
+            source: str = KERNEL) -> np.ndarray:
     """x (ROWS, K) times w (K, COLUMNS)."""
     (rows, K), columns = x.shape, w.shape[1]
     k_steps = -(-K // 64)
@@ -64,13 +65,22 @@ def test_product_in_parts_is_as_exact_as_fp32(executor, rows, K, columns, regist
     assert relative_error(product(executor, x, w, bf16, register_steps), x, w) <= 4 * np.finfo(np.float32).eps
 
 
-@pytest.mark.parametrize("left_out", ["mma_m16n8k8_tf32(step[m], x.lo[m], w_hi);", "mma_m16n8k8_tf32(step[m], x.hi[m], w_lo);"])
+@pytest.mark.parametrize("left_out", ["x.lo[m], w_hi", "x.hi[m], w_lo"])
 def test_without_a_small_product_it_is_not(executor, left_out):
     x, w = operands(16, 64, 24)
-    source = runtime.assemble("product.cu", KERNEL, {})
-    assert source.count(left_out) == 1
-    out = product(executor, x, w, bf16=False, register_steps=0, source=source.replace(left_out, ";"))
+    source, call = runtime.assemble("product.cu", KERNEL, {}), f"mma_m16n8k8_tf32(step[m], {left_out});"
+    assert source.count(call) == 1
+    out = product(executor, x, w, bf16=False, register_steps=0, source=source.replace(call, ";"))
     assert relative_error(out, x, w) > 100 * np.finfo(np.float32).eps
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_nan_stays_nan(executor, bits, bf16):
+    x, w = operands(16, 64, 24)
+    x[3, 5] = np.array(bits, np.uint32).view(np.float32)
+    out = product(executor, x, w, bf16, register_steps=0)
+    np.testing.assert_array_equal(np.isnan(out), np.repeat(np.isnan(x).any(1, keepdims=True), 24, axis=1))
 
 
 def test_weights_are_rounded_to_bf16_and_states_are_not(executor):
