@@ -18,7 +18,8 @@
 // lanes share the sum over the inputs. sample, next_character: a block owns a row.
 // Bytes per character: reads the weights once per ROWS rows, 12 H^2 in the first layer, 24 H^2 in those above, 4 H V in
 // the output layer; writes 8 R H per layer and 4 R V.
-// Variants: this one, a step in layers + 2 kernels, for any sizes; generate_persistent.cu, all steps in one launch.
+// Variants: this one, a step in layers + 2 kernels, for any sizes; generate_persistent.cu and, for many rows,
+// generate_batched.cu, all steps in one launch.
 // Source: generate.cuh.
 
 #include "generate.cuh"
