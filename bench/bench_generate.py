@@ -12,7 +12,7 @@ from bench.implementations import OURS, bfloat16_bits, on
 from bench.peers import writing_peers
 from bench.side_by_side import Benchmark, Candidate, Runnable, one_at_a_time
 from kernels import runtime
-from kernels.generate import WEIGHTS, generation_plan
+from kernels.generate import WEIGHTS, generation_plans
 from rnn import reference as numpy_ops
 from rnn.config import Sizes
 from rnn.params import initial_parameters, named_views
@@ -73,8 +73,8 @@ def reference(inputs):
 
 def variants(R, V, H, weights):
     """Those that the GPU runs at these sizes."""
-    plan = generation_plan(runtime.current_executor().gpu, R, V, H, layers=1, weights=weights)
-    return dict.fromkeys(("stepwise", plan.variant))
+    plans = generation_plans(runtime.current_executor().gpu, R, V, H, layers=1, weights=weights)
+    return [plan.variant for plan in plans]
 
 
 def candidates(device, T, R, V, E, H):

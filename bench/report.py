@@ -25,6 +25,7 @@ README = Path(__file__).parent.parent / "README.md"
 WHOLE_JOBS = ("train_step", "generate", "time_to_loss")
 
 _ALL = "fp32, tf32, bf16"
+_WEIGHTS = "fp32, or bf16 weights"
 
 KERNELS = (
     ("matrix product", "pipelined: three stages of asynchronous copies, tiles of 192 or 256 x 128, one wave of blocks "
@@ -47,9 +48,11 @@ KERNELS = (
     ("sampling", "one block per text; top-k and top-p by ranks up to 257 characters, digit by digit of a threshold above",
      "", "sample", ""),
     ("generation", "persistent: all characters of a call in one launch, weights on chip, layers + 1 barriers per "
-     "character", "fp32, or bf16 weights", "generate", "persistent"),
-    ("", "stepwise: layers + 2 kernels per character, eight characters to a CUDA graph", "fp32, or bf16 weights",
-     "generate", "stepwise"),
+     "character", _WEIGHTS, "generate", "persistent"),
+    ("", "batched: as persistent, for one layer and nine or more texts; on tensor cores (sm_80 on), each fp32 number in "
+     "two tf32 parts, as exact as fp32", _WEIGHTS, "generate", "batched"),
+    ("", "stepwise: layers + 2 kernels per character, eight characters to a CUDA graph", _WEIGHTS, "generate",
+     "stepwise"),
 )
 """Op, variant, what its products are in; and which results say that it has run: benchmark, and a word of the name."""
 
