@@ -52,7 +52,8 @@ write_text(float *h, int *ids, int *ids_tr, unsigned *exchange, float *partial_l
     const int blocks = ceil_div(H, UNITS), groups = gridDim.x / blocks;
     const int group = blockIdx.x / blocks, block = blockIdx.x % blocks, j0 = block * UNITS;
     const int first_row = group * group_rows, rows = min(group_rows, R - first_row);
-    const int padded_rows = round_up(group_rows, LOGIT_ROWS), logits_stride = round_up(V, 4);
+    // A stride of 4 more than a multiple of 8 spreads the states of neighbouring units over the banks.
+    const int padded_rows = round_up(group_rows, LOGIT_ROWS) + 4, logits_stride = round_up(V, 4);
     const int own_steps = min(ceil_div(H, STEP_K) - warp() * K_STEPS, K_STEPS);  // of this warp, none behind H
     const size_t tile_words = size_t(WARPS) * K_STEPS * X_STEP, group_words = ceil_div(group_rows, ROWS) * tile_words;
     const Options options = {temperature, top_k, top_p, min_p};

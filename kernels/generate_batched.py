@@ -15,7 +15,7 @@ PRECISION = 3  # of resident.cuh: fp32 in parts
 TILES = (16, 32)  # rows of a tile; with more, sums take the registers of weights
 FEWEST_ROWS = 9  # below, half of a fragment's rows would idle
 LOGIT_ROWS = 8  # of which a thread sums one logit
-REGISTERS_OF_PARTS = 68  # of a thread, as seen: the parts of operands, and the sums of a step
+REGISTERS_OF_PARTS = {16: 68, 32: 76}  # of a thread, by the rows of a tile, as seen: parts of operands, a step's sums
 
 
 def batched_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
@@ -36,7 +36,7 @@ def batched_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
             shared_bytes = k_steps * step_bytes + reduction_bytes(rows, columns) + _other_bytes(V, group_rows, units)
             too_much = max(0, shared_bytes + STATIC_SHARED_BYTES - gpu.shared_bytes)
             register_steps = -(-too_much // step_bytes)
-            registers = (REGISTERS_OTHER + REGISTERS_OF_PARTS + operand_registers(rows, columns, "tf32")
+            registers = (REGISTERS_OTHER + REGISTERS_OF_PARTS[rows] + operand_registers(rows, columns, "tf32")
                          + accumulators(rows, columns) + (register_steps * weight_registers(columns) >> bf16))
             if registers > REGISTERS or register_steps > k_steps:
                 continue
@@ -67,7 +67,7 @@ def generate_batched(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, counters
 
 def _other_bytes(V: int, group_rows: int, units: int) -> int:
     """Shared memory for logits and states, gates, and the block's part of P, W_out and b_hh."""
-    quads, padded_rows = -(-V // 4), -(-group_rows // LOGIT_ROWS) * LOGIT_ROWS
+    quads, padded_rows = -(-V // 4), -(-group_rows // LOGIT_ROWS) * LOGIT_ROWS + 4
     return 4 * (max(THREADS // quads, 1) * 4 * quads + units * (padded_rows + 3 * group_rows + 4 * V + 3))
 
 

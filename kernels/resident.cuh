@@ -13,6 +13,7 @@
 // fp32 in parts is fp32 on tensor cores, as exact as without: x and w stay fp32 words until they are multiplied, when
 // each is cut into the nearest tf32, hi, and what that leaves, lo, of which tf32 takes all but the last bit:
 //   x w = x_lo w_hi + x_hi w_lo + x_hi w_hi      x_lo w_lo is about as small as what fp32 rounds off
+// What is infinite, or rounds to infinity in tf32, gives NaN.
 // A bf16 is a tf32: w_lo is 0, two products are enough, and a word holds the w of two k. Tensor cores cut off what does
 // not fit into a sum, where fp32 rounds it, so that long sums drift: here they sum one step, and the thread its steps.
 //

@@ -191,7 +191,7 @@ def assert_fits(plan, gpu: GPU, R: int, V: int, H: int) -> None:
     weights = 8 * (k_steps - register_steps) * tiles_n * 32 * (1 if bf16 else 2)
     sums = 4 * rows * (tiles_n * 8 + (8 if tiles_n % 2 == 0 else 0))
     logits = max(256 // quads, 1) * quads * 4
-    states = plan.units * -(-plan.group_rows // 8) * 8 + plan.group_rows * columns
+    states = plan.units * (-(-plan.group_rows // 8) * 8 + 4) + plan.group_rows * columns
     assert 4 * (weights + sums + logits + states + V * columns + V * plan.units + columns) == plan.shared_bytes
     assert plan.shared_bytes + STATIC_SHARED_BYTES <= gpu.shared_bytes
 
