@@ -47,8 +47,12 @@ KERNELS = (
     ("clipping and Adam", "one pass over the data", "", "adam", ""),
     ("sampling", "one block per text; top-k and top-p by ranks up to 257 characters, digit by digit of a threshold above",
      "", "sample", ""),
-    ("generation", "persistent: all characters of a call in one launch, weights on chip, layers + 1 barriers per "
-     "character", _WEIGHTS, "generate", "persistent"),
+    ("generation", "persistent: all characters of a call in one launch, weights on chip, through L2 what does not fit; "
+     "layers + 1 barriers per character", _WEIGHTS, "generate", "persistent"),
+    ("", "persistent-parts: every block sums all logits and draws the same character, so a barrier less; for one text",
+     _WEIGHTS, "generate", "persistent-parts"),
+    ("", "persistent-states: as that, each block with the whole output layer on chip; for small models", _WEIGHTS,
+     "generate", "persistent-states"),
     ("", "batched: as persistent, for one layer and nine or more texts; on tensor cores (sm_80 on), each fp32 number in "
      "two tf32 parts, as exact as fp32", _WEIGHTS, "generate", "batched"),
     ("", "stepwise: layers + 2 kernels per character, eight characters to a CUDA graph", _WEIGHTS, "generate",
@@ -156,7 +160,7 @@ def kernels_table(results: Path) -> str:
     rows = []
     for op, variant, precisions, benchmark, word in KERNELS:
         ran = {entry["machine"]["gpu"] for groups in gpus for entry in _of(groups, benchmark)
-               if any(name.startswith(OURS) and word in name for name in entry["candidates"])}
+               if any(name.startswith(OURS) and word in ("", *name.split()) for name in entry["candidates"])}
         rows.append([op, variant, precisions, f"yes: {', '.join(sorted(ran))}" if ran else "no"])
     return _table(["op", "variant", "products in", "has run on a GPU"], rows)
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from . import runtime
-from .generate_plan import STATIC_SHARED_BYTES, GenerationPlan, character_cycles
-from .plan import (GATES, REGISTERS, REGISTERS_OTHER, SHARED_RATE, THREADS, WARPS, WORDS, accumulators,
+from .generate_plan import DRAW, STATIC_SHARED_BYTES, GenerationPlan, kib
+from .plan import (BARRIER, GATES, REGISTERS, REGISTERS_OTHER, SHARED_RATE, THREADS, WARPS, WORDS, accumulators,
                    operand_registers, rates_of, reduction_bytes, steps_of, weight_registers, weights_bytes)
 from .runtime import GPU
 from .scratch import scratch
@@ -43,10 +43,11 @@ def batched_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
             shared_bytes -= register_steps * step_bytes
             module = {"PRECISION": PRECISION, "BF16": bf16, "ROWS": rows, "COLUMNS": 3 * units, "K_STEPS": k_steps,
                       "REGISTER_STEPS": register_steps}
-            reason = f"{groups} x {blocks} blocks hold {weights} weights on chip, in {shared_bytes / 1024:.0f} KiB each"
+            reason = (f"{groups} x {blocks} blocks hold {weights} weights on chip, in {kib(shared_bytes)} each, "
+                      "2 barriers per character")
             plan = GenerationPlan("batched", reason, module, groups, group_rows, blocks, units,
                                   shared_bytes=shared_bytes)
-            yield character_cycles(gpu, plan, V, layers, _product_cycles(gpu, plan)), plan
+            yield _cycles(gpu, plan, V), plan
 
 
 def generate_batched(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, counters, options: list,
@@ -69,6 +70,14 @@ def _other_bytes(V: int, group_rows: int, units: int) -> int:
     """Shared memory for logits and states, gates, and the block's part of P, W_out and b_hh."""
     quads, padded_rows = -(-V // 4), -(-group_rows // LOGIT_ROWS) * LOGIT_ROWS + 4
     return 4 * (max(THREADS // quads, 1) * 4 * quads + units * (padded_rows + 3 * group_rows + 4 * V + 3))
+
+
+def _cycles(gpu: GPU, plan: GenerationPlan, V: int) -> float:
+    """What a character of every row takes. The barrier behind the drawing is over before the product that follows."""
+    rates, drawn = rates_of(gpu), -(-plan.group_rows // plan.blocks)
+    logits = plan.group_rows * plan.units * V / rates.multiply["fp32"]  # what a block's units add to them
+    drawing = drawn * (DRAW + plan.blocks * V * 4 / rates.l2)
+    return BARRIER + GATES + _product_cycles(gpu, plan) + logits + drawing
 
 
 def _product_cycles(gpu: GPU, plan: GenerationPlan) -> float:

@@ -1,25 +1,13 @@
-"""What a plan of generation says, and what a character costs under it where the model stays on chip.
-
-In cycles of a multiprocessor, with one block on each, at the rates of kernels/plan.py:
-
-    for each layer
-        barrier      BARRIER; the one behind the drawing is over before the product that follows
-        gates        GATES
-    for each matrix, W_hh and W_ih
-        product      what its variant takes
-    logits           rows x units x V multiply-adds, in fp32: what a block's units add to them
-    drawing          for each row that a block draws: DRAWING, and what all blocks added, through L2
-
-What a call costs once, such as bringing the weights on chip, is not in it.
-"""
+"""What a plan of generation says, and what the costs of all variants have in common."""
 
 from typing import NamedTuple
 
-from .plan import BARRIER, GATES, rates_of
+from .plan import rates_of
 from .runtime import GPU
 
-DRAWING = 900  # cycles: the latency of the loads, and of the barriers of a block
 STATIC_SHARED_BYTES = 96  # of a block, for drawing
+DRAW = 1100  # cycles: two maxima and a scan among the threads of a block, all latency; more with top-k or top-p
+LITTLE_L2 = (75, 86)  # compute capabilities, times ten, with up to 6 MB of L2: larger weights come from memory
 
 
 class GenerationPlan(NamedTuple):
@@ -34,11 +22,18 @@ class GenerationPlan(NamedTuple):
     units: int = 0  # of a block, in every layer
     stage_rows: int = 0  # persistent
     shared_bytes: int = 0
+    off_chip: int = 0  # persistent: columns of W_hh and W_ih that are read through L2 in every step
+
+    def fits(self, gpu: GPU) -> bool:
+        """Whether a block gets the shared memory that it asks for."""
+        return self.shared_bytes + STATIC_SHARED_BYTES <= gpu.shared_bytes
 
 
-def character_cycles(gpu: GPU, plan: GenerationPlan, V: int, layers: int, product: float) -> float:
-    """Of a character of every row, where a product takes so many."""
-    rates, drawn = rates_of(gpu), -(-plan.group_rows // plan.blocks)
-    logits = plan.group_rows * plan.units * V / rates.multiply["fp32"]
-    drawing = drawn * (DRAWING + plan.blocks * V * 4 / rates.l2)
-    return layers * (BARRIER + GATES) + (2 * layers - 1) * product + logits + drawing
+def weights_rate(gpu: GPU) -> int:
+    """Bytes per cycle and multiprocessor of weights that are not on chip."""
+    rates = rates_of(gpu)
+    return rates.memory if gpu.capability in LITTLE_L2 else rates.l2
+
+
+def kib(size: float) -> str:
+    return f"{size / 1024:.0f} KiB"

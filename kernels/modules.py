@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from .cross_entropy import TILE as CROSS_ENTROPY_TILE
-from .generate import MAX_ROWS, WEIGHTS, constants as generate_constants, generation_plan
+from .generate import WEIGHTS, generation_plan
+from .generate_persistent import MAX_ROWS, constants as generate_constants
 from .gru import constants as gru_constants
 from .gru_persistent import constants as gru_persistent_constants
 from .matmul import (OPERANDS, PIPELINED_TILES, PRECISIONS, TILES, constants as tile_constants, pipelined_constants,
@@ -13,13 +14,22 @@ from .plan import GPUS, backward_plan, forward_plan, precisions
 TENSOR_CORES_FROM = 80
 """Compute capability, times ten, of the first GPUs that multiply tf32 and bf16, and that copy asynchronously."""
 
+CHARACTERS = 66  # of Tiny Shakespeare, and [UNK]
+
 MODULES: dict[str, tuple[dict[str, int], ...]] = {
     "adam": ({},),
     "cross_entropy": tuple(tile_constants(precision) | CROSS_ENTROPY_TILE for precision in PRECISIONS),
     "dropout": ({},),
     "generate": (*(generate_constants(R) for R in (1, 2, 4, MAX_ROWS)), generate_constants(MAX_ROWS, "bf16")),
-    "generate_persistent": tuple(generation_plan(GPUS["h100"], R, 66, 1024, 1, weights, "persistent").constants
-                                 for R, weights in ((1, "fp32"), (5, "fp32"), (64, "fp32"), (1, "bf16"), (64, "bf16"))),
+    "generate_persistent": tuple(
+        generation_plan(GPUS[gpu], R, CHARACTERS, H, 1, weights, variant).constants
+        for gpu, R, H, weights, variant in (
+            ("h100", 1, 1024, "fp32", "persistent-parts"), ("h100", 1, 1024, "fp32", "persistent"),
+            ("h100", 2, 1024, "fp32", "persistent"), ("h100", 5, 1024, "fp32", "persistent"),
+            ("h100", 64, 1024, "fp32", "persistent"), ("h100", 64, 1024, "bf16", "persistent"),
+            ("h100", 1, 1024, "bf16", "persistent-parts"), ("h100", 1, 1024, "bf16", "persistent-states"),
+            ("h100", 2, 256, "fp32", "persistent-states"), ("a100", 1, 1024, "fp32", "persistent-parts"),
+            ("4090", 1, 1024, "fp32", "persistent-parts"), ("l4", 1, 1024, "fp32", "persistent"))),
     "gru": tuple(gru_constants(precision) for precision in PRECISIONS),
     "input_table": ({},),
     "matmul": tuple(tiled_constants(*operands, tile) for operands in OPERANDS for tile in TILES),
@@ -32,7 +42,6 @@ PLANNED = ("gru_forward_persistent", "gru_backward_persistent", "generate_batche
 """Stems of the .cu files whose constants a plan gives, for each GPU and for each size of the model."""
 
 SIZES = ((64, 1024), (32, 256))  # rows and hidden units of README's two models
-CHARACTERS = 66
 
 
 def modules_for(architecture: str) -> Iterator[tuple[str, dict[str, int]]]:

@@ -137,7 +137,8 @@ def test_candidates_on_the_harness_compute_what_the_reference_does(executor, nam
     chosen = {name: outcome for name, outcome in outcomes.items() if name.startswith("char-gru")}
     assert chosen
     if name in ("gru_forward", "gru_backward", "generate"):
-        variants = {"stepwise", "persistent"} | ({"batched"} if name == "generate" else set())
+        variants = {"stepwise", "persistent"} | (
+            {"persistent-parts", "persistent-states", "batched"} if name == "generate" else set())
         assert variants == {variant.split()[1] for variant in chosen}
         assert {"fp32", "bf16"} <= {variant.split()[2] for variant in chosen}
     if BENCHMARKS[name].whole_job:

@@ -156,7 +156,7 @@ def test_multiply_adds_are_those_of_the_parts(weights, products):
 @pytest.mark.parametrize("gpu, R, weights, variant, groups", [
     ("h100", 8, "fp32", "persistent", 1), ("h100", 9, "fp32", "batched", 1), ("h100", 64, "fp32", "batched", 2),
     ("h100", 64, "bf16", "batched", 2), ("a100", 64, "fp32", "batched", 1), ("a100", 64, "bf16", "batched", 2),
-    ("4090", 64, "fp32", "batched", 1), ("l4", 64, "bf16", "stepwise", 0), ("t4", 64, "bf16", "stepwise", 0),
+    ("3090", 64, "bf16", "batched", 1), ("l4", 64, "fp32", "stepwise", 0), ("t4", 64, "bf16", "stepwise", 0),
 ])
 def test_plan_of_the_tutorial_model_for_many_rows(gpu, R, weights, variant, groups):
     plan = generation_plan(GPUS[gpu], R, V=66, H=1024, layers=1, weights=weights)
@@ -165,8 +165,8 @@ def test_plan_of_the_tutorial_model_for_many_rows(gpu, R, weights, variant, grou
 
 def test_reason_has_the_predictions_that_decided():
     plan = generation_plan(GPUS["h100"], 64, V=66, H=1024, layers=1)
-    assert plan.reason == ("2 x 64 blocks hold fp32 weights on chip, in 225 KiB each; "
-                           "predicted: batched 7.3 us, persistent 14.8 us a character")
+    assert plan.reason.startswith("2 x 64 blocks hold fp32 weights on chip, in 225 KiB each, 2 barriers per character; "
+                                  "predicted: batched 7.4 us, persistent 14.9 us, stepwise ")
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
@@ -198,5 +198,5 @@ def assert_fits(plan, gpu: GPU, R: int, V: int, H: int) -> None:
 
 def test_what_batched_does_not_write_is_refused(executor):
     for R, layers in ((8, 1), (9, 2)):
-        with pytest.raises(ValueError, match="^variant: expected persistent or stepwise, got 'batched'"):
+        with pytest.raises(ValueError, match="^variant: expected [^:]*, got 'batched': "):
             written_on_device(text_case(R, H=5, V=7, layers=layers), 1, variant="batched")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from kernels import runtime
-from kernels.generate import THREADS, sample
+from kernels.generate import sample
+from kernels.plan import THREADS
 from rnn import reference
 from tests import host_cuda
 
