@@ -12,7 +12,6 @@ from .generate_batched import FEWEST_ROWS, batched_plans, generate_batched
 from .generate_persistent import constants, generate_persistent, persistent_plans
 from .generate_plan import DRAW, GenerationPlan, kib, weights_rate
 from .plan import LAUNCH, THREADS, WARPS, rates_of
-from .scratch import scratch
 
 GRAPH_STEPS = 8  # of one launch: its cost is little beside 8 characters, and the sampler's chunks are multiples of 8
 WEIGHTS = ("fp32", "bf16")

@@ -1,5 +1,5 @@
 // The logits of rows of text, summed over the blocks that share the units: each block publishes what its own units add,
-// and the block that draws a row's next character sums the parts. Both are for all threads of a block together.
+// and a block that draws a row's next character sums the parts. Both are for all threads of a block together.
 #include "block.cuh"
 
 __device__ constexpr int round_up(int n, int multiple) { return ceil_div(n, multiple) * multiple; }

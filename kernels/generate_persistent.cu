@@ -2,15 +2,17 @@
 // the arguments that it shares with the stepwise variant: generate.cu.
 //
 // states (2, layers, R, width) float32: what the blocks tell each other, the states before a step and after it in
-// turns; width is H rounded up to a multiple of 8. partial_logits (2, blocks, group_rows, 4 ceil(V / 4)) float32: what
-// the units of each block add to the logits, in turns too. counters (groups, 32) uint32, zero before and after.
+// turns; width is H rounded up to a multiple of 8. partial_logits (2, blocks of all groups, group_rows, 4 ceil(V / 4))
+// float32: what the units of each block add to the logits, in turns too. counters (groups, 32) uint32, zero before and
+// after.
 // weights (2 layers - 1, units of all blocks of a group, 3, width), float32 or bfloat16, and biases (2 layers - 1,
 // units of all blocks, 3) float32, as `pack` writes them: matrix 2 l is W_hh of layer l, matrix 2 l - 1 its W_ih.
-// columns_off_chip: so many columns of each matrix, a multiple of 128 or all, lie in no block's shared memory.
+// columns_off_chip: so many columns of each of these, a multiple of 128 or all, lie in no block's shared memory.
 //
 // Groups never wait for each other: group g owns group_rows rows of text. A block owns `units` units of every layer
-// for all rows of its group: in shared memory, their rows of W_hh and W_ih, their columns of P, their states. A warp
-// owns TILE rows of a matrix by ROWS rows of a product; its lanes share the sum over k, four neighbours at a time.
+// for all rows of its group: in shared memory, their rows of W_hh and W_ih (but for the columns off chip), their
+// columns of P, their states, and of W_out what drawing needs. A warp owns TILE rows of a matrix by ROWS rows of a
+// product; its lanes share the sum over k, four neighbours at a time.
 // States pass through a ring of STAGES stages of stage_rows rows by 128 k, filled by asynchronous copies.
 //
 // Variants, by who DRAWS and from what; for a step of each, what happens while others are waited for:
@@ -24,14 +26,14 @@
 //     layer 0      W_hh h | wait | sum the parts, draw, gates, publish | arrive
 //     the others   as above
 //   EVERY_BLOCK_FROM_STATES: the same, where every block holds all of W_out, and computes all logits from the states
-//   that W_hh takes anyway.
+//   that W_hh takes anyway. No parts are published, and nothing is off chip.
 //     layer 0      W_hh h | wait | W_out times the states of the last layer, draw, gates, publish | arrive
-//     the others   as above, but publish no parts
+//     the others   as above
 // With one layer, W_hh takes the states that are waited for: where every block draws, it multiplies them after the
 // wait, in one product with W_out or, from parts, with states on their way while parts are summed.
-// Bytes per step: reads through L2, 4 R H of states per block and product, divided by the groups, and, of partial
-// logits, 4 blocks R V by owners, or in every block, divided by the groups; weights come from shared memory, or through
-// L2, once per stage_rows rows. In what order they are summed does not depend on where they lie.
+// Bytes per step: reads through L2, 4 R H of states per block, product and round of its warps over the matrix, divided
+// by the groups, and, of partial logits, 4 blocks R V by owners, or in every block, divided by the groups; weights come
+// from shared memory, or through L2, once per ROWS rows. In what order they are summed does not depend on where they lie.
 // Bytes per launch: reads all weights, and 4 V H of W_out in every block where it draws from states.
 // Sums run in an order that the plan alone fixes.
 // Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip".
@@ -334,7 +336,8 @@ write_text(float *h, int *ids, int *ids_tr, float *states, float *partial_logits
     // a (gates, pitch), and ahead of it, in turns, i of the layers above the first and W_out h (out_rows, pitch).
     float *a = own_biases + out_rows + matrices * gates + max(out_rows, layers > 1 ? gates : 0) * pitch;
     const float *i = a - gates * pitch;
-    int *own_ids = reinterpret_cast<int *>(a + gates * pitch);  // (group_rows,), the characters before a step
+    // (group_rows,): the characters before a step; with OWNER, those that this block draws, and the forced ones.
+    int *own_ids = reinterpret_cast<int *>(a + gates * pitch);
 
     const auto rows_of_matrix = [&](int m) {  // (gates, width), this block's
         return weights + (size_t(m) * blocks + block) * gates * words(width);
@@ -437,7 +440,7 @@ write_text(float *h, int *ids, int *ids_tr, float *states, float *partial_logits
                 for (int row = threadIdx.x; row < rows; row += THREADS)
                     own_ids[row] = forced[row];
                 for (int row = 0; row < rows; ++row)
-                    any = any || forced[row] < 0;
+                    any |= forced[row] < 0;
             }
             if (layer == 0 && DRAWS == OWNER) {
                 group_wait(counter, arrivals);
@@ -468,7 +471,7 @@ write_text(float *h, int *ids, int *ids_tr, float *states, float *partial_logits
                 if (first < end)
                     product.run(a + first * pitch, pitch,
                                 own_weights + (out_rows + 2 * layer * gates + first) * words(own_width),
-                                rows_of_matrix(2 * layer - (first < 0)));
+                                rows_of_matrix(max(2 * layer - (first < 0), 0)));
             }
             if (drawing && DRAWS == EVERY_BLOCK_FROM_STATES)
                 draw_characters(t);

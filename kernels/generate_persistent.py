@@ -29,7 +29,7 @@ def persistent_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
 
     More groups read fewer states, each its own, but hold the weights as many times: of the numbers of groups that fit
     and leave each MAX_ROWS rows, the largest whose blocks have the least to multiply; where none fits with all weights
-    on chip, the one that takes the fewest cycles.
+    on chip, the one that takes the fewest cycles. That is found for the first variant; the others take the same groups.
     """
     sizes = R, V, H, layers, weights
     most = max(1, min(R // MAX_ROWS, gpu.multiprocessors))

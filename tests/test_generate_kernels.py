@@ -159,7 +159,7 @@ def test_many_texts_are_those_of_the_reference(executor, seed, variant):
                                   written(reference, np.copy, np.float32, case, 50)[0])
 
 
-@pytest.mark.parametrize("R, layers, variant", list(zip((2, 1, 1), (1, 1, 1), PERSISTENT)))
+@pytest.mark.parametrize("R, layers, variant", list(zip((2, 1, 1), (1, 2, 2), PERSISTENT)))
 def test_a_long_text_is_that_of_the_reference(executor, R, layers, variant):
     """A barrier that is missing or misplaced shows after many steps."""
     case = text_case(R, H=9, V=5, layers=layers, scale=0.3)
@@ -298,11 +298,11 @@ def test_generation_does_not_depend_on_the_order_of_threads(ordered_executor, R,
     assert_text_matches_reference(text_case(R, H=11, V=13, layers=layers), T=4, **OPTIONS, variant=variant)
 
 
-@pytest.mark.parametrize("variant, layers", list(zip(VARIANTS, (2, 2, 1, 1))))
+@pytest.mark.parametrize("variant, layers", list(zip(VARIANTS, (2, 2, 3, 3))))
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_sanitizer_finds_nothing_in_generation(sanitizer, variant, layers):
     def run():
-        written_on_device(text_case(2, H=9, V=10, layers=layers), 1 if variant == "stepwise" else 3, variant)
+        written_on_device(text_case(2, H=9, V=10, layers=layers), 1 if variant == "stepwise" else 4, variant)
 
     assert host_cuda.run_sanitized(run, sanitizer) == ""
 
