@@ -33,7 +33,7 @@
 // wait, in one product with W_out or, from parts, with states on their way while parts are summed.
 // Bytes per step: reads through L2, 4 R H of states per block, product and round of its warps over the matrix, divided
 // by the groups, and, of partial logits, 4 blocks R V by owners, or in every block, divided by the groups; weights come
-// from shared memory, or through L2, once per ROWS rows. In what order they are summed does not depend on where they lie.
+// from shared memory, or through L2, once per ROWS rows. The order of their sums does not depend on where they lie.
 // Bytes per launch: reads all weights, and 4 V H of W_out in every block where it draws from states.
 // Sums run in an order that the plan alone fixes.
 // Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip".
