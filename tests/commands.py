@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -49,11 +50,13 @@ def environment(**changes: str) -> dict[str, str]:
 
 def start(program: str, *arguments: object, cwd: Path, environ: dict[str, str] | None = None,
           **options) -> subprocess.Popen:
-    """Start `train.py` or `generate.py`, or Python code if `program` is none of them; output as bytes in pipes."""
+    """Start `train.py` or `generate.py`, or Python code if `program` is none of them; output as bytes in pipes. Ctrl-C
+    ends it even if the tests themselves run in the background, where shells have it ignored."""
     called = [str(ROOT / program)] if program in ("train.py", "generate.py") else ["-c", program]
-    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    defaults = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    defaults["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen([sys.executable, *called, *map(str, arguments)], cwd=cwd,
-                            env=environment(**(environ or {})), **(pipes | options))
+                            env=environment(**(environ or {})), **(defaults | options))
 
 
 def finish(process: subprocess.Popen, stdin: bytes = b"") -> subprocess.CompletedProcess:
