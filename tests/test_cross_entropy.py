@@ -65,7 +65,6 @@ def test_huge_logits_do_not_overflow(executor, V):
 @pytest.mark.parametrize("lead", [5.0, 20.0, 200.0])
 def test_certain_targets_match_reference(executor, V, lead):
     """The target's logit leads by so much that its probability is nearly or exactly 1 in float32."""
-    T, B = 2, 3
     targets_tb = np.array([[V - 1, 0, 1], [V // 2, V - 2, 2]], np.int32)
     h_tb = lead * np.eye(V, dtype=np.float32)[targets_tb]
     assert_forward_matches_reference(h_tb, np.eye(V, dtype=np.float32), np.zeros(V, np.float32), targets_tb)

@@ -121,6 +121,8 @@ def test_wherever_weights_lie_the_bits_are_the_same(executor, monkeypatch, R, la
     case, sizes = text_case(R, H, V, layers, scale=0.3), (R, V, H, layers, weights, variant)
     gpu = GPU("of this test", 90, 8, 2**30)
     plan = generation_plan(gpu, *sizes)
+    if executor.array_type is not np.ndarray and not plan.fits(executor.gpu):
+        pytest.skip(f"{executor.gpu.name} has less shared memory than the harness")
     column = (2 * layers - 1) * 3 * plan.units * 4 // (1 + plan.constants["BF16"])
     results = []
     for off_chip in (0, 128, 256, H):
@@ -395,7 +397,8 @@ def test_warps_pass_over_the_states_of_one_row_once(gpu, units, tile):
 def test_plans_keep_to_what_the_gpu_has(R, weights):
     for H, V, layers in ((1, 2, 1), (7, 300, 3), (250, 66, 2), (1000, 66, 1), (1024, 5000, 1), (2048, 66, 1)):
         plans = generation_plans(H100, R, V, H, layers, weights)
-        assert "stepwise" in {plan.variant for plan in plans}
+        variants = {plan.variant for plan in plans}
+        assert "stepwise" in variants and ("persistent" in variants or V == 5000 or H == 2048), (H, V, layers)
         for plan in (plan for plan in plans if plan.variant in PERSISTENT):
             assert plan.groups * plan.blocks <= H100.multiprocessors
             assert (plan.groups - 1) * plan.group_rows < R <= plan.groups * plan.group_rows

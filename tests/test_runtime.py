@@ -1,7 +1,6 @@
 """The runtime refuses what CuPy would let pass, builds one text per module, and says plainly what is missing."""
 
 import functools
-import importlib.resources
 import pathlib
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from kernels import __main__ as command
-from kernels import modules, runtime
+from kernels import runtime
 
 
 class RecordingExecutor:
