@@ -29,8 +29,9 @@ class Work(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """What a device reaches: bytes read and written in large arrays, operations of a large product in each precision,
-    both per second; and seconds from one empty kernel to the next, and from one barrier among all blocks to the next."""
+    """What a device reaches: bytes read and written in large arrays and operations of a large product in each
+    precision, per second; seconds from one empty kernel to the next, and from one barrier among all blocks to the next.
+    """
 
     bytes_per_second: float
     flop_per_second: dict[str, float]

@@ -9,7 +9,7 @@ import numpy as np
 from . import runtime
 from .arrays import copy
 from .generate_batched import FEWEST_ROWS, batched_plans, generate_batched
-from .generate_persistent import constants, generate_persistent, persistent_plans
+from .generate_persistent import constants, generate_persistent, persistent_plans, tile_rows
 from .generate_plan import DRAW, GenerationPlan, kib, weights_rate
 from .plan import LAUNCH, THREADS, WARPS, rates_of
 
@@ -55,8 +55,7 @@ def generation_plans(gpu: runtime.GPU, R: int, V: int, H: int, layers: int,
 def _stepwise_cycles(gpu: runtime.GPU, R: int, V: int, H: int, layers: int) -> float:
     """Of a character: a launch for each layer and two for drawing; and the weights for each tile of rows, multiplied
     as they come through L2."""
-    rates, weights = rates_of(gpu), ((2 * layers - 1) * 3 * H + V) * H
-    rows = constants(R)["ROWS"]
+    rates, weights, rows = rates_of(gpu), ((2 * layers - 1) * 3 * H + V) * H, tile_rows(R)
     launches = (layers + 2) * LAUNCH * 1000 * rates.gigahertz
     product = -(-R // rows) * weights * max(4 / weights_rate(gpu), rows / rates.multiply["fp32"])
     return launches + product / gpu.multiprocessors + DRAW

@@ -49,9 +49,8 @@
 
 constexpr int OWNER = 0, EVERY_BLOCK_FROM_PARTS = 1, EVERY_BLOCK_FROM_STATES = 2;  // DRAWS
 
-constexpr int TILE = 3 * UNITS;     // rows of a matrix that a warp multiplies: gates, or logits
-constexpr int CHUNK = 4 * WARP;     // k of a stage: each lane takes four
-constexpr int COUNTER_STRIDE = 32;  // a group's two counters fill a cache line
+constexpr int TILE = 3 * UNITS;  // rows of a matrix that a warp multiplies: gates, or logits
+constexpr int CHUNK = 4 * WARP;  // k of a stage: each lane takes four
 static_assert(STAGES >= 2, "one stage is filled while another is read");
 static_assert(DRAWS == OWNER || DRAWS == EVERY_BLOCK_FROM_PARTS || DRAWS == EVERY_BLOCK_FROM_STATES);
 
@@ -379,7 +378,7 @@ write_text(float *h, int *ids, int *ids_tr, float *states, float *partial_logits
     const auto parts_of = [&](int step, int block_of_all) {
         return partial_logits + size_t(step % 2 * gridDim.x + block_of_all) * (group_rows * logits_stride);
     };
-    unsigned *counter = counters + group * COUNTER_STRIDE;
+    unsigned *counter = counters + group * COUNTER_WORDS;
     unsigned arrivals = 0;  // the target of the next group_wait
     const auto arrive = [&] {
         group_arrive(counter);

@@ -50,7 +50,7 @@ class LanguageModel:
         self.sizes, self.T, self.B, self.ops = sizes, T, B, ops
         self.dropout, self.clip_norm, self.carry_state, self.seed = dropout, clip_norm, carry_state, seed
         self.step = 0
-        V, E, H, layers = sizes.V, sizes.E, sizes.H, sizes.layers
+        V, H, layers = sizes.V, sizes.H, sizes.layers
 
         def filled(shape: tuple[int, ...], value: object, as_dtype=dtype):
             array = ops.empty(shape, as_dtype)

@@ -370,8 +370,7 @@ def _draw(logits, uniforms, ids, temperature, top_k, top_p, min_p) -> None:
         ids[...] = 1 + known.argmax(axis=1)
         return
     p = known - np.maximum.reduce(known, axis=1, keepdims=True)
-    if divisor != 1:
-        p /= divisor
+    p /= divisor
     np.exp(p, out=p)
     if top_k or top_p < 1:
         order = np.argsort(-known, axis=1, kind="stable")
