@@ -4,12 +4,19 @@ import numpy as np
 import pytest
 
 from bench import floors, tutorial
-from bench.implementations import (in_float64, on, our_candidates, plain_candidates, random_inputs, runnable,
-                                   torch_candidates)
+from bench.implementations import (
+    in_float64,
+    on,
+    our_candidates,
+    plain_candidates,
+    random_inputs,
+    runnable,
+    torch_candidates,
+)
 from bench.side_by_side import Benchmark
-from rnn import reference as numpy_ops
-from rnn.model import BETA_1, BETA_2, EPSILON
-from rnn.params import flat_size
+from char_gru.rnn import reference as numpy_ops
+from char_gru.rnn.model import BETA_1, BETA_2, EPSILON
+from char_gru.rnn.params import flat_size
 
 STEP_SIZE = 1e-3
 

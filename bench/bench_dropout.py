@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 
 from bench import floors, tutorial
-from bench.implementations import (in_float64, on, our_candidates, plain_candidates, random_inputs, runnable,
-                                   torch_candidates)
+from bench.implementations import (
+    in_float64,
+    on,
+    our_candidates,
+    plain_candidates,
+    random_inputs,
+    runnable,
+    torch_candidates,
+)
 from bench.side_by_side import Benchmark
-from rnn import reference as numpy_ops
+from char_gru.rnn import reference as numpy_ops
 
 RATE, SEED, LAYER, STEP = 0.2, 1, 0, 3
 

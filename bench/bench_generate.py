@@ -5,17 +5,17 @@ import functools
 import numpy as np
 import pytest
 
-import kernels
 from bench import floors, tutorial
 from bench.bench_train_step import params_of
 from bench.implementations import OURS, bfloat16_bits, on
 from bench.peers import writing_peers
 from bench.side_by_side import Benchmark, Candidate, Runnable, one_at_a_time
-from kernels import runtime
-from kernels.generate import WEIGHTS, generation_plans
-from rnn import reference as numpy_ops
-from rnn.config import Sizes
-from rnn.params import initial_parameters, named_views
+from char_gru import kernels
+from char_gru.kernels import runtime
+from char_gru.kernels.generate import WEIGHTS, generation_plans
+from char_gru.rnn import reference as numpy_ops
+from char_gru.rnn.config import Sizes
+from char_gru.rnn.params import initial_parameters, named_views
 
 TEMPERATURE = 1.0
 

@@ -9,14 +9,22 @@ import functools
 import numpy as np
 import pytest
 
-import kernels
 from bench import floors, tutorial
-from bench.implementations import (OURS, flashrnn_gru, in_float64, on, plain_candidates, random_inputs, runnable,
-                                   torch_candidates)
+from bench.implementations import (
+    OURS,
+    flashrnn_gru,
+    in_float64,
+    on,
+    plain_candidates,
+    random_inputs,
+    runnable,
+    torch_candidates,
+)
 from bench.side_by_side import Benchmark, Candidate, one_at_a_time
-from kernels import runtime
-from kernels.plan import backward_plan, forward_plan
-from rnn import reference as numpy_ops
+from char_gru import kernels
+from char_gru.kernels import runtime
+from char_gru.kernels.plan.recurrence import backward_plan, forward_plan
+from char_gru.rnn import reference as numpy_ops
 
 E = tutorial.SIZES.E
 

@@ -6,11 +6,19 @@ import pytest
 
 from bench import floors
 from bench.floors import FLOAT
-from bench.implementations import (OURS, bfloat16_bits, in_float64, on, plain_candidates, random_inputs, runnable,
-                                   torch_candidates)
+from bench.implementations import (
+    OURS,
+    bfloat16_bits,
+    in_float64,
+    on,
+    plain_candidates,
+    random_inputs,
+    runnable,
+    torch_candidates,
+)
 from bench.side_by_side import Benchmark, Candidate
-from kernels import op_set
-from kernels.matmul import ALIGNMENT, OPERANDS, VARIANTS, matmul
+from char_gru.kernels import op_set
+from char_gru.kernels.matmul import ALIGNMENT, OPERANDS, VARIANTS, matmul
 
 
 def inputs(M, N, K):

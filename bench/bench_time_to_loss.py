@@ -6,18 +6,18 @@ import itertools
 import numpy as np
 import pytest
 
-import kernels
 from bench import floors, tutorial
 from bench.implementations import OURS
 from bench.peers import training_peers
 from bench.side_by_side import Benchmark, Candidate, Runnable
-from rnn import reference as numpy_ops
-from rnn.batches import Batch, ShuffledWindows
-from rnn.config import Sizes
-from rnn.corpus import load_corpus
-from rnn.model import LanguageModel
-from rnn.params import initial_parameters, named_views
-from rnn.vocabulary import Vocabulary
+from char_gru import kernels
+from char_gru.rnn import reference as numpy_ops
+from char_gru.rnn.batches import Batch, ShuffledWindows
+from char_gru.rnn.config import Sizes
+from char_gru.rnn.corpus import load_corpus
+from char_gru.rnn.model import LanguageModel
+from char_gru.rnn.params import initial_parameters, named_views
+from char_gru.rnn.vocabulary import Vocabulary
 
 TARGET = 2.3
 """Nats per character."""

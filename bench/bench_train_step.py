@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import kernels
 from bench import floors, tutorial
 from bench.implementations import OURS
 from bench.peers import training_peers
 from bench.side_by_side import Benchmark, Candidate, Runnable, one_at_a_time
 from bench.timing import peak_memory_mib
-from rnn import reference as numpy_ops
-from rnn.config import Sizes
-from rnn.model import LanguageModel
-from rnn.params import initial_parameters, named_views
+from char_gru import kernels
+from char_gru.rnn import reference as numpy_ops
+from char_gru.rnn.config import Sizes
+from char_gru.rnn.model import LanguageModel
+from char_gru.rnn.params import initial_parameters, named_views
 
 VERIFIED_STEPS = 4
 

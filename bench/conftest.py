@@ -24,7 +24,7 @@ from bench import floors, timing
 from bench.devices import Cpu, Device, current_gpu
 from bench.implementations import OURS
 from bench.side_by_side import SIZES, Benchmark, Candidate, Failed, Measured, ReplayedClock, measure
-from kernels.runtime import DeviceError
+from char_gru.kernels.runtime import DeviceError
 
 RECORDED_ROUNDS = 5
 """Fewer rounds than these are for trying something out: their results are printed and not recorded."""

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from bench.floors import Ceilings
-from kernels import runtime
-from kernels.plan import precisions
+from char_gru.kernels import runtime
+from char_gru.kernels.plan.gpus import precisions
 
 WAITS = (0.5e-3, 2e-3, 8e-3, 32e-3, 128e-3)
 """Seconds that a GPU waits while the host queues calls."""

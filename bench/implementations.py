@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-import kernels
 from bench.devices import Device, cores, cublas_matmul
 from bench.side_by_side import Arrays, Candidate, Runnable
-from rnn import reference
+from char_gru import kernels
+from char_gru.rnn import reference
 
 OURS = "char-gru"
 

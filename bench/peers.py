@@ -16,9 +16,9 @@ import numpy as np
 
 from bench.devices import Device
 from bench.implementations import Torch, flashrnn_gru, imported_jax, installed, keras_backend
-from rnn.config import Sizes
-from rnn.model import BETA_1, BETA_2, EPSILON
-from rnn.params import checkpoint_name
+from char_gru.rnn.config import Sizes
+from char_gru.rnn.model import BETA_1, BETA_2, EPSILON
+from char_gru.rnn.params import checkpoint_name
 
 JAX_PRECISIONS = {"fp32": "float32", "tf32": "tensorfloat32", "bf16": "bfloat16"}
 

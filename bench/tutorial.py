@@ -6,8 +6,8 @@ import string
 
 import numpy as np
 
-from rnn.config import Sizes, TrainConfig
-from rnn.vocabulary import Vocabulary
+from char_gru.rnn.config import Sizes, TrainConfig
+from char_gru.rnn.vocabulary import Vocabulary
 
 _DEFAULTS = TrainConfig()
 

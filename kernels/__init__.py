@@ -9,17 +9,17 @@ import types
 
 import numpy as np
 
-from . import runtime
-from .adam import adam, global_norm
-from .arrays import copy, copy_in, empty, empty_activations, peak_memory_mib, read, read_scalar, to_host
-from .cross_entropy import cross_entropy_backward, cross_entropy_forward
-from .dropout import dropout_backward, dropout_forward
-from .generate import GenerationSaved, generate, generation_saved, sample
-from .gru import GRUSaved, gru_backward, gru_forward, gru_saved
-from .input_table import input_table_backward, input_table_forward
-from .matmul import PRECISIONS
-from .modules import TENSOR_CORES_FROM
-from .runtime import replayable
+from char_gru.kernels import runtime
+from char_gru.kernels.adam import adam, global_norm
+from char_gru.kernels.arrays import copy, copy_in, empty, empty_activations, peak_memory_mib, read, read_scalar, to_host
+from char_gru.kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward
+from char_gru.kernels.dropout import dropout_backward, dropout_forward
+from char_gru.kernels.generate import GenerationSaved, generate, generation_saved, sample
+from char_gru.kernels.gru import GRUSaved, gru_backward, gru_forward, gru_saved
+from char_gru.kernels.input_table import input_table_backward, input_table_forward
+from char_gru.kernels.matmul import PRECISIONS
+from char_gru.kernels.modules import TENSOR_CORES_FROM
+from char_gru.kernels.runtime import replayable
 
 _OPS = (
     empty, empty_activations, copy_in, copy, to_host, read, read_scalar, peak_memory_mib, replayable,
@@ -31,7 +31,8 @@ _BY_PRECISION = {
     cross_entropy_backward,
 }
 
-__all__ = [*(op.__name__ for op in _OPS), "GRUSaved", "GenerationSaved", "op_set"]
+__all__ = ["GRUSaved", "GenerationSaved", "op_set"]
+__all__ += [op.__name__ for op in _OPS]
 
 
 def op_set(precision: str = "auto") -> types.SimpleNamespace:

@@ -9,10 +9,19 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from .generate import GenerationPlan, generation_plan
-from .modules import modules_for
-from .plan import GPUS, PACK, RecurrencePlan, backward_plan, forward_plan, precisions
-from .runtime import ARCHITECTURES, GPU, CompileError, DeviceError, ResourceUse, compile_for, current_executor, source
+from char_gru.kernels.generate import GenerationPlan, generation_plan
+from char_gru.kernels.modules import modules_for
+from char_gru.kernels.plan.gpus import GPU, GPUS, precisions
+from char_gru.kernels.plan.recurrence import PACK, RecurrencePlan, backward_plan, forward_plan
+from char_gru.kernels.runtime import (
+    ARCHITECTURES,
+    CompileError,
+    DeviceError,
+    ResourceUse,
+    compile_for,
+    current_executor,
+    source,
+)
 
 HEADER = ("architecture", "module", "constants", "kernel", "registers", "shared bytes", "spilled bytes")
 _CUT = RecurrencePlan._fields[RecurrencePlan._fields.index("groups"):] + ("registers", "shared_bytes")

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from . import runtime
-from .scratch import scratch
+from char_gru.kernels import runtime
+from char_gru.kernels.scratch import scratch
 
 THREADS = 256
 MAX_BLOCKS = 1024  # of the first stage of the norm; the second adds their sums in one block

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, SupportsFloat
 
 import numpy as np
 
-from . import runtime
+from char_gru.kernels import runtime
 
 PINNED_BYTES = 1 << 20
 """Larger arrays than a step's data are copied without pinned memory, which CuPy never gives back."""

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from . import runtime
-from .matmul import TILE_THREADS, column_sums, constants, matmul
-from .scratch import scratch
+from char_gru.kernels import runtime
+from char_gru.kernels.matmul import TILE_THREADS, column_sums, constants, matmul
+from char_gru.kernels.scratch import scratch
 
 # The tutorial's 66 characters in one sweep; long rounds, since each round waits for global memory.
 TILE = {"TILE_M": 64, "TILE_N": 80, "TILE_K": 32}

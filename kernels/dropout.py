@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from . import runtime
+from char_gru.kernels import runtime
 
 THREADS = 256
 ELEMENTS_PER_THREAD = 8  # dropout_forward

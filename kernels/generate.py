@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import runtime
-from .arrays import copy
-from .generate_batched import FEWEST_ROWS, batched_plans, generate_batched
-from .generate_persistent import constants, generate_persistent, persistent_plans, tile_rows
-from .generate_plan import DRAW, GenerationPlan, kib, weights_rate
-from .plan import LAUNCH, THREADS, WARPS, rates_of
+from char_gru.kernels import runtime
+from char_gru.kernels.arrays import copy
+from char_gru.kernels.generate_batched import FEWEST_ROWS, batched_plans, generate_batched
+from char_gru.kernels.generate_persistent import constants, generate_persistent, persistent_plans, tile_rows
+from char_gru.kernels.plan.generation import DRAW, GenerationPlan, kib, weights_rate
+from char_gru.kernels.plan.gpus import rates_of
+from char_gru.kernels.plan.recurrence import LAUNCH, THREADS, WARPS
 
 GRAPH_STEPS = 8  # of one launch: its cost is little beside 8 characters, and the sampler's chunks are multiples of 8
 WEIGHTS = ("fp32", "bf16")

@@ -4,12 +4,27 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from . import runtime
-from .generate_plan import DRAW, STATIC_SHARED_BYTES, GenerationPlan, kib
-from .plan import (BARRIER, GATES, REGISTERS, REGISTERS_OTHER, SHARED_RATE, THREADS, WARPS, WORDS, accumulators,
-                   operand_registers, rates_of, reduction_bytes, steps_of, weight_registers, weights_bytes)
-from .runtime import GPU
-from .scratch import scratch
+from char_gru.kernels import runtime
+from char_gru.kernels.plan.generation import DRAW, STATIC_SHARED_BYTES, GenerationPlan, kib
+from char_gru.kernels.plan.gpus import GPU
+from char_gru.kernels.plan.recurrence import (
+    BARRIER,
+    GATES,
+    REGISTERS,
+    REGISTERS_OTHER,
+    SHARED_RATE,
+    THREADS,
+    WARPS,
+    WORDS,
+    accumulators,
+    operand_registers,
+    rates_of,
+    reduction_bytes,
+    steps_of,
+    weight_registers,
+    weights_bytes,
+)
+from char_gru.kernels.scratch import scratch
 
 PRECISION = 3  # of resident.cuh: fp32 in parts
 TILES = (16, 32)  # rows of a tile; with more, sums take the registers of weights

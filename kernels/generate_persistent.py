@@ -5,11 +5,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from . import runtime
-from .generate_plan import DRAW, GenerationPlan, kib, weights_rate
-from .plan import BARRIER, GATES as GATES_CYCLES, SHARED_RATE, THREADS, WARPS, rates_of
-from .runtime import GPU
-from .scratch import scratch
+from char_gru.kernels import runtime
+from char_gru.kernels.plan.generation import DRAW, GenerationPlan, kib, weights_rate
+from char_gru.kernels.plan.gpus import GPU, rates_of
+from char_gru.kernels.plan.recurrence import BARRIER, SHARED_RATE, THREADS, WARPS
+from char_gru.kernels.plan.recurrence import GATES as GATES_CYCLES
+from char_gru.kernels.scratch import scratch
 
 VARIANTS = ("persistent", "persistent-parts", "persistent-states")
 """By who draws, as generate_persistent.cu numbers them: the owner of a row; every block, from what all blocks add to

@@ -4,11 +4,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import gru_persistent, runtime
-from .input_table import sum_by_id, sum_by_id_scratch_size
-from .matmul import TILE_THREADS, column_sums, constants as matmul_constants, matmul
-from .plan import RecurrencePlan, backward_plan, forward_plan
-from .scratch import scratch
+from char_gru.kernels import gru_persistent, runtime
+from char_gru.kernels.input_table import sum_by_id, sum_by_id_scratch_size
+from char_gru.kernels.matmul import TILE_THREADS, column_sums, matmul
+from char_gru.kernels.matmul import constants as matmul_constants
+from char_gru.kernels.plan.recurrence import RecurrencePlan, backward_plan, forward_plan
+from char_gru.kernels.scratch import scratch
 
 TILE_M, TILE_N = 32, 48  # rows, and columns: three gates of 16 units forward, 48 units of one gate's share backward
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from . import runtime
-from .matmul import PRECISIONS, sum_partials
-from .plan import THREADS, WARPS, WORDS, RecurrencePlan
-from .scratch import scratch
+from char_gru.kernels import runtime
+from char_gru.kernels.matmul import PRECISIONS, sum_partials
+from char_gru.kernels.plan.recurrence import THREADS, WARPS, WORDS, RecurrencePlan
+from char_gru.kernels.scratch import scratch
 
 COUNTER_WORDS = 32  # a counter has a line of L2 to itself
 

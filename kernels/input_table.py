@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from . import runtime
-from .matmul import column_sums, matmul
+from char_gru.kernels import runtime
+from char_gru.kernels.matmul import column_sums, matmul
 
 RADIX = 256  # of input_table.cu: digits, positions of a chunk, threads of a block
 COLUMNS = 128  # of input_table.cu: columns of a block that sums

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import runtime
-from .scratch import scratch
+from char_gru.kernels import runtime
+from char_gru.kernels.scratch import scratch
 
 PRECISIONS = {"fp32": 0, "tf32": 1, "bf16": 2}
 OPERANDS = (("fp32", 4), ("tf32", 4), ("bf16", 4), ("bf16", 2))  # precision, and bytes of an element

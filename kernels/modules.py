@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 
-from .cross_entropy import TILE as CROSS_ENTROPY_TILE
-from .generate import WEIGHTS, generation_plan
-from .generate_persistent import MAX_ROWS, constants as generate_constants
-from .gru import constants as gru_constants
-from .gru_persistent import constants as gru_persistent_constants
-from .matmul import (OPERANDS, PIPELINED_TILES, PRECISIONS, TILES, constants as tile_constants, pipelined_constants,
-                     tiled_constants)
-from .plan import GPUS, backward_plan, forward_plan, precisions
+from char_gru.kernels.cross_entropy import TILE as CROSS_ENTROPY_TILE
+from char_gru.kernels.generate import WEIGHTS, generation_plan
+from char_gru.kernels.generate_persistent import MAX_ROWS
+from char_gru.kernels.generate_persistent import constants as generate_constants
+from char_gru.kernels.gru import constants as gru_constants
+from char_gru.kernels.gru_persistent import constants as gru_persistent_constants
+from char_gru.kernels.matmul import OPERANDS, PIPELINED_TILES, PRECISIONS, TILES, pipelined_constants, tiled_constants
+from char_gru.kernels.matmul import constants as tile_constants
+from char_gru.kernels.plan.gpus import GPUS, precisions
+from char_gru.kernels.plan.recurrence import backward_plan, forward_plan
 
 TENSOR_CORES_FROM = 80
 """Compute capability, times ten, of the first GPUs that multiply tf32 and bf16, and that copy asynchronously."""

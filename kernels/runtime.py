@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from char_gru.kernels.plan.gpus import GPU
+
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 MAX_THREADS_PER_BLOCK = 1024
 SHARED_BYTES_WITHOUT_ASKING = 48 * 1024  # more dynamic shared memory has to be requested per kernel
@@ -39,15 +41,6 @@ class ResourceUse(NamedTuple):
     shared_bytes: int  # static, per block
     spill_stores: int  # bytes per thread
     spill_loads: int  # bytes per thread
-
-
-class GPU(NamedTuple):
-    """What a plan has to know of a GPU."""
-
-    name: str
-    capability: int  # compute capability times ten
-    multiprocessors: int
-    shared_bytes: int  # the most that one block may ask for; one such block fits into a multiprocessor
 
 
 class Graph(Protocol):
@@ -342,7 +335,7 @@ def source(stem: str, constants: Mapping[str, int]) -> str:
     return _source(stem, tuple(sorted(constants.items())))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _source(stem: str, constants: tuple[tuple[str, int], ...]) -> str:
     return assemble(f"{stem}.cu", _read(f"{stem}.cu"), dict(constants))
 
@@ -374,7 +367,7 @@ def _inlined(name: str, text: str, seen: set[str]) -> str:
 
 
 def _read(name: str) -> str:
-    return importlib.resources.files("kernels").joinpath(name).read_text(encoding="utf-8")
+    return importlib.resources.files("char_gru.kernels").joinpath(name).read_text(encoding="utf-8")
 
 
 def compile_for(source: str, architecture: str) -> dict[str, ResourceUse]:

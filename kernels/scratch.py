@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from . import runtime
+from char_gru.kernels import runtime
 
 _arrays: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rnn.config import UserError
+from char_gru.rnn.config import UserError
 
 
 class Batch(NamedTuple):

@@ -19,9 +19,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
-from rnn.config import Sizes, UserError
-from rnn.params import checkpoint_name, parameter_shapes
-from rnn.vocabulary import Vocabulary
+from char_gru.rnn.config import Sizes, UserError
+from char_gru.rnn.params import checkpoint_name, parameter_shapes
+from char_gru.rnn.vocabulary import Vocabulary
 
 METADATA_KEY = "char-gru"
 FORMAT = 1

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from rnn.config import GenerateConfig, TrainConfig, UserError
+from char_gru.rnn.config import GenerateConfig, TrainConfig, UserError
 
 USAGE_ERROR = 2
 _TEXT_OPTIONS = ("--prompt", "--stop", "--temperature")
@@ -24,7 +24,7 @@ _TEXT_OPTIONS = ("--prompt", "--stop", "--temperature")
 def train(arguments: Sequence[str] | None = None) -> int:
     """`train.py`: train a model. Exit status 0, 1 if training diverged, 2 for bad input, 130 or 143 after a signal."""
     def command() -> int:
-        from rnn import training
+        from char_gru.rnn import training
 
         config, checkpoint = _parse(TrainConfig, arguments, prog="train.py"), None
         if config.resume:
@@ -45,7 +45,7 @@ def generate(arguments: Sequence[str] | None = None) -> int:
     """`generate.py`: write text, or score one. Exit status 0, 2 for bad input, 130 after Ctrl-C."""
     def command() -> int:
         config = _parse(GenerateConfig, arguments, prog="generate.py")
-        from rnn.sampler import Generator, new_seed
+        from char_gru.rnn.sampler import Generator, new_seed
 
         if config.score is not None:
             text = _file_text(config.score)
@@ -94,7 +94,7 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
     except RuntimeError as error:
-        from kernels.runtime import DeviceError  # imports NumPy, which --help does without
+        from char_gru.kernels.runtime import DeviceError  # imports NumPy, which --help does without
 
         if not isinstance(error, DeviceError):
             raise

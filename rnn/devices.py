@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import kernels
-from kernels.runtime import DeviceError
-from rnn import reference
-from rnn.config import UserError
+from char_gru import kernels
+from char_gru.kernels.runtime import DeviceError
+from char_gru.rnn import reference
+from char_gru.rnn.config import UserError
 
 
 def op_set(device: str = "auto", precision: str = "auto"):

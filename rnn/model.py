@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rnn import reference
-from rnn.batches import Batch
-from rnn.config import Sizes
-from rnn.params import flat_size, initial_parameters, named_views
+from char_gru.rnn import reference
+from char_gru.rnn.batches import Batch
+from char_gru.rnn.config import Sizes
+from char_gru.rnn.params import flat_size, initial_parameters, named_views
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
 

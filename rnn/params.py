@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from rnn.config import Sizes
+from char_gru.rnn.config import Sizes
 
 ALIGNMENT = 64
 """Every parameter starts at a multiple of this many elements (256 bytes of float32), as wide GPU loads want."""

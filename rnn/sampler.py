@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rnn import reference
-from rnn.batches import validation_windows
-from rnn.checkpoint import find_checkpoint, load_checkpoint
-from rnn.config import Sizes, UserError, check_length, check_sampling
-from rnn.devices import op_set
-from rnn.model import LanguageModel
-from rnn.params import flat_size, named_views
-from rnn.vocabulary import Vocabulary
+from char_gru.rnn import reference
+from char_gru.rnn.batches import validation_windows
+from char_gru.rnn.checkpoint import find_checkpoint, load_checkpoint
+from char_gru.rnn.config import Sizes, UserError, check_length, check_sampling
+from char_gru.rnn.devices import op_set
+from char_gru.rnn.model import LanguageModel
+from char_gru.rnn.params import flat_size, named_views
+from char_gru.rnn.vocabulary import Vocabulary
 
 FIRST_CHUNK, LARGEST_CHUNK = 8, 1024
 """Steps that are launched together: few at first, so that text appears at once, then twice as many each time."""

@@ -20,15 +20,22 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rnn.batches import ContiguousStreams, ShuffledWindows, validation_windows
-from rnn.checkpoint import Checkpoint, Resumable, load_checkpoint, newest_run, save_checkpoint, write_atomically
-from rnn.config import CHANGEABLE_ON_RESUME, Sizes, TrainConfig, UserError
-from rnn.corpus import Corpus, load_corpus
-from rnn.devices import op_set
-from rnn.model import LanguageModel
-from rnn.params import initial_parameters, parameter_count, parameter_shapes
-from rnn.sampler import Generator
-from rnn.vocabulary import Vocabulary
+from char_gru.rnn.batches import ContiguousStreams, ShuffledWindows, validation_windows
+from char_gru.rnn.checkpoint import (
+    Checkpoint,
+    Resumable,
+    load_checkpoint,
+    newest_run,
+    save_checkpoint,
+    write_atomically,
+)
+from char_gru.rnn.config import CHANGEABLE_ON_RESUME, Sizes, TrainConfig, UserError
+from char_gru.rnn.corpus import Corpus, load_corpus
+from char_gru.rnn.devices import op_set
+from char_gru.rnn.model import LanguageModel
+from char_gru.rnn.params import initial_parameters, parameter_count, parameter_shapes
+from char_gru.rnn.sampler import Generator
+from char_gru.rnn.vocabulary import Vocabulary
 
 SAVE_SECONDS = 300
 """Inside an epoch, the longest time between two checkpoints."""
@@ -302,7 +309,7 @@ class Run:
     def _describe(self) -> None:
         shapes = parameter_shapes(self.sizes)
         for name, shape in shapes.items():
-            _say(f"{name:10} {str(shape):16} {math.prod(shape):>12,}")
+            _say(f"{name:10} {shape!s:16} {math.prod(shape):>12,}")
         batch = self.batches.batch(self.progress.epoch, 0)
         loss = self.model.evaluate([batch])
         trained = f"after step {self.progress.step:,}" if self.progress.step else "untrained"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rnn.config import UserError
+from char_gru.rnn.config import UserError
 
 UNK = "[UNK]"
 _CODE_POINTS = 0x110000

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import settings
 
-from kernels import runtime
+from char_gru.kernels import runtime
 from tests import host_cuda
 
 settings.register_profile("char-gru", deadline=None)  # a slow machine is no failure

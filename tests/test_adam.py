@@ -5,12 +5,12 @@ import importlib
 import numpy as np
 import pytest
 
-from kernels import runtime
-from rnn import reference
+from char_gru.kernels import runtime
+from char_gru.rnn import reference
 from tests import host_cuda
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 
-launchers = importlib.import_module("kernels.adam")  # the package's attribute of that name is the op
+launchers = importlib.import_module("char_gru.kernels.adam")  # the package's attribute of that name is the op
 SIZES = [1, 3, 4, 5, 1023, 1024, 1025, 2051]  # a block takes 4 * 256
 STEP_SIZE = 0.003
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rnn.batches import ContiguousStreams, ShuffledWindows, validation_windows
-from rnn.config import UserError
+from char_gru.rnn.batches import ContiguousStreams, ShuffledWindows, validation_windows
+from char_gru.rnn.config import UserError
 
 SIZES = {"B": st.integers(1, 5), "T": st.integers(1, 7), "extra": st.integers(0, 100)}
 SEEDS, EPOCHS = st.integers(0, 2**63 - 1), st.integers(0, 1000)

@@ -13,11 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import (bench_generate, bench_gru, bench_train_step, devices, floors, implementations, peers, side_by_side,
-                   timing)
+from bench import (
+    bench_generate,
+    bench_gru,
+    bench_train_step,
+    devices,
+    floors,
+    implementations,
+    peers,
+    side_by_side,
+    timing,
+)
 from bench.devices import Cpu, Gpu, Sample, queued_sample
 from bench.side_by_side import Benchmark, Candidate, Failed, Measured, Runnable, measure
-from kernels import runtime
+from char_gru.kernels import runtime
 from tests import compare
 
 ROOT = Path(__file__).parent.parent

@@ -12,13 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import numpy as safetensors_numpy
 
-from rnn import checkpoint as module
-from rnn.checkpoint import (METADATA_KEY, Checkpoint, Resumable, find_checkpoint, load_checkpoint, newest_run,
-                            save_checkpoint, write_atomically)
-from rnn.config import Sizes, UserError
-from rnn.params import checkpoint_name, parameter_shapes
-from rnn.vocabulary import Vocabulary
-from tests.commands import ROOT, running, wait_until
+from char_gru.rnn import checkpoint as module
+from char_gru.rnn.checkpoint import (
+    METADATA_KEY,
+    Checkpoint,
+    Resumable,
+    find_checkpoint,
+    load_checkpoint,
+    newest_run,
+    save_checkpoint,
+    write_atomically,
+)
+from char_gru.rnn.config import Sizes, UserError
+from char_gru.rnn.params import checkpoint_name, parameter_shapes
+from char_gru.rnn.vocabulary import Vocabulary
+from tests.helpers.commands import ROOT, running, wait_until
 
 CHARACTERS = "\n\"\\é\u2028🦊"
 SIZES = Sizes(V=len(CHARACTERS) + 1, E=2, H=3)
@@ -291,7 +299,7 @@ SAVE_FOREVER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from rnn.checkpoint import load_checkpoint, save_checkpoint
+from char_gru.rnn.checkpoint import load_checkpoint, save_checkpoint
 checkpoints = [load_checkpoint(Path(name)) for name in "ab"]
 while True:
     for checkpoint in checkpoints:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 
 T, B, H = 3, 2, 5
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from rnn import corpus
-from rnn.batches import ShuffledWindows
-from rnn.config import UserError
-from rnn.corpus import load_corpus
-from rnn.vocabulary import Vocabulary
-from tests.commands import TINY, assert_refused, run
+from char_gru.rnn import corpus
+from char_gru.rnn.batches import ShuffledWindows
+from char_gru.rnn.config import UserError
+from char_gru.rnn.corpus import load_corpus
+from char_gru.rnn.vocabulary import Vocabulary
+from tests.helpers.commands import TINY, assert_refused, run
 
-PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n".encode()
+PLAY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"
 
 
 def test_newlines_are_kept_as_they_are(tmp_path):

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from kernels import cross_entropy as launchers
-from kernels import runtime
-from kernels.matmul import PRECISIONS
-from rnn import reference
+from char_gru.kernels import cross_entropy as launchers
+from char_gru.kernels import runtime
+from char_gru.kernels.matmul import PRECISIONS
+from char_gru.rnn import reference
 from tests import host_cuda
-from tests.compare import assert_close, rounded
+from tests.helpers.compare import assert_close, rounded
 
 TILE_M, TILE_N, TILE_K = (launchers.TILE[name] for name in ("TILE_M", "TILE_N", "TILE_K"))
 SIZES = [  # T, B, H, V: one below, at and above each tile; V of one sweep and of several

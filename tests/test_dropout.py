@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from kernels import dropout as launchers
-from kernels import runtime
-from rnn import reference
+from char_gru.kernels import dropout as launchers
+from char_gru.kernels import runtime
+from char_gru.rnn import reference
 from tests import host_cuda
 
 SHAPES = [(1, 1, 1), (3, 2, 5), (1, 17, 15), (2, 4, 32), (1, 1, 257), (5, 19, 23)]  # a warp takes 256, a block 2048

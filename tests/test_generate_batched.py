@@ -3,17 +3,22 @@
 import numpy as np
 import pytest
 
-import kernels
-from kernels import runtime
-from kernels.generate import generation_plan, generation_plans
-from kernels.generate_plan import STATIC_SHARED_BYTES
-from kernels.plan import GPUS
-from kernels.runtime import GPU
-from rnn import reference
-from rnn.params import named_views
+from char_gru import kernels
+from char_gru.kernels import runtime
+from char_gru.kernels.generate import generation_plan, generation_plans
+from char_gru.kernels.plan.generation import STATIC_SHARED_BYTES
+from char_gru.kernels.plan.gpus import GPU, GPUS
+from char_gru.rnn import reference
+from char_gru.rnn.params import named_views
 from tests import host_cuda
-from tests.test_generate_kernels import (OPTIONS, assert_text_matches_reference, prompts, text_case, written,
-                                         written_on_device)
+from tests.test_generate_kernels import (
+    OPTIONS,
+    assert_text_matches_reference,
+    prompts,
+    text_case,
+    written,
+    written_on_device,
+)
 
 WEIGHTS = ("fp32", "bf16")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from rnn import commands
-from rnn.sampler import Generator
-from tests.commands import DEADLINE, TINY, assert_refused, make_text, run, running, train
+from char_gru.rnn import commands
+from char_gru.rnn.sampler import Generator
+from tests.helpers.commands import DEADLINE, TINY, assert_refused, make_text, run, running, train
 
 RULE = "\n----------\n"
 """What stands between two texts."""

@@ -5,19 +5,20 @@ import weakref
 import numpy as np
 import pytest
 
-import kernels
-from kernels import runtime
-from kernels.generate import GRAPH_STEPS, WEIGHTS, generation_plan, generation_plans
-from kernels.generate_persistent import MAX_ROWS, VARIANTS as PERSISTENT
-from kernels.generate_plan import STATIC_SHARED_BYTES
-from kernels.runtime import GPU
-from rnn import reference
-from rnn.params import named_views
-from rnn.sampler import Generator
-from rnn.vocabulary import Vocabulary
+from char_gru import kernels
+from char_gru.kernels import runtime
+from char_gru.kernels.generate import GRAPH_STEPS, WEIGHTS, generation_plan, generation_plans
+from char_gru.kernels.generate_persistent import MAX_ROWS
+from char_gru.kernels.generate_persistent import VARIANTS as PERSISTENT
+from char_gru.kernels.plan.generation import STATIC_SHARED_BYTES
+from char_gru.kernels.plan.gpus import GPU
+from char_gru.rnn import reference
+from char_gru.rnn.params import named_views
+from char_gru.rnn.sampler import Generator
+from char_gru.rnn.vocabulary import Vocabulary
 from tests import host_cuda
-from tests.cases import Case, random_case
-from tests.compare import assert_close, rounded
+from tests.helpers.cases import Case, random_case
+from tests.helpers.compare import assert_close, rounded
 
 VARIANTS = ("stepwise", *PERSISTENT)
 OPTIONS = {"temperature": 0.8, "top_k": 5, "top_p": 0.95, "min_p": 0.01}

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from rnn import reference
-from rnn.batches import Batch
-from rnn.config import Sizes
-from rnn.params import checkpoint_name, flat_size, named_views, parameter_shapes
-from tests.cases import GOLDEN_DIR, Case
+from char_gru.rnn import reference
+from char_gru.rnn.batches import Batch
+from char_gru.rnn.config import Sizes
+from char_gru.rnn.params import checkpoint_name, flat_size, named_views, parameter_shapes
+from tests.helpers.cases import GOLDEN_DIR, Case
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
 TORCH_FILES = sorted(GOLDEN_DIR.glob("torch_*.npz"))

@@ -5,13 +5,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from kernels import gru as launchers
-from kernels import runtime
-from kernels.matmul import PRECISIONS
-from kernels.plan import RecurrencePlan, backward_plan, forward_plan
-from rnn import reference
+from char_gru.kernels import gru as launchers
+from char_gru.kernels import runtime
+from char_gru.kernels.matmul import PRECISIONS
+from char_gru.kernels.plan.recurrence import RecurrencePlan, backward_plan, forward_plan
+from char_gru.rnn import reference
 from tests import host_cuda
-from tests.compare import assert_close, rounded
+from tests.helpers.compare import assert_close, rounded
 
 UNITS = launchers.TILE_N // 3
 SIZES = [  # T, B, H, V: one below, at and above each tile, of rows, of units in either direction, of the sums

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from kernels import runtime
-from kernels.gru_persistent import constants
-from kernels.matmul import PRECISIONS
-from kernels.plan import RecurrencePlan, backward_plan, forward_plan, steps_of
-from rnn import reference
+from char_gru.kernels import runtime
+from char_gru.kernels.gru_persistent import constants
+from char_gru.kernels.matmul import PRECISIONS
+from char_gru.kernels.plan.recurrence import RecurrencePlan, backward_plan, forward_plan, steps_of
+from char_gru.rnn import reference
 from tests import host_cuda
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 from tests.test_gru import Layer, RoundingNumPy, assert_equal_bits, by_reference, layer, on_device
 
 

@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 
+from char_gru.kernels import runtime
 from tests.host_cuda import ORDERS, BuildError, Deadlock, HostExecutor, compiler, run_sanitized, unwritten
-from kernels import runtime
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 

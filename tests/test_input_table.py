@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from kernels import input_table as launchers
-from kernels import matmul, runtime
-from rnn import reference
+from char_gru.kernels import input_table as launchers
+from char_gru.kernels import matmul, runtime
+from char_gru.rnn import reference
 from tests import host_cuda
-from tests.compare import assert_close
+from tests.helpers.compare import assert_close
 
 
 def random(*shape: int) -> np.ndarray:

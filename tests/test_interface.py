@@ -10,9 +10,9 @@ import weakref
 import numpy as np
 import pytest
 
-import kernels
-from kernels import arrays, runtime
-from rnn import reference
+from char_gru import kernels
+from char_gru.kernels import arrays, runtime
+from char_gru.rnn import reference
 
 
 def functions(module) -> dict[str, types.FunctionType]:
@@ -67,7 +67,7 @@ def test_op_set_names_the_precisions_there_are(executor):
 
 
 def test_importing_the_kernels_needs_no_gpu():
-    program = "import sys; sys.modules['cupy'] = None; import kernels, kernels.modules"
+    program = "import sys; sys.modules['cupy'] = None; import char_gru.kernels.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -5,10 +5,10 @@ import types
 import numpy as np
 import pytest
 
-from kernels import matmul as launchers
-from kernels import runtime
+from char_gru.kernels import matmul as launchers
+from char_gru.kernels import runtime
 from tests import host_cuda
-from tests.compare import assert_close, rounded
+from tests.helpers.compare import assert_close, rounded
 
 PRECISIONS = list(launchers.PRECISIONS)
 LAYOUTS = {"nn": {}, "tn": {"transpose_a": True}, "nt": {"transpose_b": True}}

@@ -7,8 +7,8 @@ the instruction computes.
 import numpy as np
 import pytest
 
-from kernels import runtime
-from tests.compare import rounded
+from char_gru.kernels import runtime
+from tests.helpers.compare import rounded
 from tests.host_cuda import HostExecutor, compiler
 
 KERNELS = """

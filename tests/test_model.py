@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from rnn.batches import Batch, ShuffledWindows
-from rnn.config import Sizes
-from rnn.model import LanguageModel
-from rnn.params import initial_parameters, named_views, parameter_count, parameter_shapes
-from rnn.vocabulary import Vocabulary
-from tests.cases import random_case
+from char_gru.rnn.batches import Batch, ShuffledWindows
+from char_gru.rnn.config import Sizes
+from char_gru.rnn.model import LanguageModel
+from char_gru.rnn.params import initial_parameters, named_views, parameter_count, parameter_shapes
+from char_gru.rnn.vocabulary import Vocabulary
+from tests.helpers.cases import random_case
 
 
 def test_parameter_count_is_the_tutorials():

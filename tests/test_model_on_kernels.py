@@ -7,20 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import kernels
-from kernels import runtime
-from kernels.plan import GPUS
-from rnn import reference, training
-from rnn.batches import Batch
-from rnn.config import Sizes
-from rnn.model import LanguageModel
-from rnn.params import named_views
-from rnn.sampler import Generator
-from rnn.vocabulary import Vocabulary
+from char_gru import kernels
+from char_gru.kernels import runtime
+from char_gru.kernels.plan.gpus import GPUS
+from char_gru.rnn import reference, training
+from char_gru.rnn.batches import Batch
+from char_gru.rnn.config import Sizes
+from char_gru.rnn.model import LanguageModel
+from char_gru.rnn.params import named_views
+from char_gru.rnn.sampler import Generator
+from char_gru.rnn.vocabulary import Vocabulary
 from tests import host_cuda
-from tests.cases import Case, random_case
-from tests.commands import TINY, assert_equal_runs, make_text, train_here
-from tests.compare import assert_close
+from tests.helpers.cases import Case, random_case
+from tests.helpers.commands import TINY, assert_equal_runs, make_text, train_here
+from tests.helpers.compare import assert_close
 from tests.test_golden import KERAS_FILES, TORCH_FILES, load
 
 

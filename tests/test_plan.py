@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import __main__ as kernels_main
-from kernels import gru, plan as planning, runtime
-from kernels.plan import GPUS, RecurrencePlan, backward_plan, forward_plan, precisions
-from kernels.runtime import GPU
+from char_gru.kernels import __main__ as kernels_main
+from char_gru.kernels import gru, runtime
+from char_gru.kernels.plan import recurrence as planning
+from char_gru.kernels.plan.gpus import GPU, GPUS, precisions
+from char_gru.kernels.plan.recurrence import RecurrencePlan, backward_plan, forward_plan
 from tests.host_cuda import HostExecutor
 
 ALL_GPUS = {**GPUS, "harness": HostExecutor.gpu}

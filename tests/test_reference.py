@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rnn import reference
-from tests.compare import assert_close
+from char_gru.rnn import reference
+from tests.helpers.compare import assert_close
 
 DTYPES = [np.float32, np.float64]
 
@@ -238,7 +238,7 @@ def test_sample_frequencies_are_the_softmax():
 @pytest.mark.parametrize("layers, V", [(1, 7), (2, 7), (2, 100)])
 def test_generation_reads_prompts_as_the_model_does_and_draws_from_its_logits(R, layers, V):
     """Characters written step by step are those that `sample` draws from the states of a whole-window forward pass."""
-    from tests.cases import random_case
+    from tests.helpers.cases import random_case
 
     T, H = 6, 5
     case = random_case(T=T, B=R, V=V, H=H, layers=layers, scale=1.0)

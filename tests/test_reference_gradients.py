@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from rnn import reference
-from tests.cases import random_case
+from char_gru.rnn import reference
+from tests.helpers.cases import random_case
 
 STEP = 1e-5
 CASES = {

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from kernels import runtime
-from tests.compare import rounded
+from char_gru.kernels import runtime
+from tests.helpers.compare import rounded
 
 KERNEL = """
 #include "resident.cuh"

@@ -10,8 +10,8 @@ import warnings
 import numpy as np
 import pytest
 
-from kernels import __main__ as command
-from kernels import runtime
+from char_gru.kernels import __main__ as command
+from char_gru.kernels import runtime
 
 
 class RecordingExecutor:
@@ -183,7 +183,7 @@ def test_resource_use_reports_registers_shared_memory_and_spills():
 # ---- What is missing ----------------------------------------------------------------------------------------------------
 
 def test_importing_the_runtime_imports_no_cupy():
-    code = "import sys, kernels.runtime; assert not {'cupy', 'cuda', 'cuda.bindings'} & set(sys.modules)"
+    code = "import sys, char_gru.kernels.runtime; assert not {'cupy', 'cuda', 'cuda.bindings'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parent.parent)
 
 

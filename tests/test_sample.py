@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from kernels import runtime
-from kernels.generate import sample
-from kernels.plan import THREADS
-from rnn import reference
+from char_gru.kernels import runtime
+from char_gru.kernels.generate import sample
+from char_gru.kernels.plan.recurrence import THREADS
+from char_gru.rnn import reference
 from tests import host_cuda
 
 LARGEST_UNIFORM = 1 - 2**-24

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rnn import reference, sampler
-from rnn.config import Sizes, UserError
-from rnn.params import initial_parameters, named_views
-from rnn.sampler import CHUNK_NUMBERS, FIRST_CHUNK, LARGEST_CHUNK, SCORE_WINDOW, Generator
-from rnn.vocabulary import Vocabulary
+from char_gru.rnn import reference, sampler
+from char_gru.rnn.config import Sizes, UserError
+from char_gru.rnn.params import initial_parameters, named_views
+from char_gru.rnn.sampler import CHUNK_NUMBERS, FIRST_CHUNK, LARGEST_CHUNK, SCORE_WINDOW, Generator
+from char_gru.rnn.vocabulary import Vocabulary
 
 CHARACTERS = "\n abcdefgh"
 

@@ -4,8 +4,8 @@ import threading
 
 import numpy as np
 
-from kernels import runtime
-from kernels.scratch import scratch
+from char_gru.kernels import runtime
+from char_gru.kernels.scratch import scratch
 from tests.test_generate_kernels import text_case, written_on_device
 
 

@@ -12,11 +12,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kernels.runtime import DeviceError
-from rnn import commands, training
-from rnn.checkpoint import load_checkpoint
-from tests.commands import (REPRODUCIBLE, ROOT, STEPS_PER_EPOCH, TINY, assert_equal_runs, assert_refused, contents,
-                            finish, make_text, run, running, start, train, train_here, wait_until)
+from char_gru.kernels.runtime import DeviceError
+from char_gru.rnn import commands, training
+from char_gru.rnn.checkpoint import load_checkpoint
+from tests.helpers.commands import (
+    REPRODUCIBLE,
+    ROOT,
+    STEPS_PER_EPOCH,
+    TINY,
+    assert_equal_runs,
+    assert_refused,
+    contents,
+    finish,
+    make_text,
+    run,
+    running,
+    start,
+    train,
+    train_here,
+    wait_until,
+)
 
 TEXT = ("--data", "text.txt", *TINY)
 FINISHED = (*TEXT, "--epochs", 3, "--steps", 20)
@@ -227,7 +242,7 @@ def test_run_stopped_by_a_signal_is_saved_and_resumes_to_the_same_end(tmp_path, 
 SAVE_AT_EVERY_STEP = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
-from rnn import commands, training
+from char_gru.rnn import commands, training
 training.SAVE_SECONDS = 0
 sys.exit(commands.train())
 """
@@ -447,17 +462,18 @@ def test_gpu_that_fails_when_it_is_used_is_reported_in_one_line(folder, capfd, m
 # Starting quickly
 
 def test_command_line_starts_without_loading_what_it_may_not_need():
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import rnn, rnn.commands; print(*sys.modules)"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import char_gru.rnn.commands; print(*sys.modules)"
     result = run(code, ROOT, cwd=ROOT)
     loaded = set(result.stdout.split())
-    assert "rnn.commands" in loaded
-    assert not loaded & {"matplotlib", "cupy", "numpy", "pooch", "requests", "safetensors", "rnn.training", "rnn.model"}
+    assert "char_gru.rnn.commands" in loaded
+    assert not loaded & {"matplotlib", "cupy", "numpy", "pooch", "requests", "safetensors", "char_gru.rnn.training",
+                         "char_gru.rnn.model"}
 
 
 def test_training_loads_no_plotting_and_no_gpu_library_before_it_needs_them():
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import rnn.training; print(*sys.modules)"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import char_gru.rnn.training; print(*sys.modules)"
     loaded = set(run(code, ROOT, cwd=ROOT).stdout.split())
-    assert "rnn.training" in loaded
+    assert "char_gru.rnn.training" in loaded
     assert not loaded & {"matplotlib", "cupy", "pooch", "requests"}
 
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rnn import vocabulary
-from rnn.config import UserError
-from rnn.vocabulary import Vocabulary
+from char_gru.rnn import vocabulary
+from char_gru.rnn.config import UserError
+from char_gru.rnn.vocabulary import Vocabulary
 
 ANY_TEXT = st.text(st.characters(), max_size=60)
 """Every code point may occur: astral ones, controls and lone surrogates too."""

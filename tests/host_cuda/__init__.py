@@ -33,10 +33,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kernels.runtime import GPU
+from char_gru.kernels.plan.gpus import GPU
 
-__all__ = ["BuildError", "Deadlock", "HostExecutor", "LaunchCounts", "ORDERS", "SanitizerReport", "compiler", "run_sanitized",
-           "unwritten"]
+__all__ = [
+    "ORDERS",
+    "BuildError",
+    "Deadlock",
+    "HostExecutor",
+    "LaunchCounts",
+    "SanitizerReport",
+    "compiler",
+    "run_sanitized",
+    "unwritten",
+]
 
 ORDERS = ("ascending", "descending", "random")
 ADDRESS = "address,undefined"
@@ -276,7 +285,7 @@ def run_sanitized(function, sanitize: str, order: str = "ascending", seed: int =
     ``sanitize`` is "address,undefined" (indices, alignment, undefined arithmetic) or "thread" (races between blocks, and
     between threads of a block that no barrier orders).
     """
-    from kernels import runtime
+    from char_gru.kernels import runtime
 
     try:
         with runtime.use(HostExecutor(order, seed, sanitize)):
@@ -292,7 +301,7 @@ class _Module(NamedTuple):
     signatures: dict[str, list[_Parameter]]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _build(source: str, sanitize: str, count_bytes: bool) -> _Module:
     runtime = _object("runtime.cpp", ("-std=c++20", *_SANITIZER_DEFINES[sanitize]))
     text = f'#include "host_cuda.h"\n{_with_dynamic_shared(source)}\n{_kernel_table(source)}'
@@ -347,12 +356,12 @@ def _compiled(text: str, flags: tuple[str, ...], headers: str, objects: tuple[pa
     return target
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compiler_version(cxx: str) -> str:
     return subprocess.run([cxx, "--version"], check=True, capture_output=True, text=True).stdout
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cache() -> pathlib.Path:
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     folder = pathlib.Path(base, "char-gru", "host_cuda")

@@ -2,8 +2,7 @@
 
 from typing import NamedTuple
 
-from .plan import rates_of
-from .runtime import GPU
+from char_gru.kernels.plan.gpus import GPU, rates_of
 
 STATIC_SHARED_BYTES = 96  # of a block, for drawing
 DRAW = 1100  # cycles: two maxima and a scan among the threads of a block, all latency; more with top-k or top-p

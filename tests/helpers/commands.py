@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rnn import commands
+from char_gru.rnn import commands
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--rnn-units", "16", "--embedding-dim", "8", "--batch-size", "4", "--seq-length", "10")
 """Options of a model that trains at about a step per millisecond."""
 
@@ -36,7 +36,7 @@ _CLOSED_PROXY = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_pr
 
 def make_text(path: Path, length: int = 400) -> Path:
     """Write `length` characters of words, some of them beyond ASCII; the same on every call."""
-    rng, words = random.Random(1), "the quick brown fox jumps over a lazy dög 🦊\n".split(" ")
+    rng, words = random.Random(1), ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dög", "🦊\n"]
     text = " ".join(rng.choice(words) for _ in range(length))[:length]
     path.write_bytes(text.encode())
     return path

@@ -40,7 +40,8 @@ import operator
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .runtime import GPU
+from char_gru.kernels.plan.gpus import GPU, precisions, rates_of
+from char_gru.kernels.sizes import ceil_div, round_up
 
 WARPS, WORDS = 8, 8  # warps of a block; words of k that a warp multiplies in a step
 THREADS = 32 * WARPS
@@ -55,43 +56,6 @@ STEPWISE_ROWS, STEPWISE_COLUMNS = 32, 48  # a tile of gru.cu
 BARRIER, GATES = 1900, 600  # cycles
 LAUNCH = 2.0  # microseconds from one node of a CUDA graph to the next
 SHARED_RATE = 128  # bytes per cycle
-
-
-class Rates(NamedTuple):
-    """What one multiprocessor does per cycle, all others doing the same."""
-
-    gigahertz: float
-    l2: int  # bytes
-    memory: int  # bytes
-    multiply: dict[str, int]  # precision -> multiply-adds
-
-
-# FFMA: 0.6 of its peak, which leaves issue slots for loads. Tensor cores: 0.62 of the peak on sm_90, where only wgmma
-# reaches it, elsewhere 0.9. For sm_86, 89 and 120 the peak of GeForce cards; some others have twice that.
-RATES = {
-    75: Rates(1.59, 20, 5, {"fp32": 38}),
-    80: Rates(1.41, 24, 11, {"fp32": 38, "tf32": 460, "bf16": 920}),
-    86: Rates(1.70, 16, 6, {"fp32": 76, "tf32": 115, "bf16": 230}),
-    89: Rates(2.50, 16, 3, {"fp32": 76, "tf32": 115, "bf16": 230}),
-    90: Rates(1.755, 24, 13, {"fp32": 76, "tf32": 635, "bf16": 1270}),
-    120: Rates(2.40, 16, 4, {"fp32": 76, "tf32": 115, "bf16": 230}),
-}
-"""Compute capability, times ten -> rates; a capability in between has those of the one below it."""
-
-GPUS = {
-    "h100": GPU("NVIDIA H100 SXM", 90, 132, 232448),
-    "h200": GPU("NVIDIA H200", 90, 132, 232448),
-    "a100": GPU("NVIDIA A100 40 GB", 80, 108, 166912),
-    "a100-80": GPU("NVIDIA A100 80 GB", 80, 108, 166912),
-    "4090": GPU("NVIDIA GeForce RTX 4090", 89, 128, 101376),
-    "4070": GPU("NVIDIA GeForce RTX 4070", 89, 46, 101376),
-    "3090": GPU("NVIDIA GeForce RTX 3090", 86, 82, 101376),
-    "3060": GPU("NVIDIA GeForce RTX 3060", 86, 28, 101376),
-    "t4": GPU("NVIDIA T4", 75, 40, 65536),
-    "l4": GPU("NVIDIA L4", 89, 58, 101376),
-    "5090": GPU("NVIDIA GeForce RTX 5090", 120, 170, 101376),
-}
-"""Known GPUs, to plan for without having one."""
 
 
 class RecurrencePlan(NamedTuple):
@@ -131,13 +95,13 @@ class RecurrencePlan(NamedTuple):
     @property
     def finished_units(self) -> int:
         """Units of a block that it finishes, having the other splits' sums of them; even, as `units`."""
-        return _round_up(_ceil_div(self.units, self.splits), 2)
+        return round_up(ceil_div(self.units, self.splits), 2)
 
     @property
     def registers(self) -> int:
         """Of a thread, as estimated."""
         weights = self.register_steps * weight_registers(self.columns)
-        finished = _ceil_div(self.rows * self.finished_units, THREADS) * REGISTERS_PER_UNIT[self.K > self.H]
+        finished = ceil_div(self.rows * self.finished_units, THREADS) * REGISTERS_PER_UNIT[self.K > self.H]
         operands = operand_registers(self.rows, self.columns, self.precision)
         return REGISTERS_OTHER + operands + accumulators(self.rows, self.columns) + weights + finished
 
@@ -177,7 +141,7 @@ def _part(size: int, index: int, end: int) -> range:
 
 def steps_of(n: int, splits: int, precision: str) -> int:
     """Steps in which the warps of all splits get through n of k."""
-    return _ceil_div(n, splits * WARPS * WORDS * PACK[precision])
+    return ceil_div(n, splits * WARPS * WORDS * PACK[precision])
 
 
 def weights_bytes(steps: int, columns: int) -> int:
@@ -220,11 +184,6 @@ def gradients_bytes(plan: "RecurrencePlan") -> int:
 
 # Plans
 
-def precisions(gpu: GPU) -> tuple[str, ...]:
-    """What a GPU multiplies in."""
-    return tuple(rates_of(gpu).multiply)
-
-
 def forward_plan(gpu: GPU, B: int, H: int, precision: str, *, variant: str = "auto") -> RecurrencePlan:
     """The plan for `gru_forward` with B rows and H units, the quickest there is.
 
@@ -248,7 +207,7 @@ def backward_plan(gpu: GPU, B: int, H: int, precision: str, *, V_out: int = 0, V
     return _plan(gpu, RecurrencePlan("stepwise", precision, B, H, K=3 * H, V_out=V_out, V_in=V_in), variant)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _plan(gpu: GPU, stepwise: RecurrencePlan, variant: str) -> RecurrencePlan:
     if variant not in ("auto", "persistent", "stepwise"):
         raise ValueError(f"variant: expected auto, persistent or stepwise, got {variant!r}")
@@ -283,19 +242,19 @@ def _persistent_plans(gpu: GPU, stepwise: RecurrencePlan) -> Iterator[Recurrence
     good ones, the first is the one to take."""
     _, precision, B, H, K, V_out, V_in, *_ = stepwise
     for rows in ROWS:
-        tiles = _ceil_div(B, rows)
+        tiles = ceil_div(B, rows)
         for groups in range(1, min(tiles, gpu.multiprocessors) + 1):
-            row_tiles = _ceil_div(tiles, groups)
-            if _ceil_div(tiles, row_tiles) < groups:
+            row_tiles = ceil_div(tiles, groups)
+            if ceil_div(tiles, row_tiles) < groups:
                 continue  # the last group would own nothing
             for splits in SPLITS if K > H else (1,):
                 most_blocks = gpu.multiprocessors // (groups * splits)
                 if most_blocks == 0:
                     continue
-                columns = _round_up(stepwise.gates * _round_up(_ceil_div(H, most_blocks), 2), 8)
+                columns = round_up(stepwise.gates * round_up(ceil_div(H, most_blocks), 2), 8)
                 units, k_steps = columns // stepwise.gates // 2 * 2, steps_of(K, splits, precision)
                 plan = stepwise._replace(
-                    variant="persistent", groups=groups, blocks=_ceil_div(H, units), splits=splits, rows=rows,
+                    variant="persistent", groups=groups, blocks=ceil_div(H, units), splits=splits, rows=rows,
                     row_tiles=row_tiles, units=units, columns=columns, k_steps=k_steps)
                 most = 0 if precision == "fp32" else min(
                     k_steps, max(REGISTERS - plan.registers, 0) // weight_registers(columns))
@@ -303,7 +262,7 @@ def _persistent_plans(gpu: GPU, stepwise: RecurrencePlan) -> Iterator[Recurrence
                     for sums_on_chip in (True, False) if V_in else (False,):
                         plan = plan._replace(register_steps=0, fold_steps=fold_steps, sums_on_chip=sums_on_chip)
                         too_much = max(plan.shared_bytes - gpu.shared_bytes, 0)
-                        fewest = min(_ceil_div(too_much, weights_bytes(1, columns)), most)
+                        fewest = min(ceil_div(too_much, weights_bytes(1, columns)), most)
                         # More in registers is quicker where shared memory is what limits a step.
                         for register_steps in sorted({fewest, (fewest + most) // 2, most}):
                             yield plan._replace(register_steps=register_steps)
@@ -336,10 +295,10 @@ def _persistent_cycles(gpu: GPU, plan: RecurrencePlan) -> float:
 def _stepwise_cycles(gpu: GPU, plan: RecurrencePlan) -> float:
     rates = rates_of(gpu)
     units, splits = STEPWISE_COLUMNS // plan.gates, plan.K // plan.H  # backward, each gate has a block of its own
-    tiles = _ceil_div(plan.B, STEPWISE_ROWS) * _ceil_div(plan.H, units) * splits
+    tiles = ceil_div(plan.B, STEPWISE_ROWS) * ceil_div(plan.H, units) * splits
     gather = (STEPWISE_ROWS + STEPWISE_COLUMNS) * plan.H * 4 / rates.l2
     multiply = STEPWISE_ROWS * STEPWISE_COLUMNS * plan.H / rates.multiply[plan.precision]
-    waves = _ceil_div(tiles, gpu.multiprocessors)
+    waves = ceil_div(tiles, gpu.multiprocessors)
     return LAUNCH * rates.gigahertz * 1000 + waves * (max(gather, multiply) + GATES) + _elsewhere_cycles(gpu, plan)
 
 
@@ -365,18 +324,5 @@ def _gathered_bytes(plan: RecurrencePlan) -> float:
     return min(plan.rows, plan.B) * k / plan.splits * 4 / PACK[plan.precision]
 
 
-def rates_of(gpu: GPU) -> Rates:
-    """Of a GPU's capability."""
-    return RATES[max((capability for capability in RATES if capability <= gpu.capability), default=min(RATES))]
-
-
 def _kib(size: float) -> str:
     return f"{size / 2**10:.0f} KiB"
-
-
-def _ceil_div(n: int, d: int) -> int:
-    return -(-n // d)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return _ceil_div(n, multiple) * multiple

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rnn import reference
-from rnn.config import Sizes
-from rnn.model import LanguageModel
-from rnn.params import flat_size, named_views
+from char_gru.rnn import reference
+from char_gru.rnn.config import Sizes
+from char_gru.rnn.model import LanguageModel
+from char_gru.rnn.params import flat_size, named_views
 
-GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
+GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 
 
 class Case(NamedTuple):
