@@ -77,3 +77,33 @@ __device__ __forceinline__ void group_leave(unsigned *counter, unsigned *left, u
         atomicExch(left, 0u);
     }
 }
+
+// The blocks that wait for each other: `blocks` of them, of which this one is number `block`, share a counter. All
+// threads of all blocks of the group call arrive and wait in turns, and leave once, after the last wait.
+struct Group {
+    int index, block, blocks;
+    unsigned *counter;    // COUNTER_WORDS of global memory, zero before and after: arrivals, then blocks that have left
+    unsigned target = 0;  // that the counter reaches when all blocks have arrived as often as this one
+
+    // Group `index` of those that share `counters`, an array of (groups, COUNTER_WORDS).
+    __device__ __forceinline__ Group(unsigned *counters, int index, int block, int blocks)
+        : index(index), block(block), blocks(blocks), counter(counters + size_t(index) * COUNTER_WORDS)
+    {
+    }
+
+    __device__ __forceinline__ void arrive()
+    {
+        group_arrive(counter);
+        target += blocks;
+    }
+
+    __device__ __forceinline__ void wait() const { group_wait(counter, target); }
+
+    __device__ __forceinline__ void barrier()
+    {
+        arrive();
+        wait();
+    }
+
+    __device__ __forceinline__ void leave() const { group_leave(counter, counter + 1, blocks); }
+};
