@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from char_gru.kernels import runtime
-from char_gru.rnn import reference
+from char_gru.rnn import cpu
 from tests import host_cuda
 from tests.helpers.compare import assert_close
 
@@ -46,7 +46,7 @@ def device_adam(arrays: dict[str, np.ndarray], norm: float, *options, offset: in
 
 def reference_adam(arrays: dict[str, np.ndarray], norm: float, *options, dtype) -> dict[str, np.ndarray]:
     arrays = {name: array.astype(dtype) for name, array in arrays.items()}
-    reference.adam(*arrays.values(), np.array([norm], dtype), np.array([STEP_SIZE], dtype), *options)
+    cpu.adam(*arrays.values(), np.array([norm], dtype), np.array([STEP_SIZE], dtype), *options)
     return arrays
 
 
@@ -62,8 +62,8 @@ def assert_adam_matches_reference(arrays: dict[str, np.ndarray], norm: float, *o
 def test_global_norm_matches_reference(executor, N):
     grads = parameters(N)["grads"].astype(np.float32)
     exact, rounded = np.empty(1), np.empty(1, np.float32)
-    reference.global_norm(grads.astype(float), exact)
-    reference.global_norm(grads, rounded)
+    cpu.global_norm(grads.astype(float), exact)
+    cpu.global_norm(grads, rounded)
     assert_close("norm", device_norm(grads), exact, rounded)
 
 

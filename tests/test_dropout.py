@@ -5,7 +5,7 @@ import pytest
 
 from char_gru.kernels import dropout as launchers
 from char_gru.kernels import runtime
-from char_gru.rnn import reference
+from char_gru.rnn import cpu
 from tests import host_cuda
 
 SHAPES = [(1, 1, 1), (3, 2, 5), (1, 17, 15), (2, 4, 32), (1, 1, 257), (5, 19, 23)]  # a warp takes 256, a block 2048
@@ -27,14 +27,14 @@ def forward(ops, make, x_tb, rate, seed, layer, step):
                                                      (1 - 2**-40, 3, 2**33, 2**63 - 1)])
 def test_dropout_equals_reference(executor, shape, rate, seed, layer, step):
     x_tb = sequence(shape)
-    expected = forward(reference, np.copy, x_tb, rate, seed, layer, step)
+    expected = forward(cpu, np.copy, x_tb, rate, seed, layer, step)
     actual = forward(launchers, runtime.to_device, x_tb, rate, seed, layer, step)
     for result, reference_result in zip(actual, expected):
         np.testing.assert_array_equal(runtime.to_host(result), reference_result)
     dy_tb, dx_tb = sequence(shape)[..., ::-1], runtime.to_device(np.full_like(x_tb, np.nan))
     launchers.dropout_backward(runtime.to_device(dy_tb), rate, actual[0], dx_tb)
     expected_dx = np.empty_like(x_tb)
-    reference.dropout_backward(dy_tb, rate, expected[0], expected_dx)
+    cpu.dropout_backward(dy_tb, rate, expected[0], expected_dx)
     np.testing.assert_array_equal(runtime.to_host(dx_tb), expected_dx)
 
 
@@ -50,7 +50,7 @@ def test_dropout_backward_in_place(executor):
     dy_tb = sequence(keep_tb.shape)
     device = runtime.to_device(dy_tb)
     launchers.dropout_backward(device, 0.25, runtime.to_device(keep_tb), device)
-    reference.dropout_backward(dy_tb, 0.25, keep_tb, dy_tb)
+    cpu.dropout_backward(dy_tb, 0.25, keep_tb, dy_tb)
     np.testing.assert_array_equal(runtime.to_host(device), dy_tb)
 
 
@@ -69,7 +69,7 @@ def test_dropout_writes_nothing_behind_its_end(executor):
 
 
 def test_dropout_does_not_depend_on_the_order_of_threads():
-    expected, _ = forward(reference, np.copy, sequence((5, 19, 23)), 0.4, 5, 1, 9)
+    expected, _ = forward(cpu, np.copy, sequence((5, 19, 23)), 0.4, 5, 1, 9)
     for order in host_cuda.ORDERS:
         with runtime.use(host_cuda.HostExecutor(order)):
             keep_tb, _ = forward(launchers, runtime.to_device, sequence((5, 19, 23)), 0.4, 5, 1, 9)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from char_gru.rnn import reference
+from char_gru.rnn import cpu
 from char_gru.rnn.batches import Batch
 from char_gru.rnn.config import Sizes
 from char_gru.rnn.params import checkpoint_name, flat_size, named_views, parameter_shapes
@@ -47,7 +47,7 @@ def test_reference_matches_golden(path):
     np.testing.assert_allclose(actual["loss"], data["loss"], **TOLERANCE)
     for name, expected in gradients.items():
         np.testing.assert_allclose(actual[name], expected, **TOLERANCE, err_msg=name)
-    h_tb = reference.to_host(model._layers[-1].saved.h_tb)
+    h_tb = cpu.to_host(model._layers[-1].saved.h_tb)
     np.testing.assert_allclose(h_tb[-1], data["h_T"][-1] if data["h_T"].ndim == 3 else data["h_T"], **TOLERANCE)
     if "h_tb" in data:
         np.testing.assert_allclose(h_tb[1:], data["h_tb"], **TOLERANCE)
@@ -55,7 +55,7 @@ def test_reference_matches_golden(path):
     softmax = np.exp(logits - logits.max(-1, keepdims=True))
     softmax /= softmax.sum(-1, keepdims=True)
     dlogits = (softmax - np.eye(case.sizes.V)[case.targets_tb]) / case.inputs_tb.size
-    np.testing.assert_allclose(reference.to_host(model._dlogits_tb), dlogits, **TOLERANCE)
+    np.testing.assert_allclose(cpu.to_host(model._dlogits_tb), dlogits, **TOLERANCE)
 
 
 @pytest.mark.parametrize("path", TORCH_FILES + KERAS_FILES, ids=lambda path: path.stem)
@@ -84,7 +84,7 @@ def test_adam_follows_keras(path):
     case, _, data = load(path)
     model = case.model(carry_state=True)
     for step, expected in enumerate(data["adam_losses"]):
-        reference.copy_in(model.state, case.h0)
+        cpu.copy_in(model.state, case.h0)
         loss = model.train_step(case.inputs_tb, case.targets_tb, keras_learning_rate(step + 1))["loss"]
         np.testing.assert_allclose(loss, expected, rtol=1e-9)
     for name, array in model.params.items():

@@ -9,7 +9,7 @@ from char_gru.kernels import gru as launchers
 from char_gru.kernels import runtime
 from char_gru.kernels.matmul import PRECISIONS
 from char_gru.kernels.plan.recurrence import RecurrencePlan, backward_plan, forward_plan
-from char_gru.rnn import reference
+from char_gru.rnn import cpu
 from tests import host_cuda
 from tests.helpers.compare import assert_close, rounded
 
@@ -81,7 +81,7 @@ def on_device(case: Layer, precision: str = "fp32", plans=None, T_saved: int | N
 def by_reference(case: Layer, dtype) -> dict[str, np.ndarray]:
     (T, B), H = case.ids_tb.shape, case.W_hh.shape[1]
     case = mapped(lambda x: x if x.dtype == np.int32 else x.astype(dtype), case)
-    return both_passes(reference, case, reference.gru_saved(T, B, H, dtype))
+    return both_passes(cpu, case, cpu.gru_saved(T, B, H, dtype))
 
 
 def assert_matches_reference(case: Layer, actual: dict[str, np.ndarray]) -> None:
@@ -127,7 +127,7 @@ def test_rounded_operands_err_like_the_reference_with_rounded_operands(executor,
     case = layer(T, B, H, V, M=6)
     actual, exact = on_device(case, precision=precision), by_reference(case, np.float64)
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "np", RoundingNumPy(precision))
+        patch.setattr(cpu, "np", RoundingNumPy(precision))
         by_rounding = by_reference(case, np.float32)
     for name, result in actual.items():
         assert_close(name, result, exact[name], by_rounding[name])

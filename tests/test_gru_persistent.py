@@ -11,7 +11,7 @@ from char_gru.kernels import runtime
 from char_gru.kernels.gru_persistent import constants
 from char_gru.kernels.matmul import PRECISIONS
 from char_gru.kernels.plan.recurrence import RecurrencePlan, backward_plan, forward_plan, steps_of
-from char_gru.rnn import reference
+from char_gru.rnn import cpu
 from tests import host_cuda
 from tests.helpers.compare import assert_close
 from tests.test_gru import Layer, RoundingNumPy, assert_equal_bits, by_reference, layer, on_device
@@ -78,7 +78,7 @@ def rounded_reference(case: Layer, precision: str, monkeypatch) -> dict[str, np.
     """What the reference computes in float32 from rounded operands."""
     with monkeypatch.context() as patch:
         if precision != "fp32":
-            patch.setattr(reference, "np", RoundingNumPy(precision))
+            patch.setattr(cpu, "np", RoundingNumPy(precision))
         return by_reference(case, np.float32)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from char_gru.kernels import input_table as launchers
 from char_gru.kernels import matmul, runtime
-from char_gru.rnn import reference
+from char_gru.rnn import cpu
 from tests import host_cuda
 from tests.helpers.compare import assert_close
 
@@ -17,7 +17,7 @@ def random(*shape: int) -> np.ndarray:
 def reference_table(op: str, results: dict[str, tuple[int, ...]], *inputs: np.ndarray) -> dict[str, np.ndarray]:
     """What an op of the reference writes, in the inputs' dtype."""
     arrays = {name: np.empty(shape, inputs[0].dtype) for name, shape in results.items()}
-    getattr(reference, op)(*inputs, *arrays.values())
+    getattr(cpu, op)(*inputs, *arrays.values())
     return arrays
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from char_gru.rnn import reference
+from char_gru.rnn import cpu
 from tests.helpers.compare import assert_close
 
 DTYPES = [np.float32, np.float64]
@@ -16,7 +16,7 @@ DTYPES = [np.float32, np.float64]
 
 def activations(array: np.ndarray, dtype) -> np.ndarray:
     """The same values in the memory order of sequences."""
-    copy = reference.empty_activations(array.shape, dtype)
+    copy = cpu.empty_activations(array.shape, dtype)
     copy[...] = array
     return copy
 
@@ -44,8 +44,8 @@ def test_gru_forward_matches_formula(T, B, H, V, dtype):
     rng = np.random.default_rng(3)
     P, W_hh, b_hh, h0 = (rng.standard_normal(shape) for shape in ((V, 3 * H), (3 * H, H), (3 * H,), (B, H)))
     ids_tb = rng.integers(0, V, (T, B))
-    saved = reference.gru_saved(T, B, H, dtype)
-    reference.gru_forward(activations(P, dtype), ids_tb, W_hh.astype(dtype), b_hh.astype(dtype), h0.astype(dtype), saved)
+    saved = cpu.gru_saved(T, B, H, dtype)
+    cpu.gru_forward(activations(P, dtype), ids_tb, W_hh.astype(dtype), b_hh.astype(dtype), h0.astype(dtype), saved)
     exact = gru_by_formula(P, ids_tb, W_hh, b_hh, h0)
     plain = gru_by_formula(*(x.astype(dtype) if x.dtype == float else x for x in (P, ids_tb, W_hh, b_hh, h0)))
     assert_close("h_tb", saved.h_tb, exact, plain, dtype=dtype)
@@ -56,8 +56,8 @@ def test_gru_forward_takes_ids_of_any_integer_dtype():
     P, W_hh, b_hh, h0 = (rng.standard_normal(shape) for shape in ((9, 12), (12, 4), (12,), (2, 4)))
     ids_tb, states = rng.integers(0, 9, (3, 2)), []
     for dtype in (np.uint8, np.int32, np.uint32, np.int64):
-        saved = reference.gru_saved(3, 2, 4, np.float64)
-        reference.gru_forward(P, ids_tb.astype(dtype), W_hh, b_hh, h0, saved)
+        saved = cpu.gru_saved(3, 2, 4, np.float64)
+        cpu.gru_forward(P, ids_tb.astype(dtype), W_hh, b_hh, h0, saved)
         states.append(saved.h_tb)
     assert all((state == states[0]).all() for state in states)
 
@@ -66,9 +66,9 @@ def test_saturated_gates_do_not_overflow():
     """Pre-activations of 1e4: sigmoid and tanh reach their limits without a warning."""
     H = 3
     P = np.array([[1e4] * 3 * H, [-1e4] * 3 * H], np.float32)
-    saved = reference.gru_saved(2, 1, H)
+    saved = cpu.gru_saved(2, 1, H)
     zero = np.zeros((3 * H, H), np.float32)
-    reference.gru_forward(P, np.array([[0], [1]]), zero, zero[:, 0], np.full((1, H), 0.25, np.float32), saved)
+    cpu.gru_forward(P, np.array([[0], [1]]), zero, zero[:, 0], np.full((1, H), 0.25, np.float32), saved)
     np.testing.assert_array_equal(saved.gates_tb[:, 0, [0, H, 2 * H]], [[1, 1, 1], [0, 0, -1]])
     np.testing.assert_array_equal(saved.h_tb[:, 0, 0], [0.25, 0.25, -1])
 
@@ -86,8 +86,8 @@ def test_cross_entropy_matches_formula(dtype, scale):
     shifted = logits - logits.max(-1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     expected = -np.take_along_axis(log_p, targets[..., None], -1).mean()
-    loss, dlogits = np.empty(1, dtype), reference.empty_activations((T, B, V), dtype)
-    reference.cross_entropy_forward(activations(h_tb, dtype), W_out.astype(dtype), b_out.astype(dtype), targets, loss,
+    loss, dlogits = np.empty(1, dtype), cpu.empty_activations((T, B, V), dtype)
+    cpu.cross_entropy_forward(activations(h_tb, dtype), W_out.astype(dtype), b_out.astype(dtype), targets, loss,
                                     dlogits)
     relative = 1e-12 if dtype == np.float64 else 1e-6
     np.testing.assert_allclose(loss[0], expected, rtol=relative)
@@ -102,12 +102,12 @@ def test_dropout_keeps_the_share_and_the_mean_and_is_a_function_of_its_arguments
     masks = {}
     for seed, layer, step in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0)]:
         keep, y = np.empty(x.shape, bool), np.empty_like(x)
-        reference.dropout_forward(x, 0.3, seed, layer, np.array([step], np.uint64), keep, y)
+        cpu.dropout_forward(x, 0.3, seed, layer, np.array([step], np.uint64), keep, y)
         assert abs(keep.mean() - 0.7) < 0.02
         np.testing.assert_array_equal(y, keep / 0.7)
         masks[seed, layer, step] = keep
-        again, y_again = reference.empty_activations(x.shape, bool), reference.empty_activations(x.shape, x.dtype)
-        reference.dropout_forward(activations(x, float), 0.3, seed, layer, np.array([step], np.uint64), again, y_again)
+        again, y_again = cpu.empty_activations(x.shape, bool), cpu.empty_activations(x.shape, x.dtype)
+        cpu.dropout_forward(activations(x, float), 0.3, seed, layer, np.array([step], np.uint64), again, y_again)
         np.testing.assert_array_equal(again, keep)
     agreement = [(a == b).mean() for a in masks.values() for b in masks.values() if a is not b]
     assert max(agreement) < 0.62, "masks of different seeds, layers or steps repeat one another"
@@ -116,14 +116,14 @@ def test_dropout_keeps_the_share_and_the_mean_and_is_a_function_of_its_arguments
 def test_dropout_backward_scales_what_was_kept():
     keep = np.array([[[True, False, True]]])
     dy = np.array([[[2.0, 3.0, -4.0]]])
-    reference.dropout_backward(dy, 0.5, keep, dy)
+    cpu.dropout_backward(dy, 0.5, keep, dy)
     np.testing.assert_array_equal(dy, [[[4.0, 0.0, -8.0]]])
 
 
 # Optimiser
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("N", [1, 65, reference.ADAM_CHUNK, reference.ADAM_CHUNK + 1])
+@pytest.mark.parametrize("N", [1, 65, cpu.ADAM_CHUNK, cpu.ADAM_CHUNK + 1])
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5, 1e9])
 def test_adam_matches_formula(dtype, N, clip_norm):
     rng = np.random.default_rng(6)
@@ -135,9 +135,9 @@ def test_adam_matches_formula(dtype, N, clip_norm):
     expected_p = p - step_size * expected_m / (np.sqrt(expected_v) + 1e-7)
     arrays = [x.astype(dtype) for x in (p, g, m, v)]
     norm = np.empty(1, dtype)
-    reference.global_norm(arrays[1], norm)
+    cpu.global_norm(arrays[1], norm)
     np.testing.assert_allclose(norm[0], np.linalg.norm(g), rtol=10 * np.finfo(dtype).eps)
-    reference.adam(*arrays, norm, np.array([step_size], dtype), clip_norm)
+    cpu.adam(*arrays, norm, np.array([step_size], dtype), clip_norm)
     for actual, expected in zip(arrays, (expected_p, g, expected_m, expected_v)):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=20 * np.finfo(dtype).eps * np.abs(expected).max())
 
@@ -147,14 +147,14 @@ def test_adam_changes_nothing_when_the_norm_is_not_finite(bad):
     p, g, m, v = (np.full(3, value, np.float32) for value in (1, 2, 3, 4))
     g[1] = bad
     norm = np.empty(1, np.float32)
-    reference.global_norm(g, norm)
-    reference.adam(p, g, m, v, norm, np.array([0.1], np.float32))
+    cpu.global_norm(g, norm)
+    cpu.adam(p, g, m, v, norm, np.array([0.1], np.float32))
     assert (p == 1).all() and (m == 3).all() and (v == 4).all()
 
 
 def test_zero_gradient_is_not_divided_by():
     p, g, m, v = (np.zeros(3, np.float32) for _ in range(4))
-    reference.adam(p, g, m, v, np.zeros(1, np.float32), np.array([0.1], np.float32), clip_norm=1.0)
+    cpu.adam(p, g, m, v, np.zeros(1, np.float32), np.array([0.1], np.float32), clip_norm=1.0)
     assert (p == 0).all()
 
 
@@ -195,7 +195,7 @@ options = st.fixed_dictionaries({
 def test_sample_matches_definition(options, V, seed):
     rng = np.random.default_rng(seed)
     logits, uniforms, ids = 3 * rng.standard_normal((4, V)), rng.random(4), np.empty(4, np.int32)
-    reference.sample(logits, uniforms, ids, **options)
+    cpu.sample(logits, uniforms, ids, **options)
     assert ids.tolist() == [sample_by_definition(row, u, **options) for row, u in zip(logits, uniforms)]
 
 
@@ -204,7 +204,7 @@ def test_sample_matches_definition(options, V, seed):
 def test_sample_draws_a_kept_character_for_any_logits(options, seed, logits, uniform):
     """Ties, certainties and the largest uniform number: what is drawn is never [UNK] and always among the kept."""
     ids = np.empty(3, np.int32)
-    reference.sample(logits, np.full(3, uniform, np.float32), ids, **options)
+    cpu.sample(logits, np.full(3, uniform, np.float32), ids, **options)
     for row, drawn in zip(logits, ids):
         assert drawn > 0
         rank = sorted(range(1, 6), key=lambda v: (-row[v], v)).index(drawn)
@@ -220,21 +220,21 @@ def test_sample_draws_a_kept_character_for_any_logits(options, seed, logits, uni
 def test_temperatures_beyond_float32_are_the_limits_they_stand_for(temperature):
     """Towards 0 the most likely character, towards infinity all alike."""
     logits, ids = np.array([[0, 1, 3, 2]], np.float32), np.empty(1, np.int32)
-    reference.sample(logits, np.array([0.1], np.float32), ids, temperature)
+    cpu.sample(logits, np.array([0.1], np.float32), ids, temperature)
     assert ids[0] == (2 if temperature < 1 else 1)
 
 
 def test_sample_frequencies_are_the_softmax():
     logits = np.log(np.array([0.3, 0.1, 0.2, 0.4])) * 0.5
     drawn, rng = np.empty(40_000, np.int32), np.random.default_rng(8)
-    reference.sample(np.tile(logits, (40_000, 1)), rng.random(40_000), drawn, temperature=0.5)
+    cpu.sample(np.tile(logits, (40_000, 1)), rng.random(40_000), drawn, temperature=0.5)
     counts = np.bincount(drawn, minlength=4) / 40_000
     np.testing.assert_allclose(counts, np.array([0, 0.1, 0.2, 0.4]) / 0.7, atol=0.01)
 
 
 # Generation
 
-@pytest.mark.parametrize("R", [1, 3, reference.MATRIX_VECTOR_ROWS, reference.MATRIX_VECTOR_ROWS + 1])
+@pytest.mark.parametrize("R", [1, 3, cpu.MATRIX_VECTOR_ROWS, cpu.MATRIX_VECTOR_ROWS + 1])
 @pytest.mark.parametrize("layers, V", [(1, 7), (2, 7), (2, 100)])
 def test_generation_reads_prompts_as_the_model_does_and_draws_from_its_logits(R, layers, V):
     """Characters written step by step are those that `sample` draws from the states of a whole-window forward pass."""
@@ -244,7 +244,7 @@ def test_generation_reads_prompts_as_the_model_does_and_draws_from_its_logits(R,
     case = random_case(T=T, B=R, V=V, H=H, layers=layers, scale=1.0)
     model = case.model()
     P = np.empty((V, 3 * H))
-    reference.input_table_forward(model.params["W_emb"], model.params["W_ih.0"], model.params["b_ih.0"], P)
+    cpu.input_table_forward(model.params["W_emb"], model.params["W_ih.0"], model.params["b_ih.0"], P)
     rng = np.random.default_rng(9)
     forced_tr, uniforms_tr = np.full((T, R), -1, np.int32), rng.random((T, R))
     for row in range(R):
@@ -252,8 +252,8 @@ def test_generation_reads_prompts_as_the_model_does_and_draws_from_its_logits(R,
         forced_tr[:len(prompt), row] = prompt
     first = rng.integers(1, V, R).astype(np.int32)
     ids, ids_tr, h = first.copy(), np.empty((T, R), np.int32), case.h0.copy()
-    reference.generate(model.params, P, h, ids, forced_tr, uniforms_tr, ids_tr,
-                       reference.generation_saved(R, H, V, np.float64), temperature=0.8)
+    cpu.generate(model.params, P, h, ids, forced_tr, uniforms_tr, ids_tr,
+                       cpu.generation_saved(R, H, V, np.float64), temperature=0.8)
     assert (ids_tr[forced_tr >= 0] == forced_tr[forced_tr >= 0]).all()
     assert (ids == ids_tr[-1]).all()
     model.gradients(np.concatenate([[first], ids_tr[:-1]]), np.zeros((T, R), int))
@@ -261,6 +261,6 @@ def test_generation_reads_prompts_as_the_model_does_and_draws_from_its_logits(R,
     for t in range(T):
         logits = model._layers[-1].saved.h_tb[t + 1] @ model.params["W_out"].T + model.params["b_out"]
         drawn = np.empty(R, np.int32)
-        reference.sample(logits, uniforms_tr[t], drawn, temperature=0.8)
+        cpu.sample(logits, uniforms_tr[t], drawn, temperature=0.8)
         free = forced_tr[t] < 0
         assert (ids_tr[t][free] == drawn[free]).all()

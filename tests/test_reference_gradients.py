@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from char_gru.rnn import reference
+from char_gru.rnn import cpu
 from tests.helpers.cases import random_case
 
 STEP = 1e-5
@@ -59,15 +59,15 @@ def test_gru_backward_takes_any_upstream_gradient(M):
     P, W_hh, b_hh, h0 = (rng.standard_normal(shape) for shape in ((V, 3 * H), (3 * H, H), (3 * H,), (B, H)))
     dy_tb, W_y = rng.standard_normal((T, B, M or H)), rng.standard_normal((M, H)) if M else None
     ids_tb = np.array([[1, 1, 4], [1, 5, 0], [2, 2, 2], [0, 3, 1]])
-    saved = reference.gru_saved(T, B, H, np.float64)
+    saved = cpu.gru_saved(T, B, H, np.float64)
 
     def weighted_states() -> float:
-        reference.gru_forward(P, ids_tb, W_hh, b_hh, h0, saved)
+        cpu.gru_forward(P, ids_tb, W_hh, b_hh, h0, saved)
         return float((saved.h_tb[1:] * (dy_tb @ W_y if M else dy_tb)).sum())
 
     weighted_states()
     results = {"P": np.empty_like(P), "W_hh": np.empty_like(W_hh), "b_hh": np.empty_like(b_hh), "h0": np.empty_like(h0)}
-    reference.gru_backward(dy_tb, W_y, ids_tb, W_hh, saved, *results.values())
+    cpu.gru_backward(dy_tb, W_y, ids_tb, W_hh, saved, *results.values())
     for name, array in (("P", P), ("W_hh", W_hh), ("b_hh", b_hh), ("h0", h0)):
         np.testing.assert_allclose(results[name], central_differences(weighted_states, array), rtol=1e-7, atol=1e-7,
                                    err_msg=name)
@@ -80,5 +80,5 @@ def test_what_aligns_the_gradients_stays_zero():
     model.train_step(case.inputs_tb, case.targets_tb)
     total = sum(float((gradient**2).sum()) for gradient in model.grads.values())
     norm = np.zeros(1)
-    reference.global_norm(model._grads, norm)
+    cpu.global_norm(model._grads, norm)
     np.testing.assert_allclose(norm[0]**2, total, rtol=1e-12)

@@ -6,7 +6,7 @@ import pytest
 from char_gru.kernels import runtime
 from char_gru.kernels.generate import sample
 from char_gru.kernels.plan.recurrence import THREADS
-from char_gru.rnn import reference
+from char_gru.rnn import cpu
 from tests import host_cuda
 
 LARGEST_UNIFORM = 1 - 2**-24
@@ -86,7 +86,7 @@ def test_ties_and_certainties_are_drawn_as_the_reference_does(executor, options,
     logits = np.pad(logits, ((0, 0), (0, impossible)), constant_values=-1e4)
     uniforms, expected = rng.random(60, np.float32), np.empty(60, np.int32)
     uniforms[:20] = 0
-    reference.sample(logits.astype(np.float32), uniforms, expected, **options)
+    cpu.sample(logits.astype(np.float32), uniforms, expected, **options)
     np.testing.assert_array_equal(drawn(logits, uniforms, **options), expected)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from char_gru.rnn import reference
+from char_gru.rnn import cpu
 from char_gru.rnn.config import Sizes
 from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import flat_size, named_views
@@ -25,7 +25,7 @@ class Case(NamedTuple):
     targets_tb: np.ndarray
     h0: np.ndarray
 
-    def model(self, ops=reference, dtype=np.float64, **options) -> LanguageModel:
+    def model(self, ops=cpu, dtype=np.float64, **options) -> LanguageModel:
         """The model on an op set, its state set to h0."""
         T, B = self.inputs_tb.shape
         model = LanguageModel(self.sizes, T, B, self.flat_params, ops=ops, dtype=dtype, **options)

@@ -1,11 +1,6 @@
-"""Every op of training and generation in NumPy: the specification of the CUDA kernels, and the CPU device.
+"""The op set of the CPU: every op of training and generation in NumPy, as quick as NumPy and BLAS allow.
 
-The GRU is the form in which the reset gate acts after the recurrent product (PyTorch's, cuDNN's, and Keras's
-`reset_after=True`), so that one product per step serves all three gates:
-
-    i = W_ih x + b_ih                a = W_hh h + b_hh
-    r = sigmoid(i_r + a_r)           z = sigmoid(i_z + a_z)           n = tanh(i_n + r * a_n)
-    h' = (1 - z) * n + z * h
+`rnn.reference` says what each op computes; here it is computed in place, in memory orders that BLAS likes.
 
 Axes: T time, B batch, V vocabulary, E embedding, H hidden units, R rows of generated text; gates lie r, z, n along 3H.
 All functions take float32 or float64 arrays (one dtype in a call) and write their results into arrays of the caller,
@@ -359,7 +354,7 @@ def sample(logits, uniforms, ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0
 
     Shapes: logits (R, V); uniforms (R,), in [0, 1); result ids (R,), int32.
     """
-    with np.errstate(over="ignore"):  # what is infinitely unlikely has p = 0
+    with np.errstate(over="ignore"):  # a character that is infinitely unlikely has p = 0
         _draw(logits, uniforms, ids, temperature, top_k, top_p, min_p)
 
 
