@@ -79,13 +79,15 @@ void spin_pause(const unsigned *counter, unsigned value, unsigned target, const 
 
 void *dynamic_shared();
 void fence();
-void count_group_barrier();  // an arrival of this block at one
+void count_group_barrier(const unsigned *counter);  // an arrival of this block at one
 void count_mma();
+void record_wait(const unsigned *counter, unsigned target);
 int lane_in_warp();
 
 // For counting.cpp: bytes in the arrays of the arguments count, others do not.
 void count_read(const void *address, std::uint64_t bytes);
 void count_write(const void *address, std::uint64_t bytes);
+void record_atomic(const void *address, std::uint64_t bytes);
 
 // An asynchronous copy, from cp_async_16 or _4 to the cp_async_wait in which it happens.
 struct Copy {

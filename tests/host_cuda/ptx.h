@@ -98,7 +98,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&registers)[4], cons
 
 __device__ __forceinline__ void add_release(unsigned *counter, unsigned value)
 {
-    host_cuda::count_group_barrier();
+    host_cuda::count_group_barrier(counter);
     __atomic_fetch_add(counter, value, __ATOMIC_RELEASE);
 }
 
@@ -109,6 +109,7 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned *counter)
 
 __device__ __forceinline__ void wait_at_least(const unsigned *counter, unsigned target, HOST_CUDA_SITE)
 {
+    host_cuda::record_wait(counter, target);
     for (unsigned value = load_acquire(counter); int(value - target) < 0; value = load_acquire(counter))
         host_cuda::spin_pause(counter, value, target, file, line);
 }
