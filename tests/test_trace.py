@@ -1,6 +1,7 @@
 """`python -m kernels --run` runs one op on the CPU, and its trace says what the threads did."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,6 +145,16 @@ def test_persistent_forward_pass_loads_weights_once_and_has_a_barrier_for_each_s
 def test_trace_names_the_tensor_core_instruction(capsys):
     lines = lines_of(capsys, "matmul", "--precision", "bf16", "--trace")
     assert any("calls    mma_m16n8k16_bf16 x 64 by warps 0-7" in line for line in lines), lines
+
+
+def test_readme_of_the_harness_shows_what_happens(capsys):
+    text = (Path(host_cuda.__file__).parent / "README.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
+    assert capsys.readouterr().out.startswith("[63. 62. 61.")
+    command, *shown = re.findall(r"^    (.*)", text.split("```")[0], re.MULTILINE)
+    lines = lines_of(capsys, *command.split()[4:])
+    assert command.startswith("python -m kernels --run ") and shown.pop(1).strip() == "..."
+    assert set(shown) <= set(lines)
 
 
 def test_wrong_result_ends_with_status_1(monkeypatch, capsys):
