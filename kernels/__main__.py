@@ -1,5 +1,8 @@
-"""What can be said of the kernels with no GPU: compiles every one and prints what it takes, ``python -m kernels [--arch
-sm_80 sm_90]``; or prints how recurrence and generation would run, ``python -m kernels --plan --device-like h100``.
+"""What can be said of the kernels without a GPU.
+
+    python -m kernels [--arch sm_80 sm_90]                             what every kernel takes, as the compiler says
+    python -m kernels --plan --device-like h100                        how recurrence and generation would run on a GPU
+    python -m kernels --run gru_forward --sizes T=3,B=2,H=8 --trace    one op on the CPU: who loads, stores, waits
 """
 
 import argparse
@@ -7,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 from char_gru.kernels.generate import GenerationPlan, generation_plan
@@ -27,6 +31,10 @@ HEADER = ("architecture", "module", "constants", "kernel", "registers", "shared 
 _CUT = RecurrencePlan._fields[RecurrencePlan._fields.index("groups"):] + ("registers", "shared_bytes")
 _GENERATION_CUT = GenerationPlan._fields[GenerationPlan._fields.index("groups"):]
 _WIDTHS = (12, 23, 75, 23, 9, 12, 13)
+_ROOT = Path(__file__).parents[1]
+_OPTIONS = {"compile": ("arch",),
+            "plan": ("device_like", "precision", "batch_size", "rnn_units", "layers", "vocabulary"),
+            "run": ("sizes", "precision", "variant", "order", "trace")}
 
 
 class Entry(NamedTuple):
@@ -83,8 +91,8 @@ def main(arch: tuple[str, ...] = ARCHITECTURES) -> int:
     return 0
 
 
-def plan_lines(gpu: GPU, precision: str, batch_size: int, rnn_units: int, layers: int,
-               vocabulary: int) -> Iterator[str]:
+def plan_lines(gpu: GPU, precision: str = "auto", batch_size: int = 64, rnn_units: int = 1024, layers: int = 1,
+               vocabulary: int = 66) -> Iterator[str]:
     """How each layer's recurrence and the generation of text run on a GPU, and why.
 
     Raises: ValueError for a precision that the GPU has not.
@@ -122,37 +130,66 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _run(op: str, **options) -> int:
+    """One op on the CPU.
+
+    Raises: ValueError for options that do not fit, and where the harness or a C++ compiler is missing.
+    """
+    if not (_ROOT / "tests" / "host_cuda" / "run.py").exists():
+        raise ValueError("--run needs the harness in tests/host_cuda: use a checkout of the repository")
+    sys.path.insert(0, str(_ROOT))
+    from tests.host_cuda.run import run
+
+    return run(op, **options)
+
+
 def command(arguments: Sequence[str] | None = None) -> int:
     """The command line.
 
     Returns:
-        Exit status: as `main`; 2 also for a bad command line, and for a plan where there is no GPU.
+        Exit status: as `main`; 1 also where a result of --run is wrong; 2 also for a bad command line, for a plan where
+        there is no GPU, and for a run where there is no C++ compiler.
     """
-    parser = _Parser(prog="python -m kernels", allow_abbrev=False,
-                     description="Compile every kernel and print what it takes, or plan recurrence and "
-                                 "generation; with no GPU.")
-    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="GPU architectures to compile for")
+    parser = _Parser(prog="python -m kernels", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                     description="Compile every kernel and print what it takes, plan recurrence and generation, or run "
+                                 "one op on the CPU; without a GPU.")
+    parser.add_argument("--arch", nargs="+", help="GPU architectures to compile for (default: all)")
     parser.add_argument("--plan", action="store_true",
                         help="print how recurrence and generation run on a GPU; compile nothing")
+    parser.add_argument("--run", metavar="OP", help="run the kernels of an op, such as gru_forward, on the CPU, print "
+                                                    "what they do and compare their results; in a checkout")
+    parser.add_argument("--precision", choices=("auto", *PACK), help="with --plan or --run (default: auto)")
     of_plan = parser.add_argument_group("with --plan")
     of_plan.add_argument("--device-like", choices=GPUS, help="the GPU to plan for (default: this machine's)")
-    of_plan.add_argument("--precision", choices=("auto", *PACK), default="auto")
-    of_plan.add_argument("--batch-size", type=_positive, default=64)
-    of_plan.add_argument("--rnn-units", type=_positive, default=1024)
-    of_plan.add_argument("--layers", type=_positive, default=1)
-    of_plan.add_argument("--vocabulary", type=_positive, default=66)
+    of_plan.add_argument("--batch-size", type=_positive, help="(default: 64)")
+    of_plan.add_argument("--rnn-units", type=_positive, help="(default: 1024)")
+    of_plan.add_argument("--layers", type=_positive, help="(default: 1)")
+    of_plan.add_argument("--vocabulary", type=_positive, help="(default: 66)")
+    of_run = parser.add_argument_group("with --run")
+    of_run.add_argument("--sizes", help="such as T=3,B=2,H=8 (default: small ones)")
+    of_run.add_argument("--variant", help="of the op (default: the one that its launcher chooses)")
+    of_run.add_argument("--order", choices=("ascending", "descending", "random"),
+                        help="in which threads and blocks get their turns (default: ascending)")
+    of_run.add_argument("--trace", action="store_true", help="print every access and every wait, not only their sums")
     options = vars(parser.parse_args(arguments))
-    arch, plan = options.pop("arch"), options.pop("plan")
-    if not plan:
-        if any(value != parser.get_default(name) for name, value in options.items()):
-            parser.error("GPU, precision and sizes are those of a --plan")
-        return main(arch)
-    device_like = options.pop("device_like")
+    modes = [mode for mode in ("plan", "run") if mode in options]
+    if len(modes) > 1:
+        parser.error("--plan and --run exclude each other")
+    mode = modes[0] if modes else "compile"
+    for name in options:
+        if name not in (mode, *_OPTIONS[mode]):
+            where = [f"--{other}" for other in ("plan", "run") if name in _OPTIONS[other]]
+            parser.error(f"--{name.replace('_', '-')} is for {' or '.join(where) or 'compiling'}")
     try:
-        lines = list(plan_lines(GPUS[device_like] if device_like else current_executor().gpu, **options))
+        if mode == "compile":
+            return main(**options)
+        if mode == "run":
+            return _run(options.pop("run"), **options)
+        del options["plan"]
+        device_like = options.pop("device_like", None)
+        print("\n".join(plan_lines(GPUS[device_like] if device_like else current_executor().gpu, **options)))
     except (DeviceError, ValueError) as error:
         parser.error(str(error))
-    print("\n".join(lines))
     return 0
 
 

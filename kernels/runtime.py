@@ -343,6 +343,8 @@ def _source(stem: str, constants: tuple[tuple[str, int], ...]) -> str:
 def assemble(name: str, text: str, constants: Mapping[str, int]) -> str:
     """A source that needs no file: ``#define`` lines, then the text with each ``#include "x.cuh"`` replaced, the first time,
     by that file of this package. Line directives make compilers name the file that a line comes from.
+
+    Raises: TypeError for a constant that is not an int; ValueError for an ``#include`` that a compiler may skip.
     """
     for constant, value in constants.items():
         if type(value) is not int:
@@ -352,13 +354,18 @@ def assemble(name: str, text: str, constants: Mapping[str, int]) -> str:
 
 
 def _inlined(name: str, text: str, seen: set[str]) -> str:
-    lines = [f'#line 1 "kernels/{name}"']
+    lines, conditions = [f'#line 1 "kernels/{name}"'], 0
     for number, line in enumerate(text.splitlines(), 1):
+        conditions += bool(re.match(r"\s*#\s*if", line)) - bool(re.match(r"\s*#\s*endif", line))
         include = re.fullmatch(r'\s*#\s*include\s+"([^"]+)"\s*', line)
         if not include:
             lines.append(line)
             continue
         header = include[1]
+        if conditions:
+            raise ValueError(f'kernels/{name}:{number}: #include "{header}" inside #if; a header is put in only once, '
+                             "where it is included first, and the compiler might skip it there: "
+                             "move the #include out of the #if")
         if header not in seen:
             seen.add(header)
             lines.append(_inlined(header, _read(header), seen))

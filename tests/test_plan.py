@@ -260,7 +260,11 @@ def test_command_is_what_the_module_runs():
     (["--plan", "--device-like", "t4", "--rnn-units", "0"], "argument --rnn-units: '0' is not a positive integer"),
     (["--plan", "--device-like", "t4", "--batch-size", "x"], "argument --batch-size: 'x' is not a positive integer"),
     (["--plan", "--bogus"], "unrecognized arguments: --bogus"),
-    (["--device-like", "t4"], "GPU, precision and sizes are those of a --plan"),
+    (["--device-like", "t4"], "--device-like is for --plan"),
+    (["--precision", "tf32"], "--precision is for --plan or --run"),
+    (["--plan", "--arch", "sm_75"], "--arch is for compiling"),
+    (["--plan", "--trace"], "--trace is for --run"),
+    (["--plan", "--run", "adam"], "--plan and --run exclude each other"),
     (["--plan"], "CuPy is not installed"),
 ])
 def test_a_bad_command_line_is_one_line_and_status_2(arguments, complaint, monkeypatch, capsys):

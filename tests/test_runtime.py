@@ -148,6 +148,15 @@ def test_source_has_constants_each_header_once_and_true_line_numbers(executor):
     ]
 
 
+@pytest.mark.parametrize("condition", ["#if WIDE", "# ifdef WIDE", "#ifndef WIDE", "#if 1\n#if 1\n#endif"])
+def test_include_that_the_compiler_may_skip_is_refused(executor, condition):
+    text = f'#include "inner.cuh"\n{condition}\n#include "outer.cuh"\n#endif\n'
+    line = 2 + len(condition.splitlines())
+    with pytest.raises(ValueError, match=rf'^kernels/scale.cu:{line}: #include "outer.cuh" inside #if; .* move the #include'):
+        runtime.assemble("scale.cu", text, {})
+    assert "// outer" in runtime.assemble("scale.cu", '#if WIDE\n#endif\n#include "outer.cuh"\n', {})
+
+
 @pytest.mark.parametrize("value", [1.0, True, "1", np.int32(1)])
 def test_constant_that_is_no_int_is_refused(executor, value):
     with pytest.raises(TypeError, match="constant FACTOR of scale.cu: expected an int"):

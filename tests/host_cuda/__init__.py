@@ -11,7 +11,7 @@ argument.
         ...  # any launcher
 
 Linux only. It says nothing about speed, and little about device rounding: the mathematical functions are the host's, and
-nothing is contracted to fma. A kernel must wait for other blocks through ``wait_at_least`` of ``barrier.cuh`` only; a thread
+nothing is contracted to fma. A kernel must wait for other blocks through ``wait_at_least`` of ``ptx.cuh`` only; a thread
 has 64 KiB of stack; under ThreadSanitizer at most about 8,000 CUDA threads live at once.
 """
 
@@ -99,6 +99,17 @@ class LaunchCounts(NamedTuple):
     mma_calls: int  # mma instructions, one per warp
     bytes_read: tuple[int, ...]  # per argument, 0 for a number; empty unless counted
     bytes_written: tuple[int, ...]
+    recording: "Recording | None" = None
+
+
+class Recording(NamedTuple):
+    """What one launch was given, and every step that its threads took."""
+
+    shared_bytes: int  # dynamic, per block
+    cooperative: bool
+    arguments: dict[str, Any]  # parameter name -> NumPy array or scalar
+    events: np.ndarray  # Event of launch.h, block after block; the arguments are numbered
+    names: dict[int, str]  # offset of a COLLECTIVE event -> its name
 
 
 class _Parameter(NamedTuple):
@@ -120,6 +131,11 @@ class _Traffic(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in ("start", "size", "read", "written")]
 
 
+_EVENT = np.dtype([("block", "u4"), ("thread", "u4"), ("did", "i4"), ("argument", "i4"), ("offset", "u8"),
+                   ("size", "u8")])
+READ, WRITE, ATOMIC, BARRIER, ARRIVE, WAIT, COLLECTIVE = range(7)  # Did of launch.h
+
+
 class _Request(ctypes.Structure):
     """LaunchRequest of launch.h."""
 
@@ -133,8 +149,11 @@ class _Request(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("arguments", ctypes.POINTER(ctypes.c_void_p)),
         ("traffic", ctypes.POINTER(_Traffic)),
+        ("recording", ctypes.c_int32),
         ("group_barriers", ctypes.c_uint64),
         ("mma_calls", ctypes.c_uint64),
+        ("events", ctypes.c_void_p),
+        ("event_count", ctypes.c_uint64),
     ]
 
 
@@ -170,19 +189,22 @@ class HostExecutor:
     With ``count_bytes``, and no sanitizer, that includes the bytes that all threads together read from and wrote to the
     array of each argument, as the source says: what it reads twice counts twice, a float4 counts 16, and there is no
     cache. Asynchronous copies count what they read. Atomics do not count. Where arrays overlap, the first takes it all.
-    It needs GCC, and makes kernels run about ten times as long.
+    It needs GCC, and makes kernels run about ten times as long. With ``record``, each of ``launches`` also holds every
+    access, in order: for small sizes only.
     """
 
     array_type = np.ndarray
     gpu = GPU("CPU", capability=90, multiprocessors=8, shared_bytes=64 * 1024)  # small, as the sizes of tests are
 
-    def __init__(self, order: str = "ascending", seed: int = 0, sanitize: str = "", count_bytes: bool = False):
+    def __init__(self, order: str = "ascending", seed: int = 0, sanitize: str = "", count_bytes: bool = False,
+                 record: bool = False):
+        count_bytes |= record
         if sanitize and count_bytes:
             raise ValueError("bytes are not counted under a sanitizer")
         self._order = ORDERS.index(order)
         self._seed = seed
         self._sanitize = sanitize
-        self._count_bytes = count_bytes
+        self._count_bytes, self._record = count_bytes, record
         self.launches: list[LaunchCounts] = []
         self._captured: list[tuple] | None = None
 
@@ -270,13 +292,18 @@ class HostExecutor:
         if self._count_bytes:
             places = ((arg.ctypes.data, arg.nbytes) if isinstance(arg, np.ndarray) else () for arg in args)
             traffic = request.traffic = (_Traffic * len(args))(*places)
+            request.recording = self._record
         if self._sanitize:
             group_barriers, mma_calls = _run_standalone(module.path, request, parameters, args)
         else:
             group_barriers, mma_calls = _run_inside(module.library, request, args)
+        recording = None
+        if self._record:
+            arguments = dict(zip(_parameter_names(source, kernel), args, strict=True))
+            recording = Recording(shared_bytes, cooperative, arguments, *_events(request))
         self.launches.append(LaunchCounts(kernel, grid, block, group_barriers, mma_calls,
                                           tuple(argument.read for argument in traffic),
-                                          tuple(argument.written for argument in traffic)))
+                                          tuple(argument.written for argument in traffic), recording))
 
 
 def run_sanitized(function, sanitize: str, order: str = "ascending", seed: int = 0) -> str:
@@ -305,10 +332,9 @@ class _Module(NamedTuple):
 def _build(source: str, sanitize: str, count_bytes: bool) -> _Module:
     runtime = _object("runtime.cpp", ("-std=c++20", *_SANITIZER_DEFINES[sanitize]))
     text = f'#include "host_cuda.h"\n{_with_dynamic_shared(source)}\n{_kernel_table(source)}'
-    header = (_HERE / "host_cuda.h").read_text()
     if count_bytes:  # linked without -fsanitize, which would bring the runtime that counting.cpp replaces
         counting = _object("counting.cpp", ("-std=c++17",))
-        kernel = _compiled(text, ("-std=c++17", *_FLAGS, *_COUNTING_FLAGS, "-c"), header, ())
+        kernel = _compiled(text, ("-std=c++17", *_FLAGS, *_COUNTING_FLAGS, "-c"), ())
         text, flags, objects = "", ("-shared", *_FLAGS, "-Wl,-z,defs"), (runtime, counting, kernel)
     elif sanitize:
         flags = ("-std=c++17", *_FLAGS, *_SANITIZER_FLAGS[sanitize])
@@ -316,7 +342,7 @@ def _build(source: str, sanitize: str, count_bytes: bool) -> _Module:
     else:
         flags = ("-std=c++17", "-shared", *_FLAGS)
         objects = (runtime,)
-    path = _compiled(text, flags, header, objects)
+    path = _compiled(text, flags, objects)
     if sanitize:
         library, listing = None, subprocess.run([path], check=True, capture_output=True, text=True).stdout
     else:
@@ -331,16 +357,17 @@ def _build(source: str, sanitize: str, count_bytes: bool) -> _Module:
 
 
 def _object(name: str, flags: tuple[str, ...]) -> pathlib.Path:
-    headers = "".join((_HERE / header).read_text() for header in ("host_cuda.h", "launch.h"))
-    return _compiled((_HERE / name).read_text(), (*flags, *_FLAGS, "-c"), headers, ())
+    return _compiled((_HERE / name).read_text(), (*flags, *_FLAGS, "-c"), ())
 
 
-def _compiled(text: str, flags: tuple[str, ...], headers: str, objects: tuple[pathlib.Path, ...]) -> pathlib.Path:
+def _compiled(text: str, flags: tuple[str, ...], objects: tuple[pathlib.Path, ...]) -> pathlib.Path:
     """Path of the compiled text in the cache, whose key is everything that the result depends on."""
     cxx = compiler()
     if cxx is None:
         raise BuildError("no C++ compiler: install g++, or name one in CXX")
-    key = hashlib.sha256("\0".join((_compiler_version(cxx), text, headers, *flags, *map(str, objects))).encode()).hexdigest()[:32]
+    headers = (path.read_text() for path in sorted(_HERE.glob("*.h")))
+    parts = (_compiler_version(cxx), text, *headers, *flags, *map(str, objects))
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     target = _cache() / f"{key}.out"
     if target.exists():
         return target
@@ -375,11 +402,27 @@ def _with_dynamic_shared(source: str) -> str:
                   r"HOST_CUDA_DYNAMIC_SHARED(\1, \2);", source)
 
 
-def _kernel_table(source: str) -> str:
+def _kernels(source: str) -> dict[str, str]:
+    """Name of each kernel -> its parameters, as the source has them."""
     without_comments = re.sub(r"//[^\n]*|/\*.*?\*/", "", source, flags=re.DOTALL)
     bounds = r"(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?"
-    names = re.findall(rf'extern\s+"C"\s+__global__\s+{bounds}void\s+{bounds}(\w+)\s*\(', without_comments)
-    entries = "".join(f"HOST_CUDA_KERNEL({name}), " for name in names)
+    head = rf'extern\s+"C"\s+__global__\s+{bounds}void\s+{bounds}(\w+)\s*\(([^)]*)\)'
+    return dict(re.findall(head, without_comments))
+
+
+def _parameter_names(source: str, kernel: str) -> list[str]:
+    return re.findall(r"(\w+)\s*(?:,|$)", _kernels(source)[kernel])
+
+
+def _events(request: _Request) -> tuple[np.ndarray, dict[int, str]]:
+    """What the launch recorded, and the names of its collectives."""
+    events = np.frombuffer(ctypes.string_at(request.events, request.event_count * _EVENT.itemsize), _EVENT)
+    addresses = np.unique(events["offset"][events["did"] == COLLECTIVE])
+    return events, {int(address): ctypes.string_at(int(address)).decode() for address in addresses}
+
+
+def _kernel_table(source: str) -> str:
+    entries = "".join(f"HOST_CUDA_KERNEL({name}), " for name in _kernels(source))
     return f"const host_cuda::Kernel host_cuda::kernels[] = {{{entries}{{nullptr, nullptr, nullptr, 0}}}};\n"
 
 

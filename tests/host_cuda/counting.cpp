@@ -16,32 +16,41 @@
 #error "counting bytes needs GCC: Clang copies structures by memcpy, and leaves out a read before a write to its place"
 #endif
 
-using host_cuda::count_read, host_cuda::count_write;
+using host_cuda::count_read, host_cuda::count_write, host_cuda::record_atomic;
 
 #define ACCESS(bytes)                                                      \
     void __tsan_read##bytes(void *address) { count_read(address, bytes); } \
     void __tsan_write##bytes(void *address) { count_write(address, bytes); }
 
-// Those that host_cuda.h and barrier.cuh use, in the strongest order whatever was asked for.
+// The atomics that host_cuda.h and ptx.h use, in the strongest order whatever was asked for.
 constexpr int ORDER = __ATOMIC_SEQ_CST;
 
-#define ATOMICS(bits, T)                                                                                          \
-    T __tsan_atomic##bits##_load(const volatile T *address, int) { return __atomic_load_n(address, ORDER); }      \
-    T __tsan_atomic##bits##_exchange(volatile T *address, T value, int)                                           \
-    {                                                                                                             \
-        return __atomic_exchange_n(address, value, ORDER);                                                        \
-    }                                                                                                             \
-    T __tsan_atomic##bits##_fetch_add(volatile T *address, T value, int)                                          \
-    {                                                                                                             \
-        return __atomic_fetch_add(address, value, ORDER);                                                         \
-    }                                                                                                             \
-    bool __tsan_atomic##bits##_compare_exchange_strong(volatile T *address, T *expected, T value, int, int)       \
-    {                                                                                                             \
-        return __atomic_compare_exchange_n(address, expected, value, false, ORDER, ORDER);                        \
-    }                                                                                                             \
-    bool __tsan_atomic##bits##_compare_exchange_weak(volatile T *address, T *expected, T value, int, int)         \
-    {                                                                                                             \
-        return __atomic_compare_exchange_n(address, expected, value, true, ORDER, ORDER);                         \
+// CUDA's atomic functions are relaxed. The others are those of a barrier, which records what it does itself.
+template <class T>
+T *recorded(volatile T *address, int order)
+{
+    if (order == __ATOMIC_RELAXED)
+        record_atomic(const_cast<T *>(address), sizeof(T));
+    return const_cast<T *>(address);
+}
+
+#define ATOMICS(bits, T)                                                                                              \
+    T __tsan_atomic##bits##_load(const volatile T *address, int) { return __atomic_load_n(address, ORDER); }          \
+    T __tsan_atomic##bits##_exchange(volatile T *address, T value, int order)                                         \
+    {                                                                                                                 \
+        return __atomic_exchange_n(recorded(address, order), value, ORDER);                                           \
+    }                                                                                                                 \
+    T __tsan_atomic##bits##_fetch_add(volatile T *address, T value, int order)                                        \
+    {                                                                                                                 \
+        return __atomic_fetch_add(recorded(address, order), value, ORDER);                                            \
+    }                                                                                                                 \
+    bool __tsan_atomic##bits##_compare_exchange_strong(volatile T *address, T *expected, T value, int order, int)     \
+    {                                                                                                                 \
+        return __atomic_compare_exchange_n(recorded(address, order), expected, value, false, ORDER, ORDER);           \
+    }                                                                                                                 \
+    bool __tsan_atomic##bits##_compare_exchange_weak(volatile T *address, T *expected, T value, int order, int)       \
+    {                                                                                                                 \
+        return __atomic_compare_exchange_n(recorded(address, order), expected, value, true, ORDER, ORDER);            \
     }
 
 extern "C" {

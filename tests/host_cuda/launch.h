@@ -10,6 +10,17 @@ struct Traffic {
     std::uint64_t read, written;  // results: bytes, as often as threads ask for them
 };
 
+// What a thread of a block did, in the order in which the threads of the block got their turns.
+enum class Did : std::int32_t { READ, WRITE, ATOMIC, BARRIER, ARRIVE, WAIT, COLLECTIVE };
+
+struct Event {
+    std::uint32_t block, thread;
+    Did did;
+    std::int32_t argument;  // whose array; -1 for shared memory
+    std::uint64_t offset;   // in the array, in bytes; address of the name of a COLLECTIVE
+    std::uint64_t size;     // bytes; what the counter of a WAIT is to reach
+};
+
 struct LaunchRequest {
     const char *kernel;
     std::uint32_t grid[3], block[3];
@@ -19,8 +30,11 @@ struct LaunchRequest {
     std::uint64_t seed;          // of the random order
     void *const *arguments;      // one pointer per parameter, to its value
     Traffic *traffic;            // one per parameter, or null where no bytes are counted
+    std::int32_t recording;      // whether to keep the events; only where bytes are counted
 
     std::uint64_t group_barriers, mma_calls;  // results: arrivals of blocks at group barriers, mma instructions of warps
+    const Event *events;                      // result, valid until the next launch: block after block
+    std::uint64_t event_count;
 };
 
 extern "C" {

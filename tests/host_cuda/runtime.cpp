@@ -145,6 +145,7 @@ struct Launch {
     std::atomic<unsigned> running{0};  // OS threads; a futex
     std::vector<std::atomic<std::uint64_t>> switches;  // per block
     std::atomic<std::uint64_t> group_barriers{0}, mma_calls{0};
+    std::vector<std::vector<Event>> events;  // per block
 
     // Deadlock between blocks: every block has looked at its counters since the last progress of any block, in vain.
     std::atomic<std::uint64_t> quiet{0};  // number of progress reports << 32 | blocks that have looked in vain since
@@ -156,7 +157,13 @@ struct Launch {
     std::vector<std::string> waiting;  // per block
 
     Launch(LaunchRequest &request, const Kernel &kernel, unsigned threads, unsigned blocks)
-        : request(request), kernel(kernel), threads(threads), switches(blocks), live(blocks), waiting(blocks)
+        : request(request),
+          kernel(kernel),
+          threads(threads),
+          switches(blocks),
+          events(blocks),
+          live(blocks),
+          waiting(blocks)
     {
     }
 
@@ -238,14 +245,16 @@ public:
     char barrier_keys[2];
     std::uint64_t group_barriers = 0, mma_calls = 0;
     std::vector<Traffic> traffic;  // per argument; empty where no bytes are counted
+    Traffic static_shared;         // where it lies
 
-    Block(Launch &launch, unsigned index);
+    Block(Launch &launch, unsigned index, const Traffic &static_shared);
     ~Block();
     void run();
     void leave(bool last);           // called by a fiber: back to run()
     void settle(void *fake_stack);  // the first thing that a fiber does in its turn
     bool meet(const Fiber &candidate);
-    void count(std::uint64_t Traffic::*what, const void *address, std::uint64_t bytes);
+    void access(Did did, const void *address, std::uint64_t bytes);
+    void record(Did did, int argument, std::uint64_t offset, std::uint64_t size);
 
 private:
     std::vector<unsigned> order;
@@ -298,22 +307,26 @@ void give_stacks(char *stacks, std::size_t bytes)
         munmap(stacks, bytes);
 }
 
-// Static __shared__ variables are the thread-local variables of this module. This fills all of them, those of this file too,
-// so it comes before anything else on the thread.
-void poison_static_shared()
+// Static __shared__ variables are the thread-local variables of this module. This fills all of them, the ones of this
+// file too, so it comes before anything else on the thread. Returns where they lie.
+Traffic poison_static_shared()
 {
+    Traffic place = {};
     threadIdx = {};  // allocates the thread's storage
     dl_iterate_phdr(
-        [](dl_phdr_info *info, std::size_t, void *) {
+        [](dl_phdr_info *info, std::size_t, void *place) {
             char *storage = static_cast<char *>(info->dlpi_tls_data), *mine = reinterpret_cast<char *>(&threadIdx);
             for (int i = 0; i < info->dlpi_phnum; ++i) {
                 const ElfW(Phdr) &segment = info->dlpi_phdr[i];
-                if (segment.p_type == PT_TLS && storage && storage <= mine && mine < storage + segment.p_memsz)
+                if (segment.p_type == PT_TLS && storage && storage <= mine && mine < storage + segment.p_memsz) {
                     std::memset(storage, POISON, segment.p_memsz);
+                    *static_cast<Traffic *>(place) = {reinterpret_cast<std::uint64_t>(storage), segment.p_memsz, 0, 0};
+                }
             }
             return 0;
         },
-        nullptr);
+        &place);
+    return place;
 }
 
 // ---- Orders -----------------------------------------------------------------------------------------------------------------
@@ -355,10 +368,11 @@ void fiber_entry()
     block->leave(true);
 }
 
-Block::Block(Launch &launch, unsigned index)
+Block::Block(Launch &launch, unsigned index, const Traffic &static_shared)
     : launch(launch),
       index(index),
       fibers(launch.threads),
+      static_shared(static_shared),
       order(first_order(launch.request.order, launch.threads)),
       random(launch.request.seed * 0x9e3779b97f4a7c15u + index),
       stacks(take_stacks(launch.threads * STACK_BYTES))
@@ -478,13 +492,31 @@ void Block::run()
 }
 
 // An access belongs to the first argument whose array it starts in.
-void Block::count(std::uint64_t Traffic::*what, const void *address, std::uint64_t bytes)
+void Block::access(Did did, const void *address, std::uint64_t bytes)
 {
+    const std::uint64_t first = reinterpret_cast<std::uint64_t>(address);
     for (Traffic &argument : traffic)
-        if (reinterpret_cast<std::uint64_t>(address) - argument.start < argument.size) {
-            argument.*what += bytes;
+        if (first - argument.start < argument.size) {
+            if (did == Did::READ)
+                argument.read += bytes;
+            if (did == Did::WRITE)
+                argument.written += bytes;
+            record(did, int(&argument - traffic.data()), first - argument.start, bytes);
             return;
         }
+    const auto inside = [=](const uint3 &built_in) {
+        return first - reinterpret_cast<std::uint64_t>(&built_in) < sizeof(built_in);
+    };
+    if (first - reinterpret_cast<std::uint64_t>(shared) < launch.request.shared_bytes ||
+        (first - static_shared.start < static_shared.size && !inside(threadIdx) && !inside(blockIdx) &&
+         !inside(blockDim) && !inside(gridDim)))
+        record(did, -1, 0, bytes);
+}
+
+void Block::record(Did did, int argument, std::uint64_t offset, std::uint64_t size)
+{
+    if (launch.request.recording)
+        launch.events[index].push_back({index, self->linear, did, argument, offset, size});
 }
 
 std::string Block::describe() const
@@ -533,6 +565,7 @@ bool Block::meet(const Fiber &candidate)
         lanes[lane] = fiber;
         data[lane] = fiber->data;
     }
+    record(Did::COLLECTIVE, -1, reinterpret_cast<std::uint64_t>(candidate.name), 0);
     if (candidate.work) {
         candidate.work(data);
     } else {
@@ -583,13 +616,13 @@ struct Vote {
 
 void run_block(Launch &launch, unsigned index)
 {
-    poison_static_shared();
+    const Traffic static_shared = poison_static_shared();
     const auto extent = [](const std::uint32_t (&n)[3]) { return dim3{n[0], n[1], n[2]}; };
     gridDim = extent(launch.request.grid);
     blockDim = extent(launch.request.block);
     blockIdx = {index % gridDim.x, index / gridDim.x % gridDim.y, index / gridDim.x / gridDim.y};
     {
-        Block mine(launch, index);
+        Block mine(launch, index, static_shared);
         block = &mine;
         mine.run();
     }
@@ -639,6 +672,7 @@ void sync_threads(const char *file, int line)
                 together = false;
             }
     if (together) {
+        block->record(Did::BARRIER, -1, 0, 0);
         block->at_barrier = 0;
         ++block->barriers_passed;
         for (Fiber &other : block->fibers)
@@ -717,13 +751,21 @@ void fence()
     order_before(&key);
 }
 
-void count_group_barrier() { ++block->group_barriers; }
+void count_group_barrier(const unsigned *counter)
+{
+    ++block->group_barriers;
+    block->access(Did::ARRIVE, counter, sizeof(*counter));
+}
 
 void count_mma() { ++block->mma_calls; }
 
-void count_read(const void *address, std::uint64_t bytes) { block->count(&Traffic::read, address, bytes); }
+void count_read(const void *address, std::uint64_t bytes) { block->access(Did::READ, address, bytes); }
 
-void count_write(const void *address, std::uint64_t bytes) { block->count(&Traffic::written, address, bytes); }
+void count_write(const void *address, std::uint64_t bytes) { block->access(Did::WRITE, address, bytes); }
+
+void record_atomic(const void *address, std::uint64_t bytes) { block->access(Did::ATOMIC, address, bytes); }
+
+void record_wait(const unsigned *counter, unsigned target) { block->access(Did::WAIT, counter, target); }
 
 int lane_in_warp() { return int(self->linear % WARP); }
 
@@ -756,6 +798,7 @@ extern "C" __attribute__((visibility("default"))) const char *host_cuda_launch(L
 {
     using namespace host_cuda;
     static std::string report;
+    static std::vector<Event> events;
     const Kernel *kernel = kernels;
     while (std::strcmp(kernel->name, request->kernel) != 0)
         ++kernel;
@@ -783,6 +826,11 @@ extern "C" __attribute__((visibility("default"))) const char *host_cuda_launch(L
     order_after(launch);
     request->group_barriers = launch->group_barriers;
     request->mma_calls = launch->mma_calls;
+    events.clear();
+    for (const std::vector<Event> &of_block : launch->events)
+        events.insert(events.end(), of_block.begin(), of_block.end());
+    request->events = events.data();
+    request->event_count = events.size();
     report = launch->reason;
     for (const std::string &text : launch->waiting)
         if (!text.empty())
