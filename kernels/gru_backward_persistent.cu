@@ -144,7 +144,7 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
                     group_wait(arrived, unsigned(blocks) * (T - 1 - t));
                 weights.multiply(product, exchange + ((t + 1) % 2 * tiles + tile) * tile_words + split * split_words);
             }
-            product.meet(sums);
+            product.reduce_warps(sums);
 
             float *partials_of_range = partials + (size_t(tile) * ranges + range) * SPLITS * ROWS * UNITS;
             if (SPLITS > 1) {

@@ -102,7 +102,7 @@ gru_forward_persistent(float *h_tb, float *__restrict__ gates_tb, float *__restr
                 group_wait(arrived, unsigned(blocks) * (t + 1));
             ResidentSums product;
             weights.multiply(product, exchange + (t % 2 * tiles + tile) * tile_words);
-            product.meet(sums);
+            product.reduce_warps(sums);
 
             float a[PAIRS][3];
 #pragma unroll
