@@ -14,7 +14,7 @@
 // rounds them, so that long sums drift: here the tensor cores sum one step of 8 k, and the thread sums the steps.
 // Source: Ootomo and Yokota, "Recovering Single Precision Accuracy from Tensor Cores While Surpassing the FP32
 // Theoretical Peak Performance".
-#include "mma.cuh"
+#include "ptx.cuh"
 
 #ifndef PRECISION
 #error "the launcher defines PRECISION"
@@ -51,7 +51,7 @@ __device__ __forceinline__ unsigned to_word(int k, Read read)
         return to_stored(read(k));
 }
 
-// One step on tensor cores: c (16 M, 8) += x (16 M, 8 PACK) w (8 PACK, 8), of a warp, in fragments (mma.cuh). x is given
+// One step on tensor cores: c (16 M, 8) += x (16 M, 8 PACK) w (8 PACK, 8), of a warp, in fragments (ptx.cuh). x is given
 // as XFragments, made once for all w that it is multiplied with; w as LANE_WORDS words of each lane, the elements of
 // column lane / 4 from lane_words.
 #if PRECISION == 1 || PRECISION == 2

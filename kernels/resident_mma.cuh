@@ -1,4 +1,4 @@
-// The half of resident.cuh for tensor cores: tf32, bf16 and 3xTF32, in fragments of 16 rows and of 8 columns (mma.cuh).
+// The half of resident.cuh for tensor cores: tf32, bf16 and 3xTF32, in fragments of 16 rows and of 8 columns (ptx.cuh).
 #include "precision.cuh"
 
 #if PRECISION != 0
