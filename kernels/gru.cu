@@ -70,9 +70,8 @@ gru_forward_step(float *h_tb, float *__restrict__ gates_tb, float *__restrict__ 
         gates[H] = cell.z;
         gates[2 * H] = cell.n;
         a_n_tb[(step + b) * H + j] = a[2];
-#if PRECISION == 2
-        h16_tb[(step + b) * H + j] = to_bf16(h_before);
-#endif
+        if (PRECISION == 2)
+            h16_tb[(step + b) * H + j] = to_bf16(h_before);
         h_tb[(step + B + b) * H + j] = cell.h;
         if (t == 0)
             h_tb[size_t(b) * H + j] = h_before;
@@ -142,9 +141,8 @@ gru_backward_step(float *da_tb, unsigned short *__restrict__ da16_tb, float *__r
 #pragma unroll
         for (int i = 0; i < 3; ++i) {
             da_tb[gates_of_row + i * H] = gradient.da[i];
-#if PRECISION == 2
-            da16_tb[gates_of_row + i * H] = to_bf16(gradient.da[i]);
-#endif
+            if (PRECISION == 2)
+                da16_tb[gates_of_row + i * H] = to_bf16(gradient.da[i]);
         }
         di_n_tb[state_of_row] = gradient.di[2];
         dh_z_b[state_of_b] = dh * z;  // in place: the step read it above

@@ -59,9 +59,8 @@ gru_forward_persistent(float *h_tb, float *__restrict__ gates_tb, float *__restr
             const float h = h0[size_t(b) * H + j];
             h_tb[size_t(b) * H + j] = h;
             store_x(exchanged(0, tile), own.row(i), j, h);
-#if PRECISION == 2
-            h16_tb[size_t(b) * H + j] = to_bf16(h);
-#endif
+            if (PRECISION == 2)
+                h16_tb[size_t(b) * H + j] = to_bf16(h);
         });
     group.arrive();
 
@@ -99,7 +98,7 @@ gru_forward_persistent(float *h_tb, float *__restrict__ gates_tb, float *__restr
 #pragma unroll
                 for (int gate = 0; gate < 3; ++gate)
                     a[i][gate] = sum_of(sums, min(own.row(i), ROWS - 1), gate * UNITS + own.unit(i)) + bias[i][gate];
-            GRUCell cell[Elements::COUNT];
+            GRUCell cell[Elements::COUNT] = {};  // undefined at first, it would take more registers
             own.each(tile, [&](int i, int, int j) {
                 cell[i] = gru_cell(input[i], a[i], h_before[i]);
                 store_x(exchanged(t + 1, tile), own.row(i), j, cell[i].h);
@@ -113,14 +112,12 @@ gru_forward_persistent(float *h_tb, float *__restrict__ gates_tb, float *__restr
                 const size_t row = size_t(t) * B + b;
                 h_tb[(row + B) * H + j] = cell[i].h;
                 a_n_tb[row * H + j] = a[i][2];
-                const float gates[3] = {cell[i].r, cell[i].z, cell[i].n};
-#pragma unroll
-                for (int gate = 0; gate < 3; ++gate)
-                    gates_tb[(row * 3 + gate) * H + j] = gates[gate];
-#if PRECISION == 2
-                if (t + 1 < T)
+                float *gates = gates_tb + row * 3 * H + j;
+                gates[0] = cell[i].r;
+                gates[H] = cell[i].z;
+                gates[2 * H] = cell[i].n;
+                if (PRECISION == 2 && t + 1 < T)
                     h16_tb[(row + B) * H + j] = to_bf16(cell[i].h);
-#endif
             });
         }
     group.leave();
