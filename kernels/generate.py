@@ -12,7 +12,7 @@ from char_gru.kernels.generate_batched import FEWEST_ROWS, batched_plans, genera
 from char_gru.kernels.generate_persistent import constants, generate_persistent, persistent_plans, tile_rows
 from char_gru.kernels.plan.generation import DRAW, GenerationPlan, kib, weights_rate
 from char_gru.kernels.plan.gpus import rates_of
-from char_gru.kernels.plan.recurrence import LAUNCH, THREADS, WARPS
+from char_gru.kernels.plan.recurrence import LAUNCH_US, THREADS, WARPS
 
 GRAPH_STEPS = 8  # of one launch: its cost is little beside 8 characters, and the sampler's chunks are multiples of 8
 WEIGHTS = ("fp32", "bf16")
@@ -57,7 +57,7 @@ def _stepwise_cycles(gpu: runtime.GPU, R: int, V: int, H: int, layers: int) -> f
     """Of a character: a launch for each layer and two for drawing; and the weights for each tile of rows, multiplied
     as they come through L2."""
     rates, weights, rows = rates_of(gpu), ((2 * layers - 1) * 3 * H + V) * H, tile_rows(R)
-    launches = (layers + 2) * LAUNCH * 1000 * rates.gigahertz
+    launches = (layers + 2) * LAUNCH_US * 1000 * rates.gigahertz
     product = -(-R // rows) * weights * max(4 / weights_rate(gpu), rows / rates.multiply["fp32"])
     return launches + product / gpu.multiprocessors + DRAW
 

@@ -8,8 +8,8 @@ from char_gru.kernels import runtime
 from char_gru.kernels.plan.generation import DRAW, STATIC_SHARED_BYTES, GenerationPlan, kib
 from char_gru.kernels.plan.gpus import GPU
 from char_gru.kernels.plan.recurrence import (
-    BARRIER,
-    GATES,
+    BARRIER_CYCLES,
+    CELL_CYCLES,
     REGISTERS,
     REGISTERS_OTHER,
     SHARED_RATE,
@@ -92,7 +92,7 @@ def _cycles(gpu: GPU, plan: GenerationPlan, V: int) -> float:
     rates, drawn = rates_of(gpu), -(-plan.group_rows // plan.blocks)
     logits = plan.group_rows * plan.units * V / rates.multiply["fp32"]  # what a block's units add to them
     drawing = drawn * (DRAW + plan.blocks * V * 4 / rates.l2)
-    return BARRIER + GATES + _product_cycles(gpu, plan) + logits + drawing
+    return BARRIER_CYCLES + CELL_CYCLES + _product_cycles(gpu, plan) + logits + drawing
 
 
 def _product_cycles(gpu: GPU, plan: GenerationPlan) -> float:
@@ -105,4 +105,4 @@ def _product_cycles(gpu: GPU, plan: GenerationPlan) -> float:
     multiply = (3 - bf16) * rows * columns * k_steps * WARPS * WORDS / rates.multiply["tf32"]
     shared = (weights_bytes(k_steps - register_steps, columns) >> bf16) / SHARED_RATE
     reduction = 2 * WARPS * rows * columns * 4 / SHARED_RATE
-    return tiles * (max(gather, multiply, shared) + reduction) + (tiles - 1) * GATES
+    return tiles * (max(gather, multiply, shared) + reduction) + (tiles - 1) * CELL_CYCLES

@@ -8,8 +8,7 @@ import numpy as np
 from char_gru.kernels import runtime
 from char_gru.kernels.plan.generation import DRAW, GenerationPlan, kib, weights_rate
 from char_gru.kernels.plan.gpus import GPU, rates_of
-from char_gru.kernels.plan.recurrence import BARRIER, SHARED_RATE, THREADS, WARPS
-from char_gru.kernels.plan.recurrence import GATES as GATES_CYCLES
+from char_gru.kernels.plan.recurrence import BARRIER_CYCLES, CELL_CYCLES, SHARED_RATE, THREADS, WARPS
 from char_gru.kernels.scratch import scratch
 
 VARIANTS = ("persistent", "persistent-parts", "persistent-states")
@@ -139,15 +138,15 @@ def _cycles(gpu: GPU, plan: GenerationPlan, V: int, H: int, layers: int) -> floa
     W_hh = product(GATES * plan.units, plan.off_chip)
     parts = plan.blocks * V * 4 / rates.l2
     logits = plan.group_rows * plan.units * V / ffma  # what a block's units add to them
-    first_layer = max(BARRIER, W_hh) if layers > 1 else BARRIER + W_hh
+    first_layer = max(BARRIER_CYCLES, W_hh) if layers > 1 else BARRIER_CYCLES + W_hh
     drawing = {
-        "persistent": (BARRIER + max(BARRIER, W_hh) - first_layer + logits
+        "persistent": (BARRIER_CYCLES + max(BARRIER_CYCLES, W_hh) - first_layer + logits
                        + -(-plan.group_rows // plan.blocks) * (parts + DRAW)),
         "persistent-parts": logits + plan.group_rows * (parts + DRAW),
         "persistent-states": product(V) + plan.group_rows * DRAW,
     }
-    others = (layers - 1) * (max(BARRIER, W_hh) + W_hh)
-    return first_layer + drawing[plan.variant] + others + layers * GATES_CYCLES
+    others = (layers - 1) * (max(BARRIER_CYCLES, W_hh) + W_hh)
+    return first_layer + drawing[plan.variant] + others + layers * CELL_CYCLES
 
 
 def generate_persistent(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, counters, options: list,
