@@ -18,7 +18,8 @@ from bench.implementations import (
 )
 from bench.side_by_side import Benchmark, Candidate
 from char_gru.kernels import op_set
-from char_gru.kernels.matmul import ALIGNMENT, OPERANDS, VARIANTS, matmul
+from char_gru.kernels.matmul import OPERANDS, matmul
+from char_gru.kernels.plan.products import ALIGNMENT, VARIANTS
 
 
 def inputs(M, N, K):

@@ -28,8 +28,8 @@ _ALL = "fp32, tf32, bf16"
 _WEIGHTS = "fp32, or bf16 weights"
 
 KERNELS = (
-    ("matrix product", "pipelined: three stages of asynchronous copies, tiles of 192 or 256 x 128, one wave of blocks "
-     "where it can be; sm_80 on", _ALL, "matmul", "pipelined"),
+    ("matrix product", "multistage: three stages of asynchronous copies, tiles of 192 or 256 x 128, one wave of blocks "
+     "where it can be; sm_80 on", _ALL, "matmul", "multistage"),
     ("", "tiled: two stages in shared memory, split along K where tiles are few; any size, any GPU", _ALL, "matmul",
      "tiled"),
     ("input table and its gradients", "matrix products and column sums", _ALL, "input_table_backward", ""),

@@ -3,7 +3,7 @@
 import numpy as np
 
 from char_gru.kernels import runtime
-from char_gru.kernels.matmul import PRECISIONS, sum_partials
+from char_gru.kernels.matmul import PRECISIONS, add_partial_sums
 from char_gru.kernels.plan.recurrence import THREADS, WARPS, WORDS, RecurrencePlan
 from char_gru.kernels.scratch import scratch
 
@@ -38,9 +38,9 @@ def backward(plan: RecurrencePlan, dy_tb, W_y, ids_tb, W_hh, saved, dP, db_hh, d
                     *map(np.int32, (T, B, H, N, V, groups))],
                    constants=constants(plan), shared_bytes=plan.shared_bytes, cooperative=True)
     if groups > 1:
-        sum_partials(db_g, db_hh)
+        add_partial_sums(db_g, db_hh)
         if V:
-            sum_partials(dP_g, dP)
+            add_partial_sums(dP_g, dP)
 
 
 def constants(plan: RecurrencePlan) -> dict[str, int]:

@@ -1,10 +1,10 @@
 // Products of two matrices, and sums over the rows of one.
 //
-//   matmul_nn      C = A B (+ bias)      A (M, K), B (K, N)
-//   matmul_nt      C = A B^T (+ bias)    A (M, K), B (N, K)
-//   matmul_tn      C = A^T B (+ bias)    A (K, M), B (K, N)      all of C (M, N), bias (N,)
-//   add_partials   C = partials[0] + partials[1] + ... (+ bias)  partials (splits, M, N)
-//   column_sums    sums[n] = A[0, n] + A[1, n] + ...             A (M, N), sums (N,)
+//   matmul_nn          C = A B (+ bias)      A (M, K), B (K, N)
+//   matmul_nt          C = A B^T (+ bias)    A (M, K), B (N, K)
+//   matmul_tn          C = A^T B (+ bias)    A (K, M), B (K, N)      all of C (M, N), bias (N,)
+//   add_partial_sums   C = partial_sums[0] + partial_sums[1] + ... (+ bias)      partial_sums (splits, M, N)
+//   column_sums        sums[n] = A[0, n] + A[1, n] + ...                         A (M, N), sums (N,)
 //
 // Everything is float32 and C-contiguous; with OPERAND_BYTES 2, A and B of a product are bfloat16 as unsigned shorts.
 //
@@ -13,10 +13,10 @@
 // columns: a lane one of them, a warp every (blockDim.x / 32)nd row.
 //
 // Bytes: a product reads 4 M K for each column of tiles and 4 K N for each row of tiles, mostly from L2, and writes
-// 4 M N; a split one also writes and reads its partials. column_sums reads 4 M N, 128 bytes per warp and row.
+// 4 M N; a split one also writes and reads its partial sums. column_sums reads 4 M N, 128 bytes per warp and row.
 // Variants: PRECISION, see tile.cuh; OPERAND_BYTES, 4 or 2; tiles of 128 for large C, of 64 for others; K split among
 // blocks where C has too few tiles to occupy a GPU, with the partial sums added in ascending order. Large products go
-// through matmul_pipelined.cu where they can: this is what runs at any sizes, and on any GPU.
+// through matmul_multistage.cu where they can: this is what runs at any sizes, and on any GPU.
 // Source: CUTLASS, "Efficient GEMM in CUDA", section "Parallelized Reductions".
 #include "tile.cuh"
 
@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS)
 }
 
 // One thread per element of C.
-extern "C" __global__ void add_partials(float *__restrict__ C, const float *__restrict__ partials,
+extern "C" __global__ void add_partial_sums(float *__restrict__ C, const float *__restrict__ partial_sums,
                                         const float *__restrict__ bias, int M, int N, int splits, int add_bias)
 {
     const size_t size = size_t(M) * N, i = thread_in_grid();
@@ -88,7 +88,7 @@ extern "C" __global__ void add_partials(float *__restrict__ C, const float *__re
         return;
     float sum = 0.0f;
     for (int split = 0; split < splits; ++split)
-        sum += partials[split * size + i];
+        sum += partial_sums[split * size + i];
     C[i] = add_bias ? sum + bias[i % N] : sum;
 }
 
@@ -97,18 +97,18 @@ constexpr int MAX_SUM_WARPS = 32;
 extern "C" __global__ void __launch_bounds__(MAX_SUM_WARPS * WARP)
     column_sums(float *__restrict__ sums, const float *__restrict__ A, int M, int N)
 {
-    __shared__ float partials[MAX_SUM_WARPS][WARP];
+    __shared__ float partial_sums[MAX_SUM_WARPS][WARP];
     const int n = blockIdx.x * WARP + lane(), warps = blockDim.x / WARP;
     float sum = 0.0f;
     if (n < N)
 #pragma unroll 8
         for (int m = warp(); m < M; m += warps)
             sum += A[size_t(m) * N + n];
-    partials[warp()][lane()] = sum;
+    partial_sums[warp()][lane()] = sum;
     __syncthreads();
     if (warp() == 0 && n < N) {
         for (int w = 1; w < warps; ++w)
-            sum += partials[w][lane()];
+            sum += partial_sums[w][lane()];
         sums[n] = sum;
     }
 }

@@ -8,9 +8,10 @@ from char_gru.kernels.generate_persistent import MAX_ROWS
 from char_gru.kernels.generate_persistent import constants as generate_constants
 from char_gru.kernels.gru import constants as gru_constants
 from char_gru.kernels.gru_persistent import constants as gru_persistent_constants
-from char_gru.kernels.matmul import OPERANDS, PIPELINED_TILES, PRECISIONS, TILES, pipelined_constants, tiled_constants
+from char_gru.kernels.matmul import OPERANDS, PRECISIONS, multistage_constants, tiled_constants
 from char_gru.kernels.matmul import constants as tile_constants
 from char_gru.kernels.plan.gpus import GPUS, precisions
+from char_gru.kernels.plan.products import MULTISTAGE_TILES, TILES
 from char_gru.kernels.plan.recurrence import backward_plan, forward_plan
 
 TENSOR_CORES_FROM = 80
@@ -35,8 +36,8 @@ MODULES: dict[str, tuple[dict[str, int], ...]] = {
     "gru": tuple(gru_constants(precision) for precision in PRECISIONS),
     "input_table": ({},),
     "matmul": tuple(tiled_constants(*operands, tile) for operands in OPERANDS for tile in TILES),
-    "matmul_pipelined": tuple(pipelined_constants(*operands, tile) for operands in OPERANDS
-                              for tile in PIPELINED_TILES[operands[0]]),
+    "matmul_multistage": tuple(multistage_constants(*operands, tile) for operands in OPERANDS
+                              for tile in MULTISTAGE_TILES[operands[0]]),
 }
 """Stem of a .cu file -> the sets of constants that its launchers compile it with, each name -> value."""
 
@@ -54,7 +55,7 @@ def modules_for(architecture: str) -> Iterator[tuple[str, dict[str, int]]]:
     has_all = capability >= TENSOR_CORES_FROM
     for stem, variants in MODULES.items():
         for constants in variants:
-            if has_all or (constants.get("PRECISION", 0) == PRECISIONS["fp32"] and stem != "matmul_pipelined"):
+            if has_all or (constants.get("PRECISION", 0) == PRECISIONS["fp32"] and stem != "matmul_multistage"):
                 yield stem, constants
 
 

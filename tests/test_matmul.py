@@ -1,12 +1,12 @@
 """Tiles, matrix products and column sums on the device, against the specification's product and NumPy."""
 
-import types
-
 import numpy as np
 import pytest
 
 from char_gru.kernels import matmul as launchers
 from char_gru.kernels import runtime
+from char_gru.kernels.plan import products
+from char_gru.kernels.plan.gpus import GPU
 from char_gru.rnn import reference
 from tests import host_cuda
 from tests.helpers.compare import assert_close
@@ -100,32 +100,32 @@ def test_matmul_matches_numpy(executor, precision, operand_bytes, layout):
 
 # Below, at and above a tile, as near as rows of 16 bytes allow; K of less than a round, of whole rounds, of more than
 # all stages.
-PIPELINED_SIZES = {"nn": ((191, 120, 24), (192, 128, 96), (193, 136, 40), (1, 8, 8)),
+MULTISTAGE_SIZES = {"nn": ((191, 120, 24), (192, 128, 96), (193, 136, 40), (1, 8, 8)),
                    "tn": ((184, 120, 31), (192, 128, 64), (200, 136, 133), (8, 8, 1)),
                    "nt": ((191, 127, 24), (192, 128, 96), (193, 129, 40), (1, 1, 8))}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("precision, operand_bytes", launchers.OPERANDS)
-def test_pipelined_matmul_matches_numpy(executor, precision, operand_bytes, layout):
-    for M, N, K in PIPELINED_SIZES[layout]:
+def test_multistage_matmul_matches_numpy(executor, precision, operand_bytes, layout):
+    for M, N, K in MULTISTAGE_SIZES[layout]:
         A, B, bias = random(M, K), random(K, N), random(N)
-        C = product(A, B, bias, precision=precision, operand_bytes=operand_bytes, variant="pipelined",
+        C = product(A, B, bias, precision=precision, operand_bytes=operand_bytes, variant="multistage",
                     **LAYOUTS[layout])
         assert_product(C, A, B, bias, precision)
 
 
 @pytest.mark.parametrize("precision, operand_bytes", launchers.OPERANDS[1:])
-def test_pipelined_matmul_in_large_tiles_matches_numpy(executor, precision, operand_bytes):
+def test_multistage_matmul_in_large_tiles_matches_numpy(executor, precision, operand_bytes):
     A, B = random(264, 35), random(35, 136)
-    C = product(A, B, transpose_a=True, precision=precision, operand_bytes=operand_bytes, variant="pipelined", tile=256)
+    C = product(A, B, transpose_a=True, precision=precision, operand_bytes=operand_bytes, variant="multistage", tile=256)
     assert_product(C, A, B, 0, precision)
 
 
-def test_pipelined_matmul_split_along_k_matches_numpy(executor):
-    assert launchers._balanced(200, 136, 601, 16, executor.gpu.multiprocessors, (192,)).splits == 2
+def test_multistage_matmul_split_along_k_matches_numpy(executor):
+    assert products._balanced(200, 136, 601, 16, executor.gpu.multiprocessors, (192,)).splits == 2
     A, B, bias = random(200, 601), random(601, 136), random(136)
-    C = product(A, B, bias, transpose_a=True, precision="tf32", variant="pipelined", tile=192)
+    C = product(A, B, bias, transpose_a=True, precision="tf32", variant="multistage", tile=192)
     assert_product(C, A, B, bias, "tf32")
 
 
@@ -136,7 +136,7 @@ def test_matmul_in_large_tiles_matches_numpy(executor, precision):
     assert_product(C, A, B, bias, precision)
 
 
-@pytest.mark.parametrize("K", [2 * launchers.SPLIT_K_FROM, 3 * launchers.SPLIT_K_FROM + 1])
+@pytest.mark.parametrize("K", [2 * products.SPLIT_K_FROM, 3 * products.SPLIT_K_FROM + 1])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_matmul_split_along_k_matches_numpy(executor, K, with_bias):
     A, B, bias = random(5, K), random(K, 67), random(67) if with_bias else None
@@ -146,42 +146,40 @@ def test_matmul_split_along_k_matches_numpy(executor, K, with_bias):
 @pytest.mark.parametrize("M, N, K", [
     (3072, 1024, 6400), (66, 1024, 6400), (66, 256, 3072), (3072, 256, 66), (1, 1, 10**6), (1, 20_000, 3072),
     (8200, 1, 600)])
-@pytest.mark.parametrize("tile", launchers.TILES)
+@pytest.mark.parametrize("tile", products.TILES)
 def test_splits_cover_k_and_fit_in_the_scratch_array(M, N, K, tile):
-    splits, K_split = launchers._split(M, N, K, tile)
+    splits, K_split = products._tiled_splits(M, N, K, tile)
     assert (splits - 1) * K_split < K <= splits * K_split
-    assert splits == 1 or splits * M * N <= launchers.SPLIT_BLOCKS * launchers.TILES[0]**2
+    assert splits == 1 or splits * M * N <= products.SPLIT_BLOCKS * products.TILES[0]**2
 
 
-def plan(M, N, K, *, multiprocessors=132, capability=90, shared_bytes=99 * 1024, aligned=True) -> launchers.Plan:
+def plan(M, N, K, *, multiprocessors=132, capability=90, shared_bytes=99 * 1024, aligned=True) -> products.ProductPlan:
     """How a GPU would compute a product in tf32."""
-    gpu = runtime.GPU("", capability, multiprocessors, shared_bytes)
-    with runtime.use(types.SimpleNamespace(gpu=gpu)):
-        return launchers._plan(M, N, K, "tf32", 4, aligned, None, None)
+    return products.product_plan(GPU("", capability, multiprocessors, shared_bytes), M, N, K, "tf32", 4, aligned)
 
 
 @pytest.mark.parametrize("multiprocessors, tile", [(132, 192), (128, 192), (108, 256)],
                          ids=["H100", "RTX 4090", "A100"])
-def test_gradient_of_recurrent_weights_is_one_wave_of_pipelined_tiles(multiprocessors, tile):
-    assert plan(3072, 1024, 6400, multiprocessors=multiprocessors) == ("pipelined", tile, 128, 1, 6400)
+def test_gradient_of_recurrent_weights_is_one_wave_of_multistage_tiles(multiprocessors, tile):
+    assert plan(3072, 1024, 6400, multiprocessors=multiprocessors) == ("multistage", tile, 128, 1, 6400)
 
 
 @pytest.mark.parametrize("M, N, K", [(1536, 512, 6400), (2048, 1024, 6400), (20_000, 1024, 6400), (6400, 3072, 1024),
                                      (1000, 1000, 10**6), (3072, 1024, 1), (4096, 128, 0)])
 @pytest.mark.parametrize("multiprocessors", [1, 82, 108, 132, 170])
-def test_pipelined_splits_cover_k_and_keep_all_multiprocessors_busy(M, N, K, multiprocessors):
+def test_multistage_splits_cover_k_and_keep_all_multiprocessors_busy(M, N, K, multiprocessors):
     variant, tile, columns, splits, K_split = plan(M, N, K, multiprocessors=multiprocessors)
-    assert variant == "pipelined" and tile in launchers.PIPELINED_TILES["tf32"]
+    assert variant == "multistage" and tile in products.MULTISTAGE_TILES["tf32"]
     assert splits == 1 and K_split >= K or (splits - 1) * K_split < K <= splits * K_split
-    assert splits == 1 or K_split % 16 == 0 and splits * M * N <= launchers.MAX_PARTIALS
-    tiles = launchers._tiles(M, N, tile, columns)
+    assert splits == 1 or K_split % 16 == 0 and splits * M * N <= products.MAX_PARTIAL_SUMS
+    tiles = products._tiles(M, N, tile, columns)
     waves = -(-tiles * splits // multiprocessors)
     if K >= 6400:
         assert M * N * K >= 0.6 * waves * multiprocessors * tile * columns * K_split
 
 
 @pytest.mark.parametrize("why_not", [{"capability": 75}, {"shared_bytes": 64 * 1024}, {"aligned": False}])
-def test_product_is_tiled_where_the_pipelined_variant_cannot_run(why_not):
+def test_product_is_tiled_where_the_multistage_variant_cannot_run(why_not):
     assert plan(3072, 1024, 6400, **why_not).variant == "tiled"
 
 
@@ -207,7 +205,7 @@ def all_kernels(precision: str) -> list[np.ndarray]:
     return [product(A, B, random(66), precision=precision), product(A, B, precision=precision, transpose_b=True),
             product(A, B, precision=precision, transpose_a=True),
             product(random(3, 523), random(523, 5), random(5), precision=precision), runtime.to_host(sums),
-            *(product(random(8, 72), random(72, 136), precision=name, operand_bytes=size, variant="pipelined", **layout)
+            *(product(random(8, 72), random(72, 136), precision=name, operand_bytes=size, variant="multistage", **layout)
               for name, size in launchers.OPERANDS if name == precision for layout in LAYOUTS.values())]
 
 
@@ -237,13 +235,13 @@ def test_sanitizer_finds_nothing_in_matmul(monkeypatch, sanitizer, precision):
 
 @pytest.mark.parametrize("precision, operand_bytes", [("fp32", 4), ("tf32", 4), ("bf16", 2)])
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_sanitizer_finds_nothing_in_pipelined_matmul(sanitizer, precision, operand_bytes):
-    def pipelined():
+def test_sanitizer_finds_nothing_in_multistage_matmul(sanitizer, precision, operand_bytes):
+    def multistage():
         for layout in LAYOUTS.values():
             product(random(8, 136), random(136, 8), precision=precision, operand_bytes=operand_bytes,
-                    variant="pipelined", **layout)
+                    variant="multistage", **layout)
 
-    assert host_cuda.run_sanitized(pipelined, sanitizer) == ""
+    assert host_cuda.run_sanitized(multistage, sanitizer) == ""
 
 
 @pytest.mark.parametrize("name", ["A", "B", "C", "bias"])
@@ -262,14 +260,14 @@ def test_matmul_refuses_an_unknown_precision_and_two_transposed_operands(executo
         launchers.matmul(A, A, A, transpose_a=True, transpose_b=True)
 
 
-def test_matmul_refuses_an_unknown_variant_and_rows_that_pipelined_copies_cannot_take(executor):
+def test_matmul_refuses_an_unknown_variant_and_rows_that_multistage_copies_cannot_take(executor):
     A = runtime.zeros((6, 6), np.float32)
-    with pytest.raises(ValueError, match="^variant: expected one of tiled, pipelined, got 'fast'"):
+    with pytest.raises(ValueError, match="^variant: expected one of tiled, multistage, got 'fast'"):
         launchers.matmul(A, A, A, variant="fast")
     with pytest.raises(ValueError, match="^A, B: expected rows at multiples of 16 bytes .* M, N, K = 6, 6, 6"):
-        launchers.matmul(A, A, A, variant="pipelined")
+        launchers.matmul(A, A, A, variant="multistage")
     B = runtime.zeros((65,), np.float32)[1:].reshape(8, 8)
     with pytest.raises(ValueError, match="^A, B: expected rows at multiples of 16 bytes"):
-        launchers.matmul(B, B, runtime.zeros((8, 8), np.float32), variant="pipelined")
+        launchers.matmul(B, B, runtime.zeros((8, 8), np.float32), variant="multistage")
     with pytest.raises(ValueError, match="^A: expected .* float32"):
         launchers.matmul(A.astype(np.uint16), A, A, precision="tf32")

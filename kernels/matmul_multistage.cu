@@ -1,8 +1,8 @@
 // Large products of two matrices, on tiles that asynchronous copies keep supplied.
 //
-//   matmul_pipelined_nn    C = A B (+ bias)      A (M, K), B (K, N)
-//   matmul_pipelined_nt    C = A B^T (+ bias)    A (M, K), B (N, K)
-//   matmul_pipelined_tn    C = A^T B (+ bias)    A (K, M), B (K, N)      all of C (M, N), bias (N,)
+//   matmul_multistage_nn    C = A B (+ bias)      A (M, K), B (K, N)
+//   matmul_multistage_nt    C = A B^T (+ bias)    A (M, K), B (N, K)
+//   matmul_multistage_tn    C = A^T B (+ bias)    A (K, M), B (K, N)      all of C (M, N), bias (N,)
 //
 // C and bias are float32; A and B are float32, or with OPERAND_BYTES 2 bfloat16 as unsigned shorts. All are
 // C-contiguous; A and B start at a multiple of 16 bytes, and so does each of their rows.
@@ -22,7 +22,7 @@
 // 4 M N written. A round of a tile of 192 x 128 reads 20 KiB for 786,432 operations in tf32, 38 a byte, and twice as
 // many with bfloat16 operands; a warp reads 28 words a lane from shared memory for 24 mma.
 // Variants: PRECISION and OPERAND_BYTES; tiles of 192 or 256 rows, whichever keep more multiprocessors busy; K split
-// as in matmul.cu, whose add_partials adds the parts.
+// as in matmul.cu, whose add_partial_sums adds the parts.
 // Source: CUTLASS, "Efficient GEMM in CUDA", section "Pipelining".
 #include "tile.cuh"
 
@@ -253,7 +253,7 @@ __device__ __forceinline__ void product(Element *shared, float *__restrict__ C, 
 }
 
 extern "C" __global__ void __launch_bounds__(TILE_THREADS)
-    matmul_pipelined_nn(float *__restrict__ C, const Element *__restrict__ A, const Element *__restrict__ B,
+    matmul_multistage_nn(float *__restrict__ C, const Element *__restrict__ A, const Element *__restrict__ B,
                         const float *__restrict__ bias, int M, int N, int K, int K_split, int add_bias)
 {
     extern __shared__ __align__(16) Element shared[];
@@ -261,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS)
 }
 
 extern "C" __global__ void __launch_bounds__(TILE_THREADS)
-    matmul_pipelined_nt(float *__restrict__ C, const Element *__restrict__ A, const Element *__restrict__ B,
+    matmul_multistage_nt(float *__restrict__ C, const Element *__restrict__ A, const Element *__restrict__ B,
                         const float *__restrict__ bias, int M, int N, int K, int K_split, int add_bias)
 {
     extern __shared__ __align__(16) Element shared[];
@@ -269,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS)
 }
 
 extern "C" __global__ void __launch_bounds__(TILE_THREADS)
-    matmul_pipelined_tn(float *__restrict__ C, const Element *__restrict__ A, const Element *__restrict__ B,
+    matmul_multistage_tn(float *__restrict__ C, const Element *__restrict__ A, const Element *__restrict__ B,
                         const float *__restrict__ bias, int M, int N, int K, int K_split, int add_bias)
 {
     extern __shared__ __align__(16) Element shared[];
