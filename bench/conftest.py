@@ -5,10 +5,12 @@
     python -m pytest bench/bench_gru.py --sizes all             # the whole sweep
     python -m pytest bench/ -k 'adam and PyTorch' --benchmark-sort name --benchmark-json out.json
 
-A test is a candidate, a group the candidates of a benchmark at some sizes. The first test of a group measures all of
-those that were selected, in turns (bench/side_by_side.py), and each test plays its seconds back to pytest-benchmark. A
-group that ran whole, with enough rounds and none of ours wrong, goes into bench/results/, from which
-`python -m bench.report` writes README's tables and the plots.
+A test is a candidate, a group the candidates of a benchmark at some sizes. The first test of a group measures all
+selected candidates, in turns (bench/side_by_side.py), since only within a round are their times comparable, and each
+test plays its seconds back to pytest-benchmark. A candidate that is alone in its group pytest-benchmark calls and times
+itself, but for single ops on a GPU, which only events on the device can time. A group that ran whole, with enough
+rounds and none of ours wrong, goes into bench/results/, from which `python -m bench.report` writes the tables and the
+plots.
 """
 
 from __future__ import annotations
@@ -23,13 +25,22 @@ import pytest
 from bench import floors, timing
 from bench.devices import Cpu, Device, current_gpu
 from bench.implementations import OURS
-from bench.side_by_side import SIZES, Benchmark, Candidate, Failed, Measured, ReplayedClock, measure
+from bench.side_by_side import (
+    SIZES,
+    Benchmark,
+    Candidate,
+    Clock,
+    Failed,
+    Measured,
+    measure,
+    prepare,
+)
 from char_gru.kernels.runtime import DeviceError
 
 RECORDED_ROUNDS = 5
 """Fewer rounds than these are for trying something out: their results are printed and not recorded."""
 
-_CLOCK = ReplayedClock()
+_CLOCK = Clock()
 
 
 class Turn(NamedTuple):
@@ -81,36 +92,69 @@ def turn(request: pytest.FixtureRequest, benchmark) -> Callable[[], None]:
     turn: Turn = request.param
 
     def measured_turn() -> None:
-        outcome, ceilings = _outcomes(request, turn.group)[turn.candidate.name]
+        group = _group(request, turn, may_be_alone=benchmark.enabled)
+        outcome = group.outcomes.get(turn.candidate.name)
         if isinstance(outcome, Failed):
             raise outcome.error
-        benchmark.extra_info.update(_figures(turn, outcome, ceilings))
-        benchmark.pedantic(_CLOCK.replay(outcome.seconds), rounds=len(outcome.seconds))
+        if outcome is None:
+            outcome = group.outcomes[turn.candidate.name] = _measured_by(benchmark, turn, group)
+            _record(request.config, group)
+        else:
+            with _CLOCK.replay(outcome.seconds) as advance:
+                benchmark.pedantic(advance, rounds=len(outcome.seconds))
+        benchmark.extra_info.update(_figures(turn, outcome, group.ceilings))
 
     return measured_turn
+
+
+class Group(NamedTuple):
+    """The selected candidates of a benchmark at some sizes, and what was measured of them so far, by name."""
+
+    turns: list[Turn]
+    device: Device
+    rounds: int
+    ceilings: floors.Ceilings
+    outcomes: dict[str, Measured | Failed]
 
 
 _GROUPS = pytest.StashKey[dict]()
 
 
-def _outcomes(request: pytest.FixtureRequest, group: str) -> dict[str, tuple[Measured | Failed, floors.Ceilings]]:
-    """What was measured of all selected candidates of a group, measured now if it was not before."""
+def _group(request: pytest.FixtureRequest, turn: Turn, may_be_alone: bool) -> Group:
+    """The group of a test, its candidates measured in turns unless pytest-benchmark may time the only one."""
     config, stash = request.config, request.config.stash.setdefault(_GROUPS, {})
-    if group not in stash:
-        turns = [turn for turn in map(_turn_of, request.session.items) if turn is not None and turn.group == group]
-        benchmark, sizes, candidates = turns[0].benchmark, turns[0].sizes, [turn.candidate for turn in turns]
+    if turn.group not in stash:
+        turns = [other for other in map(_turn_of, request.session.items) if other and other.group == turn.group]
         device, rounds = _device(config.getoption("device")), config.getoption("rounds")
-        ceilings = _ceilings(device)
-        outcomes = measure(benchmark, sizes, candidates, device, rounds)
-        stash[group] = {name: (outcome, ceilings) for name, outcome in outcomes.items()}
-        whole = {candidate.name for candidate in benchmark.candidates(device, **sizes)} == outcomes.keys()
-        measured = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Measured)}
-        ours_right = all(name in measured for name in outcomes if name.startswith(OURS))
-        if whole and measured and ours_right and rounds >= RECORDED_ROUNDS:
-            precisions = {candidate.name: candidate.precision for candidate in candidates}
-            timing.record(group, timing.entry(benchmark, sizes, device, ceilings, measured, precisions),
-                          config.getoption("results"))
-    return stash[group]
+        group = stash[turn.group] = Group(turns, device, rounds, _ceilings(device), {})
+        by_clock = device.kind == "cpu" or turn.benchmark.whole_job
+        if len(turns) > 1 or not (may_be_alone and by_clock):
+            candidates = [other.candidate for other in turns]
+            group.outcomes.update(measure(turn.benchmark, turn.sizes, candidates, device, rounds))
+            _record(config, group)
+    return stash[turn.group]
+
+
+def _measured_by(benchmark, turn: Turn, group: Group) -> Measured:
+    """A candidate that is alone in its group, called and timed by pytest-benchmark."""
+    inputs = turn.benchmark.inputs(**turn.sizes)
+    made = prepare(turn.benchmark, turn.sizes, turn.candidate, group.device, inputs, turn.benchmark.reference(inputs))
+    _CLOCK.synchronize = group.device.synchronize
+    benchmark.pedantic(lambda: next(made.runs)(), rounds=group.rounds, iterations=made.calls)
+    return Measured(list(benchmark.stats.stats.data), False, made.notes)
+
+
+def _record(config: pytest.Config, group: Group) -> None:
+    """Keep the results of a group that ran whole, with enough rounds and none of ours wrong."""
+    benchmark, sizes = group.turns[0].benchmark, group.turns[0].sizes
+    whole = {candidate.name for candidate in benchmark.candidates(group.device, **sizes)} == group.outcomes.keys()
+    measured = {name: outcome for name, outcome in group.outcomes.items() if isinstance(outcome, Measured)}
+    ours_right = all(name in measured for name in group.outcomes if name.startswith(OURS))
+    if whole and measured and ours_right and group.rounds >= RECORDED_ROUNDS:
+        precisions = {turn.candidate.name: turn.candidate.precision for turn in group.turns}
+        timing.record(benchmark.group(sizes),
+                      timing.entry(benchmark, sizes, group.device, group.ceilings, measured, precisions),
+                      config.getoption("results"))
 
 
 def _turn_of(item: pytest.Item) -> Turn | None:

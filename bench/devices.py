@@ -71,6 +71,9 @@ class Device(Protocol):
     def clock_sample(self, calls: Sequence[Callable[[], object]]) -> Sample:
         """By the clock on the wall, from nothing started to everything done: what somebody waits for."""
 
+    def synchronize(self) -> None:
+        """Waits until everything that was started is done."""
+
     def ceilings(self) -> Ceilings: ...
 
     def facts(self) -> dict[str, str]:
@@ -95,7 +98,10 @@ class Cpu:
         return self.clock_sample(calls)
 
     def clock_sample(self, calls: Sequence[Callable[[], object]]) -> Sample:
-        return clocked_sample(calls, lambda: None)
+        return clocked_sample(calls, self.synchronize)
+
+    def synchronize(self) -> None:
+        """Nothing: a call on the CPU is done when it returns."""
 
     def ceilings(self) -> Ceilings:
         """A product of two matrices by NumPy, and a copy by a thread for each core; or a change in place if that is
@@ -231,7 +237,10 @@ class Gpu:
         return queued_sample(self._driver, calls)
 
     def clock_sample(self, calls: Sequence[Callable[[], object]]) -> Sample:
-        return clocked_sample(calls, self._driver.synchronize)
+        return clocked_sample(calls, self.synchronize)
+
+    def synchronize(self) -> None:
+        self._driver.synchronize()
 
     def ceilings(self) -> Ceilings:
         """A copy between two arrays, cuBLAS's products, and the kernels of probes.cu."""

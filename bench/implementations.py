@@ -14,7 +14,7 @@ import numpy as np
 from bench.devices import Device, cores, cublas_matmul
 from bench.side_by_side import Arrays, Candidate, Runnable
 from char_gru import kernels
-from char_gru.rnn import cpu
+from char_gru.rnn import cpu, reference
 
 OURS = "char-gru"
 
@@ -30,9 +30,8 @@ def on(ops: Any, array: np.ndarray, activations: bool = False):
 
 
 def bfloat16_bits(array: np.ndarray) -> np.ndarray:
-    """float32 rounded to bfloat16, to nearest, ties to even."""
-    bits = array.view(np.uint32)
-    return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
+    """float32 rounded to bfloat16, as its 16 bits."""
+    return (reference.rounded(array, "bf16").view(np.uint32) >> 16).astype(np.uint16)
 
 
 def runnable(ops: Any, run: Callable[[], None], **outputs: Any) -> Runnable:

@@ -91,20 +91,8 @@ def pytorch_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: Device,
     """
     library = Torch(device, precision)
     torch, functional = library.torch, library.torch.nn.functional
-    model = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(sizes.V, sizes.E),
-                                 "gru": torch.nn.GRU(sizes.E, sizes.H),
-                                 "output": torch.nn.Linear(sizes.H, sizes.V)})
-    model.load_state_dict({checkpoint_name(name): torch.tensor(array) for name, array in params.items()})
-    if mode == "flashrnn":
-        model["gru"] = flashrnn_gru(library, model["gru"])
-    model.to(library.kind)
-    rate = torch.tensor(0.0, device=library.kind)
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate if mode == "graph" else 0.0, betas=(BETA_1, BETA_2),
-                                 eps=EPSILON, fused=True, capturable=mode == "graph")
+    model, optimizer, rate = _pytorch_model(library, sizes, params, mode)
     [group] = optimizer.param_groups
-    for param in group["params"]:
-        optimizer.state[param] = {"step": torch.tensor(CORRECTED_STEP, device=library.kind),
-                                  "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
     step = 0
 
     def ids_of(*arrays: np.ndarray) -> list:
@@ -194,6 +182,25 @@ def pytorch_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: Device,
         return ids, h, library.replayable(move_on)
 
     return Peer(train_step, generate, loss)
+
+
+def _pytorch_model(library: Torch, sizes: Sizes, params: Mapping[str, np.ndarray], mode: str) -> tuple:
+    """Modules with the given parameters, their Adam, and the tensor of its learning rate where a graph records it."""
+    torch = library.torch
+    model = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(sizes.V, sizes.E),
+                                 "gru": torch.nn.GRU(sizes.E, sizes.H),
+                                 "output": torch.nn.Linear(sizes.H, sizes.V)})
+    model.load_state_dict({checkpoint_name(name): torch.tensor(array) for name, array in params.items()})
+    if mode == "flashrnn":
+        model["gru"] = flashrnn_gru(library, model["gru"])
+    model.to(library.kind)
+    rate = torch.tensor(0.0, device=library.kind)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate if mode == "graph" else 0.0, betas=(BETA_1, BETA_2),
+                                 eps=EPSILON, fused=True, capturable=mode == "graph")
+    for param in model.parameters():
+        optimizer.state[param] = {"step": torch.tensor(CORRECTED_STEP, device=library.kind),
+                                  "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+    return model, optimizer, rate
 
 
 def jax_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: Device, precision: str) -> Peer:

@@ -1,7 +1,8 @@
-"""Tables of README.md and plots, rendered from the recorded results: `python -m bench.report [--check]`.
+"""Tables and plots, rendered from the recorded results: `python -m bench.report [--check]`.
 
-The text between `<!-- table: NAME -->` and `<!-- end -->` is replaced, by nothing where nothing was recorded; README.md
-decides which tables it shows. Plots are bench/results/*.svg, of each device; what they show is kept in them as JSON.
+In each of PAGES, the text between `<!-- table: NAME -->` and `<!-- end -->` is replaced, by nothing where nothing was
+recorded; the page decides which tables it shows. Plots are bench/results/*.svg, of each device; the data that they show
+are kept in them as JSON.
 """
 
 from __future__ import annotations
@@ -19,46 +20,13 @@ from bench import plots
 from bench.floors import Ceilings, Work, floor_seconds
 from bench.implementations import OURS
 from bench.timing import RESULTS, spread
+from char_gru.kernels.variants import VARIANTS, Variant
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parents[1]
+
+PAGES = (ROOT / "README.md", ROOT / "bench" / "RESULTS.md", ROOT / "kernels" / "README.md")
 
 WHOLE_JOBS = ("train_step", "generate", "time_to_loss")
-
-_ALL = "fp32, tf32, bf16"
-_WEIGHTS = "fp32, or bf16 weights"
-
-KERNELS = (
-    ("matrix product", "multistage: three stages of asynchronous copies, tiles of 192 or 256 x 128, one wave of blocks "
-     "where it can be; sm_80 on", _ALL, "matmul", "multistage"),
-    ("", "tiled: two stages in shared memory, split along K where tiles are few; any size, any GPU", _ALL, "matmul",
-     "tiled"),
-    ("input table and its gradients", "matrix products and column sums", _ALL, "input_table_backward", ""),
-    ("GRU forward", "persistent: the window in one launch, W_hh on chip, batch groups, one barrier per step", _ALL,
-     "gru_forward", "persistent"),
-    ("", "stepwise: one launch per time step, product, gates and state update fused", _ALL, "gru_forward", "stepwise"),
-    ("GRU backward", "persistent: as forward; dlogits W_out folded in, sums of da and of di by character on chip, K "
-     "split among blocks where that pays", _ALL, "gru_backward", "persistent"),
-    ("", "stepwise: one launch per time step, split by gate; sums of di by character after a stable radix sort of "
-     "positions", _ALL, "gru_backward", "stepwise"),
-    ("output layer, softmax, loss, dlogits", "one launch; logits of up to 80 characters never leave the chip", _ALL,
-     "cross_entropy_forward", ""),
-    ("dropout", "one pass over the data", "", "dropout_forward", ""),
-    ("global norm", "one pass over the data", "", "global_norm", ""),
-    ("clipping and Adam", "one pass over the data", "", "adam", ""),
-    ("sampling", "one block per text; top-k and top-p by ranks up to 257 characters, above by digits of the cut", "",
-     "sample", ""),
-    ("generation", "persistent: all characters of a call in one launch, weights on chip, through L2 what does not fit; "
-     "layers + 1 barriers per character", _WEIGHTS, "generate", "persistent"),
-    ("", "persistent-parts: every block sums all logits and draws the same character, so a barrier less; for one text",
-     _WEIGHTS, "generate", "persistent-parts"),
-    ("", "persistent-states: as that, each block with the whole output layer on chip; for small models", _WEIGHTS,
-     "generate", "persistent-states"),
-    ("", "batched: as persistent, for one layer and nine or more texts; on tensor cores (sm_80 on), fp32 numbers as "
-     "two tf32 parts, three products for one", _WEIGHTS, "generate", "batched"),
-    ("", "stepwise: layers + 2 kernels per character, eight characters to a CUDA graph", _WEIGHTS, "generate",
-     "stepwise"),
-)
-"""Op, variant, what its products are in; and which results say that it has run: benchmark, and a word of the name."""
 
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(?:(?!<!-- table: ).)*?(<!-- end -->)", re.DOTALL)
 
@@ -158,11 +126,28 @@ def kernels_table(results: Path) -> str:
     """Every variant of every op, and the GPUs that results of it are recorded from."""
     gpus = list(_machines(results, "cuda"))
     rows = []
-    for op, variant, precisions, benchmark, word in KERNELS:
-        ran = {entry["machine"]["gpu"] for groups in gpus for entry in _of(groups, benchmark)
-               if any(name.startswith(OURS) and word in ("", *name.split()) for name in entry["candidates"])}
-        rows.append([op, variant, precisions, f"yes: {', '.join(sorted(ran))}" if ran else "no"])
+    for op, variant in _ops_shown_once():
+        ran = {entry["machine"]["gpu"] for groups in gpus for entry in _of(groups, variant.benchmark)
+               if any(name.startswith(OURS) and variant.word in ("", *name.split()) for name in entry["candidates"])}
+        rows.append([op, f"{variant.variant}: {variant.text}", variant.precisions,
+                     f"yes: {', '.join(sorted(ran))}" if ran else "no"])
     return _table(["op", "variant", "products in", "has run on a GPU"], rows)
+
+
+def files_table(results: Path) -> str:
+    """Where every variant of every op is: links relative to kernels/."""
+    rows = [[op, variant.variant, ", ".join(f"[`{file}`]({file})" for file in variant.files),
+             ", ".join(f"`{kernel}`" for kernel in variant.kernels),
+             f"[`{variant.test}`](../tests/{variant.test})"] for op, variant in _ops_shown_once()]
+    return _table(["op", "variant", "file", "kernels", "test"], rows)
+
+
+def _ops_shown_once() -> Iterator[tuple[str, Variant]]:
+    """Each variant with its op, which is left empty where the row before it has the same."""
+    before = ""
+    for variant in VARIANTS:
+        yield "" if variant.op == before else variant.op, variant
+        before = variant.op
 
 
 def headline(results: Path) -> str:
@@ -206,8 +191,8 @@ def _axes(entries: Sequence[dict]) -> dict[str, list[str]]:
 
 
 def plots_table(results: Path) -> str:
-    """All plots, as README.md shows them."""
-    return "\n\n".join(f"![{path.stem}](bench/results/{path.name})" for path in plots_of(results))
+    """All plots, as RESULTS.md shows them."""
+    return "\n\n".join(f"![{path.stem}](results/{path.name})" for path in plots_of(results))
 
 
 def _train_step(groups: dict) -> str:
@@ -240,11 +225,11 @@ _OF_A_MACHINE = {"train-step": _train_step, "generate": _generate, "scaling": _s
                  "time-to-loss": _time_to_loss}
 
 TABLES: dict[str, Callable[[Path], str]] = {"headline": headline, "init": init_table, "kernels": kernels_table,
-                                            "plots": plots_table} | {
+                                            "files": files_table, "plots": plots_table} | {
     f"{name}-{kind}": lambda results, render=render, kind=kind: "\n\n".join(
         filter(None, map(render, _machines(results, kind))))
     for name, render in _OF_A_MACHINE.items() for kind in ("cpu", "cuda")}
-"""The tables that README.md can show, each a function of the folder of results."""
+"""The tables that a page can show, each a function of the folder of results."""
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
@@ -281,26 +266,27 @@ def plots_of(results: Path) -> dict[Path, list[plots.Panel]]:
     return drawn
 
 
-def main(arguments: Sequence[str] | None = None, readme: Path = README, results: Path = RESULTS) -> int:
+def main(arguments: Sequence[str] | None = None, pages: Sequence[Path] = PAGES, results: Path = RESULTS) -> int:
     """Fill the tables and draw the plots. Exit status 0; with --check nothing is written, and 1 says what differs."""
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Write README.md's tables, draw plots.")
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Write the pages' tables, draw plots.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if tables or plots differ")
-    check = parser.parse_args(arguments).check
-    before, wanted = readme.read_text(), plots_of(results)
-    after = filled(before, results)
-    stale = [path for path, panels in wanted.items() if plots.drawn(path) != panels]
+    check, wanted = parser.parse_args(arguments).check, plots_of(results)
+    texts = {page: filled(page.read_text(), results) for page in pages}
+    old_pages = [page for page, text in texts.items() if page.read_text() != text]
+    old_plots = [path for path, panels in wanted.items() if plots.drawn(path) != panels]
     surplus = sorted(set(results.glob("*.svg")) - wanted.keys())
-    if not check:
-        readme.write_text(after)
-        for path in stale:
-            plots.draw(path, wanted[path])
-        for path in surplus:
-            path.unlink()
-        return 0
-    differing = [readme.name] * (after != before) + [path.name for path in (*stale, *surplus)]
-    if differing:
-        print(f"{', '.join(differing)}: not what bench/results gives; run python -m bench.report", file=sys.stderr)
-    return 1 if differing else 0
+    if check:
+        differing = [path.name for path in (*old_pages, *old_plots, *surplus)]
+        if differing:
+            print(f"{', '.join(differing)}: not what bench/results gives; run python -m bench.report", file=sys.stderr)
+        return 1 if differing else 0
+    for page in old_pages:
+        page.write_text(texts[page])
+    for path in old_plots:
+        plots.draw(path, wanted[path])
+    for path in surplus:
+        path.unlink()
+    return 0
 
 
 def _machines(results: Path, kind: str) -> Iterator[dict]:

@@ -4,17 +4,20 @@ A benchmark is an op with the ways to compute it: our variants, the libraries', 
 candidate is first verified against the reference; one that is wrong or fails is left out and its test fails. Those that
 are right are then timed in turns, all of them within each round, so that a machine that slows down does so for all.
 `pytest bench/` runs them, and pytest-benchmark shows, compares and saves them: each candidate is a test, each benchmark
-at some sizes a group. Its own loop would finish with one candidate before it starts the next, so it does not time
-anything: conftest.py measures a group when the first of its tests runs, and plays the seconds of each candidate back to
-pytest-benchmark through `ReplayedClock`.
+at some sizes a group. Its own loop would finish with one candidate before it starts the next, so conftest.py measures a
+group of several when the first of its tests runs, and plays the seconds of each candidate back to pytest-benchmark
+through `Clock`. A candidate that was selected alone, with nothing to take turns with, pytest-benchmark calls and times
+itself, where a clock on the wall is the right one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -123,28 +126,60 @@ def measure(benchmark: Benchmark, sizes: Mapping[str, int], candidates: Sequence
     inputs = benchmark.inputs(**sizes)
     expected = benchmark.reference(inputs)
     outcomes: dict[str, Measured | Failed] = {}
-    runs: dict[str, Callable[[], Sample]] = {}
-    notes: dict[str, dict[str, float]] = {}
+    prepared: dict[str, Prepared] = {}
     for candidate in candidates:
         try:
-            before = device.memory_bytes(release=True) if benchmark.whole_job else 0
-            runnable = candidate.make(inputs)
-            assert_right(candidate.name, runnable.results(), expected, benchmark.tolerances[candidate.precision])
-            notes[candidate.name] = runnable.notes()
-            if benchmark.whole_job:
-                taken = device.memory_bytes(release=False) - before
-                notes[candidate.name] |= ({"memory_mib": taken / 2**20} if taken else {}) | energy(device, runnable)
-                runs[candidate.name] = whole_job_sampler(device, runnable)
-            else:
-                copies = copies_beyond_cache(benchmark.work(**sizes).bytes, device.cache_bytes)
-                rotation = [runnable, *(candidate.make(inputs) for _ in range(copies - 1))]
-                runs[candidate.name] = op_sampler(device, rotation)
-        except Exception as error:  # of a library as of ours: the others are measured all the same
+            prepared[candidate.name] = prepare(benchmark, sizes, candidate, device, inputs, expected)
+        except Exception as error:  # noqa: BLE001 of a library as of ours: the others are measured all the same
             outcomes[candidate.name] = Failed(error)
-    samples = interleave(runs, rounds, lambda: pause(PAUSE_SECONDS[device.kind]))
+    samplers = {name: functools.partial(sample, device, made) for name, made in prepared.items()}
+    samples = interleave(samplers, rounds, lambda: pause(PAUSE_SECONDS[device.kind]))
     return outcomes | {
-        name: Measured([sample.seconds for sample in row], any(sample.host_bound for sample in row), notes[name])
-        for name, row in samples.items()}
+        name: Measured([sample.seconds for sample in row], any(sample.host_bound for sample in row),
+                       prepared[name].notes) for name, row in samples.items()}
+
+
+class Prepared(NamedTuple):
+    """A candidate that was verified: its runs, to be called in turn, how many calls a sample takes, and its notes;
+    by_clock: whether its time is that of a clock on the wall."""
+
+    runs: Iterator[Callable[[], object]]
+    calls: int
+    by_clock: bool
+    notes: dict[str, float]
+
+
+def prepare(benchmark: Benchmark, sizes: Mapping[str, int], candidate: Candidate, device: Device, inputs: Arrays,
+            expected: Arrays) -> Prepared:
+    """Make and verify a candidate, and find out how many calls a sample takes.
+
+    An op is called on other arrays from call to call, so that each array has left the cache when it comes again.
+
+    Raises: AssertionError for a candidate that is wrong; whatever it raises itself.
+    """
+    before = device.memory_bytes(release=True) if benchmark.whole_job else 0
+    runnable = candidate.make(inputs)
+    assert_right(candidate.name, runnable.results(), expected, benchmark.tolerances[candidate.precision])
+    notes, rotation = runnable.notes(), [runnable]
+    if benchmark.whole_job:
+        taken = device.memory_bytes(release=False) - before
+        notes |= ({"memory_mib": taken / 2**20} if taken else {}) | energy(device, runnable)
+        once, shortest = device.clock_sample([runnable.run]).seconds, JOB_SECONDS
+    else:
+        copies = copies_beyond_cache(benchmark.work(**sizes).bytes, device.cache_bytes)
+        rotation += [candidate.make(inputs) for _ in range(copies - 1)]
+        for made in (*rotation, *rotation):  # compiles, fills caches of plans, records graphs
+            made.run()
+        once, shortest = device.sample([runnable.run]).seconds, SAMPLE_SECONDS[device.kind]
+    calls = max(1, min(math.ceil(shortest / once), MAX_CALLS))
+    return Prepared(itertools.cycle([made.run for made in rotation]), calls,
+                    benchmark.whole_job or device.kind == "cpu", notes)
+
+
+def sample(device: Device, prepared: Prepared) -> Sample:
+    """One sample of a candidate."""
+    calls = [next(prepared.runs) for _ in range(prepared.calls)]
+    return (device.clock_sample if prepared.by_clock else device.sample)(calls)
 
 
 def assert_right(name: str, actual: Arrays, expected: Arrays, tolerance: float) -> None:
@@ -165,23 +200,6 @@ def copies_beyond_cache(size: int, cache_bytes: int) -> int:
     """How many copies of an op's arrays, of so many bytes, to take in turn so that each has left the cache when it
     comes: between two calls on the same arrays, the others go through more than twice what the cache holds."""
     return min(math.ceil(2 * cache_bytes / size) + 1, MAX_SETS) if size < 2 * cache_bytes else 1
-
-
-def op_sampler(device: Device, rotation: Sequence[Runnable]) -> Callable[[], Sample]:
-    """A function that takes one sample of an op: as many calls as a sample needs, on other arrays from call to call."""
-    turns = itertools.cycle(rotation)
-    for runnable in (*rotation, *rotation):  # compiles, fills caches of plans, records graphs
-        runnable.run()
-    once = device.sample([next(turns).run]).seconds
-    calls = min(math.ceil(SAMPLE_SECONDS[device.kind] / once), MAX_CALLS)
-    return lambda: device.sample([next(turns).run for _ in range(calls)])
-
-
-def whole_job_sampler(device: Device, runnable: Runnable) -> Callable[[], Sample]:
-    """A function that takes one sample of a job, which has been verified, by the clock."""
-    once = device.clock_sample([runnable.run]).seconds
-    calls = math.ceil(JOB_SECONDS / once)
-    return lambda: device.clock_sample([runnable.run] * calls)
 
 
 def energy(device: Device, runnable: Runnable) -> dict[str, float]:
@@ -212,20 +230,29 @@ def interleave(candidates: Mapping[str, Callable[[], Result]], rounds: int,
     return results
 
 
-class ReplayedClock:
-    """A clock that only `replay` moves: through it, pytest-benchmark sees seconds that were measured before."""
+class Clock:
+    """The timer that pytest-benchmark reads: seconds since some start, or, while `replay` plays, seconds that were
+    measured before."""
 
     def __init__(self) -> None:
-        self._now = 0.0
+        self._played: float | None = None
+        self.synchronize: Callable[[], None] = lambda: None
 
     def now(self) -> float:
-        return self._now
+        if self._played is not None:
+            return self._played
+        self.synchronize()
+        return time.perf_counter()
 
-    def replay(self, seconds: Iterable[float]) -> Callable[[], None]:
-        """A function whose k-th call takes as long as the k-th entry."""
-        remaining = iter(seconds)
+    @contextlib.contextmanager
+    def replay(self, seconds: Iterable[float]) -> Iterator[Callable[[], None]]:
+        """Inside the `with` block, the k-th call of the function takes as long as the k-th entry."""
+        remaining, self._played = iter(seconds), 0.0
 
         def advance() -> None:
-            self._now += next(remaining)
+            self._played += next(remaining)
 
-        return advance
+        try:
+            yield advance
+        finally:
+            self._played = None

@@ -106,7 +106,8 @@ def add_partial_sums(partial_sums, sums) -> None:
     runtime.check("partial_sums", partial_sums, np.float32, (len(partial_sums), *sums.shape))
     runtime.check("sums", sums, np.float32, sums.shape)
     runtime.launch("matmul", "add_partial_sums", ceil_div(sums.size, TILE_THREADS), TILE_THREADS,
-                   [sums, partial_sums, sums, *map(np.int32, (sums.size, 1, len(partial_sums), 0))], constants=tiled_constants("fp32"))
+                   [sums, partial_sums, sums, *map(np.int32, (sums.size, 1, len(partial_sums), 0))],
+                   constants=tiled_constants("fp32"))
 
 
 def column_sums(A, sums) -> None:

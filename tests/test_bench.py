@@ -27,7 +27,6 @@ from bench import (
 from bench.devices import Cpu, Gpu, Sample, queued_sample
 from bench.side_by_side import Benchmark, Candidate, Failed, Measured, Runnable, measure
 from char_gru.kernels import runtime
-from tests import compare
 
 ROOT = Path(__file__).parent.parent
 
@@ -147,7 +146,7 @@ def test_candidates_on_the_harness_compute_what_the_reference_does(executor, nam
     assert chosen
     if name in ("gru_forward", "gru_backward", "generate"):
         variants = {"stepwise", "persistent"} | (
-            {"persistent-parts", "persistent-states", "batched"} if name == "generate" else set())
+            {"persistent-all-draw", "batched"} if name == "generate" else set())
         assert variants == {variant.split()[1] for variant in chosen}
         assert {"fp32", "bf16"} <= {variant.split()[2] for variant in chosen}
     if BENCHMARKS[name].whole_job:
@@ -210,12 +209,20 @@ def test_copies_are_more_than_the_cache_holds_twice(nbytes, cache, copies):
 
 
 def test_calls_of_a_sample_go_through_all_copies_in_turn(executor):
-    calls = []
-    rotation = [Runnable(lambda k=k: calls.append(k), dict) for k in range(3)]
-    sample = side_by_side.op_sampler(fake_gpu(executor), rotation)
+    calls, made = [], itertools.count()
+
+    def make(inputs):
+        k = next(made)
+        return Runnable(lambda: calls.append(k), lambda: {"y": np.full(3, 2.0)})
+
+    candidate = Candidate("counting", "fp32", make)
+    device = fake_gpu(executor)
+    device.cache_bytes = 24
+    prepared = side_by_side.prepare(doubled([candidate]), {"n": 3}, candidate, device, {}, {"y": np.full(3, 2.0)})
     assert calls == [0, 1, 2, 0, 1, 2, 0]
-    assert sample() == Sample(1e-3, False)
-    assert calls[7:] == [1]
+    assert prepared.calls == 1
+    assert side_by_side.sample(device, prepared) == Sample(1e-3, False)
+    assert calls[7:] == [0]
 
 
 # Clocks, events, ceilings
@@ -352,13 +359,13 @@ def test_of_something_else():
 """
 
 
-def run_suite(folder: Path, *options: str) -> subprocess.CompletedProcess:
+def run_suite(folder: Path, *options: str, suite: str = SUITE) -> subprocess.CompletedProcess:
     pytest.importorskip("pytest_benchmark")
-    (folder / "bench_copy.py").write_text(SUITE)
+    (folder / "bench_copy.py").write_text(suite)
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", str(folder), "-p", "bench.conftest",
          "--device", "cpu", "--results", str(folder / "results"), "--benchmark-json", str(folder / "saved.json"),
-         *options, str(folder / "bench_copy.py")], cwd=ROOT, capture_output=True, text=True)
+         *options, str(folder / "bench_copy.py")], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def test_front_end_measures_a_group_in_turns_and_plays_it_back(tmp_path):
@@ -373,6 +380,27 @@ def test_front_end_measures_a_group_in_turns_and_plays_it_back(tmp_path):
         assert run["group"] == group and run["stats"]["rounds"] == 5
         assert run["stats"]["median"] == pytest.approx(np.median(made["seconds"]))
         assert run["extra_info"]["GB/s"] == pytest.approx(24 / run["stats"]["median"] / 1e9)
+
+
+def test_candidate_that_is_alone_is_called_and_timed_by_pytest_benchmark(tmp_path):
+    """Every call of it is a real one, and what is recorded is what pytest-benchmark saw."""
+    suite = SUITE.replace("lambda: None, lambda", "lambda: time.sleep(0.03), lambda").replace("import", "import time,", 1)
+    suite = suite.replace('[candidate("char-gru", 2.0), candidate("other", 2.0), candidate("wrong", 3.0)]',
+                          '[candidate("char-gru", 2.0)]')
+    done = run_suite(tmp_path, "--rounds", "5", suite=suite)
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
+    [path] = (tmp_path / "results").iterdir()
+    [recorded] = json.loads(path.read_text()).values()
+    [saved] = json.loads((tmp_path / "saved.json").read_text())["benchmarks"]
+    seconds = recorded["candidates"]["char-gru"]["seconds"]
+    assert seconds == saved["stats"]["data"] and len(seconds) == 5 and min(seconds) >= 0.03
+    assert saved["extra_info"]["GB/s"] == pytest.approx(24 / saved["stats"]["median"] / 1e9)
+
+
+def test_candidate_that_is_alone_and_errs_fails_and_is_not_recorded(tmp_path):
+    done = run_suite(tmp_path, "--rounds", "5", "-k", "wrong")
+    assert "1 failed" in done.stdout and "wrong: y errs by 1" in done.stdout, done.stdout + done.stderr
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize("options", [("--rounds", "2"), ("--rounds", "5", "-k", "other")])
@@ -449,13 +477,6 @@ def test_keras_is_measured_where_its_backend_computes(monkeypatch, backend, torc
     jax = types.SimpleNamespace(default_backend=lambda: "gpu" if jax_gpu else "cpu")
     monkeypatch.setitem(sys.modules, "jax", jax)
     assert [kind for kind in ("cpu", "cuda") if implementations.installed("keras", kind)] == kinds
-
-
-def test_bfloat16_is_rounded_as_kernels_round_it():
-    halfway = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0xBF817FFF], np.uint32).view(np.float32)
-    values = np.concatenate([halfway, np.random.default_rng(0).standard_normal(100, np.float32)])
-    bits = implementations.bfloat16_bits(values).astype(np.uint32) << 16
-    np.testing.assert_array_equal(bits.view(np.float32), compare.rounded(values, "bf16"))
 
 
 def test_pytorch_records_a_graph_once_and_then_replays_it():

@@ -1,10 +1,11 @@
-"""The tables of README.md: rendering, replacing between markers, and that they are what the recorded results give."""
+"""The tables of all pages: rendering, replacing between markers, and that they are what the recorded results give."""
 
 import json
 
 import pytest
 
 from bench import report
+from char_gru.kernels.variants import VARIANTS
 
 MACHINE = {"cpu": "Some CPU", "cores": 2, "system": "Linux 6", "python": "3.11.7", "numpy": "2.4.6",
            "blas": "openblas 0.3", "blas_kernels": "SkylakeX", "blas_threads": 2, "torch": "2.13.0",
@@ -131,10 +132,10 @@ def test_kernel_has_run_on_a_gpu_only_if_results_say_so(results):
     def ran() -> list[str]:
         return [line.split(" | ")[-1].removesuffix(" |") for line in report.kernels_table(results).splitlines()[2:]]
 
-    assert ran() == ["no"] * len(report.KERNELS)
+    assert ran() == ["no"] * len(VARIANTS)
     forward = entry("gru_forward", {"T": 1}, {"char-gru persistent tf32": [1.0], "PyTorch tf32": [1.0]}, gpu=True)
     (results / "cuda-nvidia-x.json").write_text(json.dumps({"gru_forward": forward}))
-    assert [row[3:] for row, cell in zip(report.KERNELS, ran()) if cell == "yes: NVIDIA X"] == [
+    assert [variant[-2:] for variant, cell in zip(VARIANTS, ran(), strict=True) if cell == "yes: NVIDIA X"] == [
         ("gru_forward", "persistent")]
 
 
@@ -167,7 +168,7 @@ def test_only_the_text_between_markers_is_replaced(results):
 
 def test_table_without_results_is_empty(results):
     (results / "cpu-some-cpu.json").unlink()
-    for name in report.TABLES.keys() - {"kernels"}:
+    for name in report.TABLES.keys() - {"kernels", "files"}:
         text = f"<!-- table: {name} -->\n<!-- end -->\n"
         assert report.filled(text.replace("<!-- end", "old\n<!-- end"), results) == text
 
@@ -184,19 +185,19 @@ def test_marker_that_cannot_be_filled_is_refused(results, text, complaint):
 
 def test_check_fails_until_the_tables_are_written(readme, results, capsys):
     before = readme.read_text()
-    assert report.main(["--check"], readme, results) == 1
+    assert report.main(["--check"], [readme], results) == 1
     assert "python -m bench.report" in capsys.readouterr().err
     assert readme.read_text() == before
-    assert report.main([], readme, results) == 0
+    assert report.main([], [readme], results) == 0
     assert readme.read_text() != before
-    assert report.main(["--check"], readme, results) == 0
+    assert report.main(["--check"], [readme], results) == 0
 
 
 def test_check_fails_after_new_results(readme, results):
-    report.main([], readme, results)
+    report.main([], [readme], results)
     faster = json.dumps({"train_step": TRAIN_STEP | {"machine": MACHINE | {"cpu": "Faster CPU"}}})
     (results / "cpu-faster-cpu.json").write_text(faster)
-    assert report.main(["--check"], readme, results) == 1
+    assert report.main(["--check"], [readme], results) == 1
 
 
 # Plots
@@ -213,37 +214,37 @@ def test_plots_show_each_op_and_the_step_over_what_differs(results):
                        "floor": [[20, 1.0], [100, 1.0]]})
 
 
-def test_readme_shows_every_plot(results):
+def test_results_page_shows_every_plot(results):
     assert report.plots_table(results).splitlines()[::2] == [
-        "![cpu-some-cpu-ops](bench/results/cpu-some-cpu-ops.svg)",
-        "![cpu-some-cpu-sizes](bench/results/cpu-some-cpu-sizes.svg)"]
+        "![cpu-some-cpu-ops](results/cpu-some-cpu-ops.svg)",
+        "![cpu-some-cpu-sizes](results/cpu-some-cpu-sizes.svg)"]
 
 
 def test_equal_results_give_equal_files(results, readme):
-    report.main([], readme, results)
+    report.main([], [readme], results)
     first = {path.name: path.read_bytes() for path in results.glob("*.svg")}
     for path in results.glob("*.svg"):
         path.unlink()
-    report.main([], readme, results)
+    report.main([], [readme], results)
     assert first == {path.name: path.read_bytes() for path in results.glob("*.svg")} and len(first) == 2
 
 
 def test_check_fails_for_plots_that_are_missing_old_or_surplus(results, readme, capsys):
-    report.main([], readme, results)
+    report.main([], [readme], results)
     plot = results / "cpu-some-cpu-ops.svg"
     text = plot.read_text()
     for damage in (plot.unlink, lambda: plot.write_text(text.replace("[3.0, ", "[3.5, "))):
         damage()
-        assert report.main(["--check"], readme, results) == 1
+        assert report.main(["--check"], [readme], results) == 1
         assert plot.name in capsys.readouterr().err
     plot.write_text(text)
-    assert report.main(["--check"], readme, results) == 0
+    assert report.main(["--check"], [readme], results) == 0
     (results / "cpu-other-ops.svg").write_text(text)
-    assert report.main(["--check"], readme, results) == 1
-    report.main([], readme, results)
+    assert report.main(["--check"], [readme], results) == 1
+    report.main([], [readme], results)
     assert not (results / "cpu-other-ops.svg").exists()
 
 
-def test_tables_of_the_readme_and_plots_are_what_the_recorded_results_give():
-    assert report.README.exists(), "README.md, whose tables are checked here, does not exist"
-    assert report.main(["--check"]) == 0, "run python -m bench.report: README.md or a plot is not what results give"
+def test_tables_of_all_pages_and_plots_are_what_the_recorded_results_give():
+    assert all(page.exists() for page in report.PAGES)
+    assert report.main(["--check"]) == 0, "run python -m bench.report: a page or a plot is not what results give"
