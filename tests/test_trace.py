@@ -1,6 +1,7 @@
 """`python -m kernels --run` runs one op on the CPU, and its trace says what the threads did."""
 
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,8 @@ def test_many_parts_of_an_array_become_one_with_the_number_of_elements():
     text = 'extern "C" __global__ void some(float *out) { out[threadIdx.x * threadIdx.x] = 0.0f; }'
     executor = HostExecutor(record=True)
     executor.launch(text, "some", (1, 1, 1), (8, 1, 1), [executor.empty((50,), np.float32)], 0, False)
-    assert list(trace.trace(executor.launches[0])) == ["  block 0   stores   out[0:50] (8 elements of it) by threads 0-7"]
+    assert list(trace.trace(executor.launches[0])) == [
+        "  block 0   stores   out[0:50] (8 elements of it) by threads 0-7"]
 
 
 def test_nothing_is_recorded_without_the_switch():
@@ -101,7 +103,7 @@ def test_nothing_is_recorded_without_the_switch():
 # ---- The command ----------------------------------------------------------------------------------------------------
 
 def lines_of(capsys, *arguments):
-    """What `python -m kernels --run` prints, having ended with status 0."""
+    """The output of `python -m kernels --run`, which ends with status 0."""
     assert kernels_main.command(["--run", *arguments]) == 0
     return capsys.readouterr().out.splitlines()
 
@@ -147,9 +149,10 @@ def test_trace_names_the_tensor_core_instruction(capsys):
     assert any("calls    mma_m16n8k16_bf16 x 64 by warps 0-7" in line for line in lines), lines
 
 
-def test_readme_of_the_harness_shows_what_happens(capsys):
+def test_readme_of_the_harness_shows_what_happens(tmp_path, capsys):
     text = (Path(host_cuda.__file__).parent / "README.md").read_text()
-    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
+    (tmp_path / "example.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+    runpy.run_path(str(tmp_path / "example.py"))
     assert capsys.readouterr().out.startswith("[63. 62. 61.")
     command, *shown = re.findall(r"^    (.*)", text.split("```")[0], re.MULTILINE)
     lines = lines_of(capsys, *command.split()[4:])
