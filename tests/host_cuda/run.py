@@ -207,6 +207,12 @@ def _sizes(op: str, text: str) -> dict[str, int]:
 
 def _launcher(ops, op: str, precision: str, variant: str | None, sizes: dict[str, int]) -> Callable[..., None]:
     """The op of the kernels, with its precision and in a variant."""
+    if variant == "naive":
+        from char_gru.kernels import naive
+
+        if not hasattr(naive, op) or precision != "fp32":
+            raise ValueError(f"--variant: {op} has no naive variant in {precision}")
+        return getattr(naive, op)
     launcher = functools.partial(matmul_launcher, precision=precision) if op == "matmul" else getattr(ops, op)
     if precision != "fp32" and not isinstance(launcher, functools.partial):
         raise ValueError(f"--precision: {op} does not compute in {precision}")
