@@ -1,12 +1,13 @@
-"""What can be said of the kernels without a GPU.
+"""Look at the kernels without a GPU.
 
-    python -m kernels [--arch sm_80 sm_90]                             what every kernel takes, as the compiler says
+    python -m kernels [--arch sm_80 sm_90]                             registers and shared memory of every kernel
     python -m kernels --plan --device-like h100                        how recurrence and generation would run on a GPU
     python -m kernels --run gru_forward --sizes T=3,B=2,H=8 --trace    one op on the CPU: who loads, stores, waits
 """
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +39,7 @@ _OPTIONS = {"compile": ("arch",),
 
 
 class Entry(NamedTuple):
-    """What one kernel, compiled with some constants, takes on one architecture."""
+    """The resources that one kernel, compiled with some constants, takes on one architecture."""
 
     architecture: str
     module: str
@@ -151,8 +152,8 @@ def command(arguments: Sequence[str] | None = None) -> int:
         there is no GPU, and for a run where there is no C++ compiler.
     """
     parser = _Parser(prog="python -m kernels", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     description="Compile every kernel and print what it takes, plan recurrence and generation, or run "
-                                 "one op on the CPU; without a GPU.")
+                     description="Compile every kernel and print its registers and shared memory, plan recurrence and "
+                                 "generation, or run one op on the CPU; without a GPU.")
     parser.add_argument("--arch", nargs="+", help="GPU architectures to compile for (default: all)")
     parser.add_argument("--plan", action="store_true",
                         help="print how recurrence and generation run on a GPU; compile nothing")
@@ -194,4 +195,6 @@ def command(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program without a traceback
     sys.exit(command())

@@ -10,18 +10,18 @@
 // The one block of norm_of_sums owns the norm. A thread of adam owns four elements of every buffer. Sums are added in
 // an order that depends on N and the alignment alone: four by thread, a tree over the warp, then warp after warp.
 // Bytes: norm 4 N read; adam 16 N read, 12 N written.
-// Variants: buffers that all start on 16 bytes move as float4, others (slices) as float.
+// Variants: buffers that all start on 16 bytes move as float4, else (slices) as float.
 // Source: Kingma and Ba, "Adam", section 2, last paragraph (epsilon outside the corrected root, as Keras has it).
 
 #include "common.cuh"
 
-// The sum of squares that falls to each block.
+// sums[block]: the sum of squares of the elements that a block owns.
 extern "C" __global__ void square_sums(float *__restrict__ sums, const float *__restrict__ grads, size_t N)
 {
     __shared__ float scratch[WARP];
     const size_t stride = size_t(gridDim.x) * blockDim.x;
     const size_t quads = size_t(grads) % sizeof(float4) == 0 ? N / 4 : 0;
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);  // four short sums err less than a long one, and run abreast
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);  // four short sums err less than a long one, and run in parallel
     for (size_t i = thread_in_grid(); i < quads; i += stride) {
         const float4 g = reinterpret_cast<const float4 *>(grads)[i];
         sum.x += g.x * g.x;

@@ -6,7 +6,7 @@ from char_gru.kernels import runtime
 from char_gru.kernels.scratch import scratch
 
 THREADS = 256
-MAX_BLOCKS = 1024  # of the first stage of the norm; the second adds their sums in one block
+MAX_BLOCKS = 1024  # of square_sums; the one block of norm_of_sums adds the sums of all of them
 
 
 def global_norm(grads, norm) -> None:

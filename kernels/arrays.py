@@ -58,7 +58,7 @@ def read(array) -> Callable[[], np.ndarray]:
     content = _pinned(array)
     try:
         array.get(out=content, blocking=False)
-    finally:  # Ctrl-C may come in between, and what is copied to must not be freed
+    finally:  # Ctrl-C may come in between, and the memory that is copied to must not be freed
         arrived = _end_of_copy(content)
 
     def arrived_content() -> np.ndarray:

@@ -1,4 +1,5 @@
-// Helpers that every kernel may use: indices, the logistic function, reductions in a fixed order, narrow number formats.
+// Helpers that every kernel may use: indices, the logistic function, reductions in a fixed order, narrow number
+// formats.
 //
 // Blocks are one-dimensional and a multiple of 32 threads wide wherever a function below speaks of warps.
 // tanh needs no helper: CUDA's tanhf errs by at most 2 ulp and does not overflow.
@@ -33,8 +34,8 @@ struct Maximum {
     __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-// The values of the 32 lanes combined, in every lane. Both partners of a butterfly step combine the same two numbers, and
-// `Combine` commutes, so all lanes end with equal bits.
+// The values of the 32 lanes combined, in every lane. Both partners of a butterfly step combine the same two numbers,
+// and `Combine` commutes, so all lanes end with equal bits.
 template <class Combine>
 __device__ __forceinline__ float warp_reduce(float value, Combine combine)
 {
@@ -77,7 +78,7 @@ __device__ __forceinline__ float array_sum(const float *values, int count, float
 __device__ __forceinline__ float from_bf16(unsigned short x) { return __uint_as_float(unsigned(x) << 16); }
 
 #if __CUDA_ARCH__ < 800
-// The functions of ptx.cuh, for GPUs that lack the instruction.
+// As to_bf16 and pack_bf16 of ptx.cuh, for GPUs that lack the instruction.
 __device__ __forceinline__ unsigned short to_bf16(float x)
 {
     const unsigned bits = __float_as_uint(x);

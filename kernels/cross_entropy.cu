@@ -8,12 +8,12 @@
 // targets (positions,) int32 in [0, V). positions = T B.
 //
 // A block of cross_entropy_forward owns TILE_M positions and goes through V in tiles of TILE_N. A warp owns every
-// eighth of them, a lane every 32nd of their logits. The block multiplies a tile (tile.cuh); then each warp brings the
-// maximum and the sum of exponentials of its rows up to date, the sum being relative to the maximum so far, and leaves
-// the logits for a second sweep, which makes gradients of them. The one block of mean_loss owns the loss.
+// eighth position, a lane every 32nd logit of a position. The block multiplies a tile (tile.cuh); then each warp brings
+// the maximum and the sum of exponentials of its rows up to date, the sum being relative to the maximum so far, and
+// leaves the logits for a second sweep, which makes gradients of them. The one block of mean_loss owns the loss.
 // Bytes: h read once, 4 H positions; W_out once per block, from L2; dlogits written once, 4 V positions.
 // Variants, by V: up to TILE_N the logits stay in shared memory between the sweeps; above, they pass through dlogits,
-// which is 8 V positions more. By PRECISION: fp32; tf32 and bf16 round h and W_out, all else is fp32.
+// 8 V positions more. By PRECISION: fp32; tf32 and bf16 round h and W_out, and nothing else.
 // Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867, algorithm 3.
 
 #include "common.cuh"
@@ -33,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS)
     __shared__ __align__(16) float shared[TILE_SHARED];
     const bool one_tile = V <= TILE_N;
     const int first = blockIdx.x * TILE_M;
-    // Lane r keeps those of row r of its warp, from -infinity on.
+    // Of the logits so far: lane r keeps the maximum of row r of its warp, and the sum of exponentials relative to it.
     float maximum = __uint_as_float(0xff800000u), sum = 0.0f;
 
     for (int v0 = 0; v0 < V; v0 += TILE_N) {
@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS)
         }
     }
 
-    __syncwarp();  // a lane now reads what others of its warp wrote to dlogits
+    __syncwarp();  // a lane now reads logits that other lanes of its warp have written to dlogits
     for (int r = 0; r < WARP_ROWS && first + row_in_tile(r) < positions; ++r) {
         const int position = first + row_in_tile(r), target = targets[position];
         float *row = dlogits + size_t(position) * V;

@@ -36,7 +36,8 @@ def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, *, p
 
 
 def cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out, *, precision="fp32") -> None:
-    """Gradients of the output layer's parameters. That of h_tb, dlogits_tb W_out, is `gru_backward`'s to make.
+    """Gradients of the output layer's parameters. The gradient of h_tb, dlogits_tb W_out, is computed by
+    `gru_backward`.
 
     Shapes: dlogits_tb (T, B, V); h_tb (T, B, H); results dW_out (V, H), db_out (V,).
     Raises: ValueError.

@@ -9,8 +9,8 @@
 // x, y, dx, dy (N,) float32, N = T B H; keep (N,) bytes of 0 or 1; step (1,) uint64, in device memory.
 //
 // A warp of dropout_forward owns 256 consecutive elements: each lane draws the eight words of one Philox block; then,
-// eight times, the lanes take 32 neighbouring elements, whose mask bits they get from the lanes that drew them, so that
-// every access to memory is contiguous. A thread of dropout_backward owns one element.
+// eight times, the lanes take 32 neighbouring elements and get their mask bits from the lanes that drew these bits, so
+// that every access to memory is contiguous. A thread of dropout_backward owns one element.
 // Bytes: forward 4 N read, 5 N written; backward 5 N read, 4 N written.
 // Variants: none.
 // Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", table 2; numpy/random/src/philox/philox.h.

@@ -9,7 +9,7 @@ ELEMENTS_PER_THREAD = 8  # dropout_forward
 
 
 def dropout_forward(x_tb, rate, seed, layer, step, keep_tb, y_tb) -> None:
-    """Set a share `rate` of the elements to zero and scale the others by 1 / (1 - rate).
+    """Set a share `rate` of the elements to zero and scale the rest by 1 / (1 - rate).
 
     Shapes: x_tb (T, B, H); step (1,) uint64, the training step; results keep_tb (T, B, H) bool, y_tb (T, B, H).
     Raises: ValueError.

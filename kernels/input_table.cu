@@ -1,18 +1,18 @@
 // Sums of rows by id: dP[v] = sum of di[p] over the positions p with ids[p] == v, ascending; 0 for an id without any.
 //
-// Arguments: di (N, 3H) float32, given as da (N, 3H), which holds its first 2H columns, and di_n (N, H), its last ones;
-// ids (N,) int32 in [0, V); result dP (V, 3H) float32. The products of the input table are in matmul.cu.
+// Arguments: di (N, 3H) float32, given as da (N, 3H), whose first 2H columns equal di's, and di_n (N, H), the last H
+// columns of di; ids (N,) int32 in [0, V); result dP (V, 3H) float32. The products of the input table are in matmul.cu.
 //
 // Positions are first sorted by id, stably, one digit of 8 bits at a time from the lowest. count_digits counts the
-// digits of each chunk of RADIX positions; scan_digits turns these counts into the places where each chunk's first
-// position with each digit goes; place_by_digit moves the positions there. A block owns a chunk and a thread a position
-// of it; scan_digits is one block, where a thread owns a digit. Equal ids then lie together: a block of sum_by_id owns
-// one id and 128 columns, a lane four of them, a warp every (blockDim.x / 32)nd position of that id; the warps' sums
-// are added in ascending order.
+// digits of each chunk of RADIX positions; scan_digits turns these counts into offsets, where the first position of
+// each chunk with each digit goes; place_by_digit moves the positions there. A block owns a chunk and a thread a
+// position of it; scan_digits is one block, where a thread owns a digit. Equal ids then lie together: a block of
+// sum_by_id owns one id and 128 columns, a lane four of them, a warp every (blockDim.x / 32)nd position of that id; the
+// warps' sums are added in ascending order.
 //
 // Bytes: sorting reads and writes about 24 N per digit; sum_by_id reads 12 H N in rows of 512 bytes,
 // and writes 12 H V.
-// Variants: this one. Up to V 256, which most texts stay below, there is a single digit.
+// Variants: none. Up to V 256, more characters than most texts have, ids have a single digit.
 // Source: Zagha and Blelloch, "Radix sort for vector multiprocessors", 1991.
 #include "common.cuh"
 
@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(RADIX)
     counts[i] = chunk_counts[threadIdx.x];
 }
 
-// In place: counts become places.
+// Overwrites counts with offsets: where the first position of each chunk with each digit goes.
 extern "C" __global__ void __launch_bounds__(RADIX) scan_digits(int *counts, int chunks)
 {
     __shared__ int totals[RADIX];
@@ -45,21 +45,21 @@ extern "C" __global__ void __launch_bounds__(RADIX) scan_digits(int *counts, int
         total += counts[size_t(chunk) * RADIX + digit];
     totals[digit] = total;
     __syncthreads();
-    int place = 0;
+    int offset = 0;
     for (int lower = 0; lower < digit; ++lower)
-        place += totals[lower];
+        offset += totals[lower];
 #pragma unroll 8
     for (int chunk = 0; chunk < chunks; ++chunk) {
         const int count = counts[size_t(chunk) * RADIX + digit];
-        counts[size_t(chunk) * RADIX + digit] = place;
-        place += count;
+        counts[size_t(chunk) * RADIX + digit] = offset;
+        offset += count;
     }
 }
 
 // positions[i] is where ids[i] comes from: i itself in the first pass, when shift is 0 and positions is not read.
 extern "C" __global__ void __launch_bounds__(RADIX)
     place_by_digit(int *__restrict__ sorted_ids, int *__restrict__ sorted_positions, const int *__restrict__ ids,
-                   const int *__restrict__ positions, const int *__restrict__ places, int N, int shift)
+                   const int *__restrict__ positions, const int *__restrict__ offsets, int N, int shift)
 {
     __shared__ int digits[RADIX];
     const size_t i = thread_in_grid();
@@ -68,11 +68,11 @@ extern "C" __global__ void __launch_bounds__(RADIX)
     __syncthreads();
     if (i >= N)
         return;
-    int place = places[size_t(blockIdx.x) * RADIX + digit];
+    int offset = offsets[size_t(blockIdx.x) * RADIX + digit];
     for (int earlier = 0; earlier < threadIdx.x; ++earlier)
-        place += digits[earlier] == digit;
-    sorted_ids[place] = ids[i];
-    sorted_positions[place] = shift == 0 ? int(i) : positions[i];
+        offset += digits[earlier] == digit;
+    sorted_ids[offset] = ids[i];
+    sorted_positions[offset] = shift == 0 ? int(i) : positions[i];
 }
 
 // The first of N ascending ids that is not below v.

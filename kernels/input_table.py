@@ -1,4 +1,4 @@
-"""Launchers of the input table, of its gradients, and of input_table.cu: the sums by id that these start from."""
+"""Launchers of the input table, of its gradients, and of input_table.cu: sums by id, from which the gradients start."""
 
 import numpy as np
 
@@ -52,7 +52,7 @@ def sum_by_id_scratch_size(N: int) -> int:
 def sum_by_id(da_tb, di_n_tb, ids_tb, dP, scratch) -> None:
     """For each id, the sum of di over its positions; 0 for an id without any.
 
-    The gradients di of the input products equal those of the recurrent ones, da, in the columns of r and z.
+    di and da, the gradients of the input and of the recurrent products, are equal in the columns of r and z.
 
     Shapes: da_tb (T, B, 3H), its last H columns are not read; di_n_tb (T, B, H); ids_tb (T, B) int32, in [0, V);
     result dP (V, 3H); scratch (sum_by_id_scratch_size(T*B),) int32, overwritten.

@@ -9,21 +9,22 @@
 // Everything is float32 and C-contiguous; with OPERAND_BYTES 2, A and B of a product are bfloat16 as unsigned shorts.
 //
 // A block of a product owns a TILE_M x TILE_N tile of C and K_split of the K products: blockIdx.x counts tiles along M,
-// blockIdx.y along N, blockIdx.z splits of K. What its warps and threads own: tile.cuh. A block of column_sums owns 32
-// columns: a lane one of them, a warp every (blockDim.x / 32)nd row.
+// blockIdx.y along N, blockIdx.z splits of K. tile.cuh says what its warps and threads own. A block of column_sums
+// owns 32 columns: a lane one of these columns, a warp every (blockDim.x / 32)nd row.
 //
 // Bytes: a product reads 4 M K for each column of tiles and 4 K N for each row of tiles, mostly from L2, and writes
-// 4 M N; a split one also writes and reads its partial sums. column_sums reads 4 M N, 128 bytes per warp and row.
-// Variants: PRECISION, see tile.cuh; OPERAND_BYTES, 4 or 2; tiles of 128 for large C, of 64 for others; K split among
-// blocks where C has too few tiles to occupy a GPU, with the partial sums added in ascending order. Large products go
-// through matmul_multistage.cu where they can: this is what runs at any sizes, and on any GPU.
+// 4 M N; a product split along K also writes and reads its partial sums. column_sums reads 4 M N, 128 bytes per warp
+// and row.
+// Variants: PRECISION, see tile.cuh; OPERAND_BYTES, 4 or 2; tiles of 128 for a large C, else of 64; split-K, K shared
+// among blocks, where C has too few tiles to occupy a GPU, with the partial sums added in ascending order. Large
+// products go through matmul_multistage.cu where they can; this file runs at any sizes, and on any GPU.
 // Source: CUTLASS, "Efficient GEMM in CUDA", section "Parallelized Reductions".
 #include "tile.cuh"
 
 #if !defined(OPERAND_BYTES)
 #error "the launcher defines OPERAND_BYTES"
 #endif
-static_assert(OPERAND_BYTES == 4 || (OPERAND_BYTES == 2 && PRECISION == 2), "fp32, or bf16 to be multiplied as such");
+static_assert(OPERAND_BYTES == 4 || (OPERAND_BYTES == 2 && PRECISION == 2), "two bytes are bf16, multiplied as bf16");
 
 #if OPERAND_BYTES == 2
 using Element = unsigned short;

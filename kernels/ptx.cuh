@@ -11,16 +11,16 @@
 //   cp_async_16, _4        sm_80   copies from global to shared memory that run while the thread goes on
 //   cp_async_commit, _wait sm_80   close a group of such copies; wait for groups
 //
-// All 32 lanes of a warp execute an mma or an ldmatrix together. A lane owns, with g = lane / 4, q = lane % 4 and p elements
-// per register (1 or 2; the element with the smaller index in the low half):
+// All 32 lanes of a warp execute an mma or an ldmatrix together. A lane owns, with g = lane / 4, q = lane % 4 and p
+// elements per register (1 or 2; the element with the smaller index in the low half):
 //   a[r]  row g + 8 (r % 2), columns q p + 4 p (r / 2) and the p - 1 after it
 //   b[r]  rows q p + 4 p r and the p - 1 after it, column g
 //   d[i]  row g + 8 (i / 2), column 2 q + i % 2
 // Products are exact and sums are fp32; the tensor core ignores the low 13 bits of a tf32 operand (round it first, with
 // to_tf32 or tf32_operand).
 //
-// A function exists only where its instruction does, so that its use on an older GPU stops the build. What each function
-// means on a CPU, for tests without a GPU, is in tests/host_cuda/ptx.h.
+// A function exists only where its instruction does, so that its use on an older GPU stops the build. What each
+// function means on a CPU, for tests without a GPU, is in tests/host_cuda/ptx.h.
 // Source: PTX ISA, "Matrix Fragments for mma.m16n8k8 / mma.m16n8k16", "ldmatrix", "cp.async", "cvt", "red", "ld".
 
 #ifndef HOST_CUDA

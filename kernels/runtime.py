@@ -1,7 +1,8 @@
 """Sources, compiling and launching of the CUDA kernels: the one place where arguments are checked and converted.
 
-A launcher calls ``check`` for each array it is given, ``empty`` for its results and ``launch`` for the kernel. Who runs the
-kernel is an executor: CuPy on a GPU, or whatever ``use`` installed. Importing this module imports neither CuPy nor a driver.
+A launcher calls ``check`` for each array it is given, ``empty`` for its results and ``launch`` for the kernel. Who runs
+the kernel is an executor: CuPy on a GPU, or the one that ``use`` installed. Importing this module imports neither CuPy
+nor a driver.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ class CompileError(RuntimeError):
 
 
 class ResourceUse(NamedTuple):
-    """What one kernel takes on one architecture."""
+    """The resources that one kernel takes on one architecture."""
 
     registers: int  # per thread
     shared_bytes: int  # static, per block
@@ -50,7 +51,7 @@ class Graph(Protocol):
 
 
 class Executor(Protocol):
-    """What runs kernels, and owns the arrays they work on."""
+    """Runs kernels, and owns the arrays that they work on."""
 
     array_type: type
     gpu: GPU
@@ -83,8 +84,8 @@ class Executor(Protocol):
 class CupyExecutor:
     """Runs kernels on the current GPU and the current stream, compiled by NVRTC at their first use.
 
-    The thread that makes it gets a stream to work on. Other threads work on the null stream, and what both launch stays
-    in order; no stream is shared with a capture, so that any thread may capture while others launch.
+    The thread that makes it gets a stream to work on. Other threads work on the null stream, and the launches of both
+    streams stay in order; no stream is shared with a capture, so that any thread may capture while others launch.
 
     Raises: DeviceError where CuPy is not installed or finds no GPU.
     """
@@ -128,7 +129,7 @@ class CupyExecutor:
         destination.data.copy_from_device_async(source.data, source.nbytes)  # x[...] = y may run a kernel of CuPy's
 
     def peak_memory_mib(self):
-        return self._cupy.get_default_memory_pool().total_bytes() / 2**20  # the pool keeps what it once had
+        return self._cupy.get_default_memory_pool().total_bytes() / 2**20  # the pool never gives memory back
 
     def resident_blocks(self, source, kernel, threads, shared_bytes):
         key = source, kernel, threads, shared_bytes
@@ -159,20 +160,20 @@ class CupyExecutor:
                 finally:
                     graph = stream.end_capture()
         except RuntimeError as error:
-            raise DeviceError(f"CUDA cannot capture launches as a graph ({error}): to train without, use --no-graph, or "
-                              "graph=False from Python") from error
+            raise DeviceError(f"CUDA cannot capture launches as a graph ({error}): to train without, use --no-graph, "
+                              "or graph=False from Python") from error
         return graph
 
     def _function(self, source, kernel, shared_bytes, cooperative):
         key = source, kernel, shared_bytes, cooperative
         if key not in self._functions:
-            with self._loading:  # what one thread reads of modules and limits, another must not change before it writes
+            with self._loading:  # no other thread may change modules and limits between reading and writing
                 self._functions[key] = self._loaded(*key)
         return self._functions[key]
 
     def _loaded(self, source, kernel, shared_bytes, cooperative):
-        """The kernel, with leave to use that much shared memory. CuPy launches all kernels of a module in the same way, so a
-        source with both kinds of launch becomes two modules."""
+        """The kernel, with leave to use that much shared memory. CuPy launches all kernels of a module in the same way,
+        so a source with both kinds of launch becomes two modules."""
         limit = self.gpu.shared_bytes
         if (source, cooperative) not in self._modules:
             self._modules[source, cooperative] = self._cupy.RawModule(
@@ -196,7 +197,7 @@ _making = threading.Lock()
 
 @contextlib.contextmanager
 def use(executor: Executor) -> Iterator[Executor]:
-    """Inside the ``with`` block, kernels run on this executor, those of other threads too."""
+    """Inside the ``with`` block, kernels run on this executor, also kernels that other threads launch."""
     global _executor
     before, _executor = _executor, executor
     try:
@@ -251,11 +252,13 @@ def peak_memory_mib() -> float:
 def check(name: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> None:
     """Requires an array of exactly this dtype and shape, C-contiguous and of the executor in use.
 
-    Raises: ValueError naming the argument, what was expected and what it is.
+    Raises: ValueError naming the argument, the expected dtype and shape, and the actual ones.
     """
     array_type = current_executor().array_type
-    expected = f"expected a C-contiguous {array_type.__module__}.{array_type.__name__} of {np.dtype(dtype)} {tuple(shape)}"
-    if not isinstance(array, array_type):
+    expected = (f"expected a C-contiguous {array_type.__module__}.{array_type.__name__} of {np.dtype(dtype)} "
+                f"{tuple(shape)}")
+    of_executor = isinstance(array, array_type)
+    if not of_executor:
         raise ValueError(f"{name}: {expected}, got {type(array).__module__}.{type(array).__name__}")
     if array.dtype != dtype or array.shape != tuple(shape) or not array.flags.c_contiguous:
         order = "C-contiguous" if array.flags.c_contiguous else f"strided {array.strides}"
@@ -266,19 +269,20 @@ def launch(stem: str, kernel: str, grid: int | Sequence[int], block: int | Seque
            constants: Mapping[str, int], shared_bytes: int = 0, cooperative: bool = False) -> None:
     """Launches one kernel of ``kernels/<stem>.cu`` on the executor in use.
 
-    ``grid`` counts blocks, ``block`` threads, each one number or up to three. ``args`` are arrays of the executor and NumPy
-    scalars, which fix the width of every parameter: np.int32 for int, np.uint32 for unsigned, np.int64 for long long,
-    np.uint64 for unsigned long long, np.float32 for float. ``shared_bytes`` is dynamic shared memory per block; a
+    ``grid`` counts blocks, ``block`` threads, each one number or up to three. ``args`` are arrays of the executor and
+    NumPy scalars, which fix the width of every parameter: np.int32 for int, np.uint32 for unsigned, np.int64 for long
+    long, np.uint64 for unsigned long long, np.float32 for float. ``shared_bytes`` is dynamic shared memory per block; a
     ``cooperative`` launch has all its blocks on the device at once.
 
-    Raises: TypeError for any other argument; ValueError for an array that is not C-contiguous, for an extent out of range,
-    and for a cooperative grid larger than the device holds; DeviceError.
+    Raises: TypeError for any other argument; ValueError for an array that is not C-contiguous, for an extent out of
+    range, and for a cooperative grid larger than the device holds; DeviceError.
     """
     executor = current_executor()
     for i, arg in enumerate(args):
         if isinstance(arg, executor.array_type):
             if not arg.flags.c_contiguous:
-                raise ValueError(f"{kernel}: argument {i} is not C-contiguous: {arg.dtype} {arg.shape}, strides {arg.strides}")
+                raise ValueError(f"{kernel}: argument {i} is not C-contiguous: {arg.dtype} {arg.shape}, "
+                                 f"strides {arg.strides}")
         elif not isinstance(arg, _SCALARS):
             raise TypeError(f"{kernel}: argument {i} is a {type(arg).__module__}.{type(arg).__name__}; pass arrays of "
                             f"{executor.array_type.__module__} and scalars of an exact width, such as np.int32(1)")
@@ -290,8 +294,8 @@ def launch(stem: str, kernel: str, grid: int | Sequence[int], block: int | Seque
     if cooperative:
         resident = executor.resident_blocks(text, kernel, threads, shared_bytes)
         if blocks > resident:
-            raise ValueError(f"{kernel}: a cooperative grid of {blocks} blocks, of {threads} threads and {shared_bytes} bytes of "
-                             f"dynamic shared memory each; the device holds {resident} at once")
+            raise ValueError(f"{kernel}: a cooperative grid of {blocks} blocks, of {threads} threads and "
+                             f"{shared_bytes} bytes of dynamic shared memory each; the device holds {resident} at once")
     executor.launch(text, kernel, grid, block, list(args), shared_bytes, cooperative)
 
 
@@ -341,8 +345,8 @@ def _source(stem: str, constants: tuple[tuple[str, int], ...]) -> str:
 
 
 def assemble(name: str, text: str, constants: Mapping[str, int]) -> str:
-    """A source that needs no file: ``#define`` lines, then the text with each ``#include "x.cuh"`` replaced, the first time,
-    by that file of this package. Line directives make compilers name the file that a line comes from.
+    """A source that needs no file: ``#define`` lines, then the text with each ``#include "x.cuh"`` replaced, the first
+    time, by that file of this package. Line directives make compilers name the file that a line comes from.
 
     Raises: TypeError for a constant that is not an int; ValueError for an ``#include`` that a compiler may skip.
     """
@@ -378,7 +382,7 @@ def _read(name: str) -> str:
 
 
 def compile_for(source: str, architecture: str) -> dict[str, ResourceUse]:
-    """Compiles a source for an architecture such as "sm_90", with no GPU and no driver; kernel name -> what it takes.
+    """Compiles a source for an architecture such as "sm_90", with no GPU and no driver; kernel name -> its resources.
 
     Raises: DeviceError where NVRTC is not installed; CompileError with its messages.
     """
@@ -407,13 +411,10 @@ def compile_for(source: str, architecture: str) -> dict[str, ResourceUse]:
 
 
 def _resource_use(log: str) -> dict[str, ResourceUse]:
-    """Reads what ``ptxas -v`` wrote about each entry function."""
+    """Reads the output of ``ptxas -v`` about each entry function."""
     use = {}
+    patterns = (r"Used (\d+) registers", r"(\d+) bytes smem", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")
     for entry in log.split("Compiling entry function ")[1:]:
-        def number(pattern: str) -> int:
-            found = re.search(pattern, entry)
-            return int(found[1]) if found else 0
-
-        use[entry.split("'")[1]] = ResourceUse(number(r"Used (\d+) registers"), number(r"(\d+) bytes smem"),
-                                               number(r"(\d+) bytes spill stores"), number(r"(\d+) bytes spill loads"))
+        found = (re.search(pattern, entry) for pattern in patterns)
+        use[entry.split("'")[1]] = ResourceUse(*(int(number[1]) if number else 0 for number in found))
     return use

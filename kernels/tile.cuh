@@ -11,7 +11,7 @@
 // one tf32 or two bf16 of neighbouring k, rounded once, on the way. Two stages take turns: one barrier per round.
 //   fp32        a thread owns TILE_M / 16 rows by TILE_N / 16 columns, a warp 4 x 8 threads; FFMA, k ascending
 //   tf32, bf16  a warp owns fragments of 16 x 8, on the tensor cores; fp32 sums, k ascending in groups of 8 (bf16: 16)
-// An element is summed in the same order wherever it lies: equal calls give equal bits.
+// Every element of c is summed in the same order, wherever it lies in the tile: equal calls give equal bits.
 // Source: CUTLASS, "Efficient GEMM in CUDA" (the hierarchy of tiles); ptx.cuh for the fragments.
 #include "common.cuh"
 #include "ptx.cuh"
@@ -37,7 +37,7 @@ constexpr int TILE_B_STRIDE = TILE_N + TILE_PADDING;
 constexpr int TILE_STAGE = TILE_WORDS * (TILE_A_STRIDE + TILE_B_STRIDE);
 constexpr int TILE_C_STRIDE = TILE_N + 1;
 
-// Shared memory, in floats, aligned to 16 bytes: what tile_sums takes, and what tile_product takes.
+// Floats of shared memory, aligned to 16 bytes, that tile_sums needs, and that tile_product needs.
 constexpr int TILE_STAGES = 2 * TILE_STAGE;
 constexpr int TILE_SHARED = TILE_STAGES > TILE_M * TILE_C_STRIDE ? TILE_STAGES : TILE_M * TILE_C_STRIDE;
 
@@ -80,8 +80,8 @@ struct TileOperand {
             }
     }
 
-    // Rounds here and not in load, which would have to wait for the elements. A float in shared memory only carries the
-    // bits.
+    // Elements are rounded here and not in load, which would have to wait for them. A float in shared memory only
+    // carries the bits.
     __device__ __forceinline__ void store(float *stage) const
     {
 #pragma unroll
@@ -106,7 +106,7 @@ struct TileSums {
 
     float c[ROWS][COLUMNS] = {};
 
-    // Place of this thread in the block's grid of 16 x 16 threads.
+    // Row and column of this thread in the block's grid of 16 x 16 threads.
     static __device__ __forceinline__ int thread_row() { return warp() / 2 * 4 + lane() / 8; }
     static __device__ __forceinline__ int thread_column() { return warp() % 2 * 8 + lane() % 8; }
 
@@ -115,7 +115,7 @@ struct TileSums {
     static constexpr int RUN = COUNT % 4 == 0 ? 4 : COUNT % 2 == 0 ? 2 : 1;
 
     template <int COUNT>
-    static __device__ __forceinline__ int place(int thread, int i)
+    static __device__ __forceinline__ int index_in_tile(int thread, int i)
     {
         return (i / RUN<COUNT> * 16 + thread) * RUN<COUNT> + i % RUN<COUNT>;
     }
@@ -125,7 +125,7 @@ struct TileSums {
     {
 #pragma unroll
         for (int i = 0; i < COUNT; i += RUN<COUNT>) {
-            const float *run = row + place<COUNT>(thread, i);
+            const float *run = row + index_in_tile<COUNT>(thread, i);
             if constexpr (RUN<COUNT> == 4) {
                 const float4 x = *reinterpret_cast<const float4 *>(run);
                 values[i] = x.x, values[i + 1] = x.y, values[i + 2] = x.z, values[i + 3] = x.w;
@@ -161,7 +161,7 @@ struct TileSums {
         for (int i = 0; i < ROWS; ++i)
 #pragma unroll
             for (int j = 0; j < COLUMNS; ++j)
-                take(place<ROWS>(thread_row(), i), place<COLUMNS>(thread_column(), j), c[i][j]);
+                take(index_in_tile<ROWS>(thread_row(), i), index_in_tile<COLUMNS>(thread_column(), j), c[i][j]);
     }
 };
 #else
@@ -175,10 +175,10 @@ struct TileSums {
     // First row (or column) of this warp's fragments; warps take turns.
     static __device__ __forceinline__ int row(int i) { return (warp() % WARPS_M + i * WARPS_M) * 16; }
     static __device__ __forceinline__ int column(int j) { return (warp() / WARPS_M + j * WARPS_N) * 8; }
-    // The same in all lanes of a warp.
+    // Whether fragment j lies inside the tile; equal in all lanes of a warp.
     static __device__ __forceinline__ bool owned(int j) { return TILE_N / 8 % WARPS_N == 0 || column(j) < TILE_N; }
 
-    // In words, the fragments of both instructions are the same: 16 x 8 of a and 8 x 8 of b.
+    // Counted in words, both instructions take the same fragments: 16 x 8 of a and 8 x 8 of b.
     __device__ __forceinline__ void add(const float *stage)
     {
         const float *stage_b = stage + TILE_WORDS * TILE_A_STRIDE;
@@ -226,7 +226,7 @@ struct TileSums {
 #endif
 
 // The sums of all k, in registers: each(take) calls take(m, n, value) for every element of c, in the thread that owns
-// it. `shared` holds TILE_STAGES floats; other threads may still be reading it when this returns.
+// it. `shared` holds TILE_STAGES floats, which other threads may still be reading when this returns.
 template <bool A_K_CONTIGUOUS, bool B_K_CONTIGUOUS, class A, class B>
 __device__ __forceinline__ TileSums tile_sums(float *shared, int K, A a, B b)
 {
@@ -238,7 +238,7 @@ __device__ __forceinline__ TileSums tile_sums(float *shared, int K, A a, B b)
     next_b.load(0, K, b);
     __syncthreads();  // the caller may have just used `shared`
     for (int k0 = 0, round = 0; k0 < K; k0 += TILE_K, ++round) {
-        // This stage was read two rounds ago, by threads that have all passed the barrier of the last round since.
+        // Every thread that read this stage two rounds ago has passed the barrier of the last round since.
         float *stage = shared + round % 2 * TILE_STAGE;
         next_a.store(stage);
         next_b.store(stage + TILE_WORDS * TILE_A_STRIDE);
@@ -258,7 +258,7 @@ template <bool A_K_CONTIGUOUS, bool B_K_CONTIGUOUS, class A, class B>
 __device__ __forceinline__ void tile_product(float *shared, int K, A a, B b)
 {
     const TileSums sums = tile_sums<A_K_CONTIGUOUS, B_K_CONTIGUOUS>(shared, K, a, b);
-    __syncthreads();  // c takes the place of the stages
+    __syncthreads();  // c overwrites the stages
     sums.each([=](int m, int n, float value) { tile_c(shared, m, n) = value; });
     __syncthreads();
 }

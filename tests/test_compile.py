@@ -1,6 +1,6 @@
-"""Every kernel compiles for every architecture, and takes what the table says; no GPU is needed.
+"""Every kernel compiles for every architecture, and takes the resources that the table says; no GPU is needed.
 
-`python -m kernels > tests/kernel_resources.txt` writes the table anew.
+`python -m kernels > tests/kernel_resources.txt` renews the table.
 """
 
 import importlib.resources
@@ -28,7 +28,7 @@ def table(architecture: str) -> dict[tuple[str, str, str], list[int]]:
 
 
 def test_every_kernel_file_is_registered():
-    files = {path.name for path in importlib.resources.files("kernels").iterdir() if path.name.endswith(".cu")}
+    files = {path.name for path in importlib.resources.files("char_gru.kernels").iterdir() if path.name.endswith(".cu")}
     assert files == {f"{stem}.cu" for stem in (*MODULES, *PLANNED)}
 
 

@@ -1,4 +1,5 @@
-"""The harness that runs kernels without a GPU finds the faults that are planted here, and is silent on right kernels."""
+"""The harness that runs kernels without a GPU finds the faults that are planted here, and is silent on right
+kernels."""
 
 import time
 
@@ -30,11 +31,14 @@ def results_by_order(text, kernel, grid, block, make_args, **options):
 
 
 def report_of(text, kernel, grid, block, args, sanitize, **options):
-    """What a sanitizer reports of one launch."""
-    return run_sanitized(lambda: run(text, kernel, grid, block, args, executor=runtime.current_executor(), **options), sanitize)
+    """The report of a sanitizer about one launch, "" where it finds nothing."""
+    def launch():
+        run(text, kernel, grid, block, args, executor=runtime.current_executor(), **options)
+
+    return run_sanitized(launch, sanitize)
 
 
-# ---- Barriers inside a block ------------------------------------------------------------------------------------------------
+# ---- Barriers inside a block -----------------------------------------------------------------------------------------
 
 REVERSE = """
 extern "C" __global__ void reverse(float *out, const float *in)
@@ -89,7 +93,7 @@ def test_thread_sanitizer_finds_a_missing_syncwarp():
     assert "data race" in report_of(shuffled, "shift", 1, 32, [out], "thread")
 
 
-# ---- Barriers between blocks --------------------------------------------------------------------------------------------
+# ---- Barriers between blocks -----------------------------------------------------------------------------------------
 
 RING = """
 #include "barrier.cuh"
@@ -112,7 +116,8 @@ RING_UNSYNCHRONISED = RING.replace("group_barrier(counter, gridDim.x * (step + 1
 
 def ring_args(steps=20):
     executor = HostExecutor()
-    return [executor.empty(4 * 8, np.float32), executor.empty(2 * 4, np.float32), executor.zeros(2, np.uint32), np.int32(steps)]
+    return [executor.empty(4 * 8, np.float32), executor.empty(2 * 4, np.float32), executor.zeros(2, np.uint32),
+            np.int32(steps)]
 
 
 def test_group_barrier_works_over_many_steps_and_is_counted():
@@ -149,7 +154,7 @@ def test_waiting_for_a_block_in_an_ordinary_launch_is_an_error():
         run(RING, "ring", 4, 8, ring_args())
 
 
-# ---- Memory -----------------------------------------------------------------------------------------------------------------
+# ---- Memory ----------------------------------------------------------------------------------------------------------
 
 def test_address_sanitizer_finds_an_index_one_past_the_end():
     text = 'extern "C" __global__ void copy(float *out, const float *in) {{ out[threadIdx.x] = in[threadIdx.x + {}]; }}'
@@ -167,9 +172,9 @@ def test_address_sanitizer_finds_an_index_past_the_end_of_shared_memory():
     }"""
     dynamic = static.replace("__shared__ float tile[8];", "extern __shared__ __align__(16) float tile[];")
     for text, shared_bytes in ((static, 0), (dynamic, 32)):
-        assert report_of(text, "keep", 1, 8, [np.zeros(9, np.float32)], "address,undefined", shared_bytes=shared_bytes) == ""
-        report = report_of(text, "keep", 1, 9, [np.zeros(9, np.float32)], "address,undefined", shared_bytes=shared_bytes)
-        assert "kernels/keep.cu:3" in report
+        eight, nine = (report_of(text, "keep", 1, threads, [np.zeros(9, np.float32)], "address,undefined",
+                                 shared_bytes=shared_bytes) for threads in (8, 9))
+        assert eight == "" and "kernels/keep.cu:3" in nine
 
 
 def test_undefined_behaviour_sanitizer_finds_a_misaligned_vector_load():
@@ -243,10 +248,10 @@ def test_reading_an_asynchronous_copy_without_waiting_finds_the_old_bytes():
     assert unwritten(out) == 32
 
 
-# ---- Bytes ------------------------------------------------------------------------------------------------------------
+# ---- Bytes -----------------------------------------------------------------------------------------------------------
 
 def bytes_of(text, kernel, grid, block, args, **options):
-    """What one launch read and wrote, per argument."""
+    """Bytes that one launch read and wrote, per argument."""
     executor = HostExecutor(count_bytes=True)
     (launch,) = run(text, kernel, grid, block, args, executor=executor, **options).launches
     return launch.bytes_read, launch.bytes_written
@@ -373,38 +378,42 @@ def test_what_could_not_be_counted_is_refused():
         HostExecutor(sanitize="thread", count_bytes=True)
 
 
-# ---- Deadlocks --------------------------------------------------------------------------------------------------------------
+# ---- Deadlocks -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("body, message", [
     ("if (threadIdx.x < 40) __syncthreads();",
-     r"stuck: deadlock inside a block\n(  block 0: .*\n)?  block \d: threads 0-39 waiting in __syncthreads "
-     r"\(kernels/stuck.cu:1\); threads 40-63 returned"),
-    ("if (threadIdx.x < 40) __syncthreads(); \n else __syncthreads();", "threads of one block are in different __syncthreads"),
+     (r"stuck: deadlock inside a block\n(  block 0: .*\n)?  block \d: threads 0-39 waiting in __syncthreads "
+      r"\(kernels/stuck.cu:1\); threads 40-63 returned")),
+    ("if (threadIdx.x < 40) __syncthreads(); \n else __syncthreads();",
+     "threads of one block are in different __syncthreads"),
     ("if (threadIdx.x != 7) __shfl_sync(0xffffffff, 1, 0); else __syncthreads();",
      r"threads 0-6 waiting in __shfl_sync .*; thread 7 waiting in __syncthreads"),
     ("__any_sync(0x0000ffff, 1);", "__any_sync by a lane that its mask leaves out"),
     ("if (blockIdx.x == 0) group_barrier(out, 2);",
-     r"deadlock between blocks\n  block 0: thread 0 waiting for a counter that is 1 to reach 2 \(kernels/barrier.cuh:\d+\)"),
+     (r"deadlock between blocks\n  block 0: thread 0 waiting for a counter that is 1 to reach 2 "
+      r"\(kernels/barrier.cuh:\d+\)")),
 ])
 def test_deadlock_is_reported_with_who_waits_where(body, message):
     text = '#line 1\n#include "barrier.cuh"\n' if "group_barrier" in body else ""
     with pytest.raises(Deadlock, match=message):
-        run(f'{text}extern "C" __global__ void stuck(unsigned *out) {{ {body} }}', "stuck", 2, 64, [np.zeros(1, np.uint32)],
-            cooperative=True)
+        run(f'{text}extern "C" __global__ void stuck(unsigned *out) {{ {body} }}', "stuck", 2, 64,
+            [np.zeros(1, np.uint32)], cooperative=True)
 
 
-# ---- What is refused ------------------------------------------------------------------------------------------------------
+# ---- What is refused -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("args, message", [
     ([np.zeros(4, np.float32)], "1 arguments, the kernel takes 3"),
-    ([np.zeros(4, np.float64), np.zeros(4, np.int32), np.int32(4)], "argument 0 is an array of float64, the kernel declares float"),
+    ([np.zeros(4, np.float64), np.zeros(4, np.int32), np.int32(4)],
+     "argument 0 is an array of float64, the kernel declares float"),
     ([np.zeros(4, np.float32), np.zeros(4, np.int32), np.int64(4)], "argument 2 is int64, the kernel declares int"),
     ([np.zeros(4, np.float32), np.zeros(4, np.int32), np.float32(4)], "argument 2 is float32, the kernel declares int"),
     ([np.zeros(4, np.float32), np.int32(1), np.int32(4)], r"argument 1 is int32, the kernel declares const int \*"),
     ([np.broadcast_to(np.float32(0), 4), np.zeros(4, np.int32), np.int32(4)], "argument 0 is a read-only array"),
 ])
 def test_arguments_that_do_not_fit_the_signature_are_refused(args, message):
-    text = 'extern "C" __global__ void __launch_bounds__(32) take(float *out, const int *__restrict__ in, const int n) {}'
+    text = """extern "C" __global__ void __launch_bounds__(32)
+    take(float *out, const int *__restrict__ in, const int n) {}"""
     with pytest.raises(TypeError, match=message):
         run(text, "take", 1, 1, args)
 
@@ -421,7 +430,7 @@ def test_what_the_header_lacks_stops_the_build(statement):
         run(f'\nextern "C" __global__ void odd(float *out) {{ {statement} }}', "odd", 1, 1, [np.zeros(1, np.float32)])
 
 
-# ---- What kernels use -------------------------------------------------------------------------------------------------------
+# ---- What kernels use ------------------------------------------------------------------------------------------------
 
 def test_warp_functions_equal_their_definition():
     text = """extern "C" __global__ void warp_functions(int *out, const int *in) {
@@ -478,7 +487,8 @@ def test_common_helpers_equal_numpy():
     logistic = 1 / (1 + np.exp(-np.maximum(values.astype(np.float64), -700)))
     clipped = np.clip(values, -80, 80)
     exact = clipped.astype(np.float64)
-    for result in results_by_order(text, "helpers", 1, 128, lambda: [HostExecutor().empty((5, 128), np.float32), values]):
+    for result in results_by_order(text, "helpers", 1, 128,
+                                   lambda: [HostExecutor().empty((5, 128), np.float32), values]):
         np.testing.assert_allclose(result[0], logistic, rtol=3e-7, atol=1e-37)
         np.testing.assert_allclose(result[1], np.repeat(exact.reshape(4, 32).sum(1), 32), rtol=1e-5, atol=1e-3)
         assert np.ptp(result[2]) == 0 and np.ptp(result[3]) == 0
@@ -540,7 +550,8 @@ def test_persistent_kernel_runs_in_seconds():
     }
     """
     executor = HostExecutor()
-    args = [executor.empty(8 * 256, np.float32), executor.empty(8, np.float32), executor.zeros(1, np.uint32), np.int32(100)]
+    args = [executor.empty(8 * 256, np.float32), executor.empty(8, np.float32), executor.zeros(1, np.uint32),
+            np.int32(100)]
     executor.compile(runtime.assemble("persist.cu", text, {}))
     start = time.monotonic()
     run(text, "persist", 8, 256, args, cooperative=True, executor=executor)
@@ -548,7 +559,7 @@ def test_persistent_kernel_runs_in_seconds():
     assert unwritten(args[0]) == 0 and executor.launches[0].group_barriers == 8 * 200
 
 
-# ---- Graphs -----------------------------------------------------------------------------------------------------------------
+# ---- Graphs ----------------------------------------------------------------------------------------------------------
 
 def test_captured_launches_and_copies_run_when_launched_with_the_arguments_they_had():
     executor, source, out, kept = HostExecutor(), *(np.zeros(64, np.float32) for _ in range(3))

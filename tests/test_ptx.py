@@ -1,7 +1,7 @@
 """The functions of ptx.cuh, the narrow formats and the fragment layout against NumPy.
 
-The same kernels run on the host harness and, where there is one, on a GPU: a function computes in tests/host_cuda/ptx.h what
-its instruction computes.
+The same kernels run on the host harness and, where there is one, on a GPU: a function computes in tests/host_cuda/ptx.h
+what its instruction computes.
 """
 
 import numpy as np
@@ -25,20 +25,21 @@ KERNELS = ROUNDING + """
 #include "ptx.cuh"
 
 // D (16,8) = A (16,K) B (K,8) by one warp, from row-major matrices in global memory.
-#define FRAGMENTS(P, PACK)                                                                                                     \\
-    const int g = lane() / 4, q = lane() % 4;                                                                                  \\
-    float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};                                                                                     \\
-    for (int r = 0; r < A; ++r)                                                                                                \\
-        fa[r] = PACK(a + (g + 8 * (r % 2)) * K + q * P + 4 * P * (r / 2), 1);                                                  \\
-    for (int r = 0; r < A / 2; ++r)                                                                                            \\
+#define FRAGMENTS(P, PACK)                                                                                           \\
+    const int g = lane() / 4, q = lane() % 4;                                                                        \\
+    float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};                                                                           \\
+    for (int r = 0; r < A; ++r)                                                                                      \\
+        fa[r] = PACK(a + (g + 8 * (r % 2)) * K + q * P + 4 * P * (r / 2), 1);                                        \\
+    for (int r = 0; r < A / 2; ++r)                                                                                  \\
         fb[r] = PACK(b + (q * P + 4 * P * r) * 8 + g, 8);
 
-#define STORE                                                                                                                  \\
-    for (int i = 0; i < 4; ++i)                                                                                                \\
+#define STORE                                                                                                        \\
+    for (int i = 0; i < 4; ++i)                                                                                      \\
         out[(g + 8 * (i / 2)) * 8 + 2 * q + i % 2] = d[i];
 
 __device__ __forceinline__ unsigned bits(const float *x, int) { return __float_as_uint(*x); }
-// Element k of row r of each of four 8x8 matrices, gathered in fragments: registers[m] of a lane, and the same transposed.
+// Element k of row r of each of four 8x8 matrices, gathered in fragments: registers[m] of a lane, and the same
+// transposed.
 extern "C" __global__ void matrices(unsigned *out, unsigned *transposed, const unsigned short *in)
 {
     __shared__ __align__(16) unsigned short tile[32 * 24];  // rows of 48 bytes
@@ -103,7 +104,8 @@ SOURCE = runtime.assemble("fragments.cu", KERNELS, {})
 def launched(executor, kernel, outputs, inputs, threads=32, source=SOURCE):
     """The outputs, given as (shape, dtype), of a launch of one block."""
     arrays = [executor.empty(shape, dtype) for shape, dtype in outputs]
-    executor.launch(source, kernel, (1, 1, 1), (threads, 1, 1), arrays + [executor.to_device(x) for x in inputs], 0, False)
+    args = arrays + [executor.to_device(x) for x in inputs]
+    executor.launch(source, kernel, (1, 1, 1), (threads, 1, 1), args, 0, False)
     return [executor.to_host(array) for array in arrays]
 
 
@@ -166,10 +168,11 @@ def test_asynchronous_copies_arrive_and_fill_with_zeros_outside(executor):
 def awkward_floats():
     """Ordinary numbers, ties, the largest and smallest of each format, infinities and NaN; 256 of them."""
     random = np.random.default_rng(2)
-    special = np.array([0, -0.0, 1, 65504, 65519.99, 65520, 1e6, 3.3895314e38, 3.39e38, np.inf, -np.inf, np.nan, 6e-5, 6.1e-5, 2**-24,
-                        2**-25, 1.5 * 2**-24, 2.5 * 2**-24, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-9, 1 + 2**-11, 1 + 3 * 2**-11,
-                        1 + 2**-11 + 2**-20], np.float32)
-    return np.concatenate([special, -special, (random.normal(size=208) * 10.0**random.integers(-9, 9, 208)).astype(np.float32)])
+    special = np.array([0, -0.0, 1, 65504, 65519.99, 65520, 1e6, 3.3895314e38, 3.39e38, np.inf, -np.inf, np.nan, 6e-5,
+                        6.1e-5, 2**-24, 2**-25, 1.5 * 2**-24, 2.5 * 2**-24, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-9,
+                        1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-11 + 2**-20], np.float32)
+    ordinary = (random.normal(size=208) * 10.0**random.integers(-9, 9, 208)).astype(np.float32)
+    return np.concatenate([special, -special, ordinary])
 
 
 def test_bf16_rounds_to_nearest_even(executor):
@@ -224,7 +227,8 @@ def test_instructions_are_accepted_for_every_architecture_that_has_them(architec
     assert all(use.registers > 0 and use.spill_stores == use.spill_loads == 0 for use in kernels.values())
 
 
-@pytest.mark.parametrize("call", ["mma_m16n8k8_tf32(d, a, b)", "mma_m16n8k16_bf16(d, a, b)", "cp_async_commit()", "to_tf32(1.0f)"])
+@pytest.mark.parametrize("call", ["mma_m16n8k8_tf32(d, a, b)", "mma_m16n8k16_bf16(d, a, b)", "cp_async_commit()",
+                                  "to_tf32(1.0f)"])
 def test_instruction_that_turing_lacks_stops_its_build(call):
     text = f"""
     #include "common.cuh"

@@ -15,7 +15,7 @@ from char_gru.kernels import runtime
 
 
 class RecordingExecutor:
-    """Executor that keeps what it is asked to launch; its device holds four blocks."""
+    """Executor that only records its launches; its device holds four blocks."""
 
     array_type = np.ndarray
 
@@ -45,7 +45,8 @@ class RecordingExecutor:
 def executor(monkeypatch):
     """A recording executor in use, over a package with one kernel file that includes two headers."""
     files = {
-        "scale.cu": '#include "outer.cuh"\n#include "inner.cuh"\nextern "C" __global__ void scale(float *x) { *x *= FACTOR; }\n',
+        "scale.cu": ('#include "outer.cuh"\n#include "inner.cuh"\n'
+                     'extern "C" __global__ void scale(float *x) { *x *= FACTOR; }\n'),
         "outer.cuh": '// outer\n#include "inner.cuh"\n',
         "inner.cuh": "// inner\n",
     }
@@ -60,7 +61,7 @@ def launch(args=(), grid=2, block=32, **options):
     runtime.launch("scale", "scale", grid, block, args, constants={"FACTOR": 3}, **options)
 
 
-# ---- Arrays -----------------------------------------------------------------------------------------------------------------
+# ---- Arrays ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("array, got", [
     (np.zeros((2, 3), np.float64), "got float64 (2, 3), C-contiguous"),
@@ -88,7 +89,7 @@ def test_use_gives_back_the_executor_before(executor):
     assert runtime.current_executor() is executor
 
 
-# ---- Launches ---------------------------------------------------------------------------------------------------------------
+# ---- Launches --------------------------------------------------------------------------------------------------------
 
 def test_launch_passes_arrays_and_exact_scalars_on(executor):
     x = np.zeros(4, np.float32)
@@ -129,7 +130,7 @@ def test_cooperative_grid_larger_than_the_device_holds_is_refused(executor):
     assert len(executor.launched) == 2
 
 
-# ---- Sources ----------------------------------------------------------------------------------------------------------------
+# ---- Sources ---------------------------------------------------------------------------------------------------------
 
 def test_source_has_constants_each_header_once_and_true_line_numbers(executor):
     assert runtime.source("scale", {"FACTOR": 3}).splitlines() == [
@@ -152,7 +153,8 @@ def test_source_has_constants_each_header_once_and_true_line_numbers(executor):
 def test_include_that_the_compiler_may_skip_is_refused(executor, condition):
     text = f'#include "inner.cuh"\n{condition}\n#include "outer.cuh"\n#endif\n'
     line = 2 + len(condition.splitlines())
-    with pytest.raises(ValueError, match=rf'^kernels/scale.cu:{line}: #include "outer.cuh" inside #if; .* move the #include'):
+    complaint = rf'^kernels/scale.cu:{line}: #include "outer.cuh" inside #if; .* move the #include'
+    with pytest.raises(ValueError, match=complaint):
         runtime.assemble("scale.cu", text, {})
     assert "// outer" in runtime.assemble("scale.cu", '#if WIDE\n#endif\n#include "outer.cuh"\n', {})
 
@@ -171,8 +173,13 @@ def test_compile_error_names_the_file_and_line_that_a_person_wrote():
 
 def test_resource_use_reports_registers_shared_memory_and_spills():
     text = """
-    extern "C" __global__ void plain(float *x) { __shared__ float tile[64]; tile[threadIdx.x] = x[threadIdx.x]; __syncthreads();
-                                                 x[threadIdx.x] = tile[63 - threadIdx.x]; }
+    extern "C" __global__ void plain(float *x)
+    {
+        __shared__ float tile[64];
+        tile[threadIdx.x] = x[threadIdx.x];
+        __syncthreads();
+        x[threadIdx.x] = tile[63 - threadIdx.x];
+    }
     extern "C" __global__ void __launch_bounds__(1024, 2) spilling(float *x)
     {
         float y[80];
@@ -189,7 +196,7 @@ def test_resource_use_reports_registers_shared_memory_and_spills():
     assert use["spilling"].spill_stores > 0 and use["spilling"].spill_loads > 0 and use["spilling"].shared_bytes == 0
 
 
-# ---- What is missing ----------------------------------------------------------------------------------------------------
+# ---- What is missing -------------------------------------------------------------------------------------------------
 
 def test_importing_the_runtime_imports_no_cupy():
     code = "import sys, char_gru.kernels.runtime; assert not {'cupy', 'cuda', 'cuda.bindings'} & set(sys.modules)"
@@ -216,12 +223,14 @@ def test_missing_nvrtc_ends_the_command_with_status_2(monkeypatch, capsys):
 
 
 def test_command_prints_a_line_per_kernel_and_architecture(executor, monkeypatch, capsys):
-    monkeypatch.setattr(command, "modules_for", lambda architecture: [("scale", {"FACTOR": 3}), ("scale", {"FACTOR": 5})])
+    monkeypatch.setattr(command, "modules_for",
+                        lambda architecture: [("scale", {"FACTOR": 3}), ("scale", {"FACTOR": 5})])
     assert command.main(("sm_75", "sm_90")) == 0
     header, *lines = capsys.readouterr().out.splitlines()
     assert header == command.row(command.HEADER)
     assert [[cell.strip() for cell in line.split("|")][:4] for line in lines] == [
-        [architecture, "scale", f"FACTOR={factor}", "scale"] for architecture in ("sm_75", "sm_90") for factor in (3, 5)]
+        [architecture, "scale", f"FACTOR={factor}", "scale"]
+        for architecture in ("sm_75", "sm_90") for factor in (3, 5)]
 
 
 def test_command_ends_with_status_1_where_a_source_does_not_compile(executor, monkeypatch, capsys):
@@ -230,7 +239,7 @@ def test_command_ends_with_status_1_where_a_source_does_not_compile(executor, mo
     assert 'kernels/scale.cu(3): error: identifier "FACTOR" is undefined' in capsys.readouterr().err
 
 
-# ---- CuPy -------------------------------------------------------------------------------------------------------------------
+# ---- CuPy ------------------------------------------------------------------------------------------------------------
 
 class FakeCupy:
     """As much of CuPy as CupyExecutor calls, on a GPU of 10 multiprocessors that hold two blocks each."""
@@ -243,9 +252,11 @@ class FakeCupy:
         device = types.SimpleNamespace(id=0, compute_capability="89",
                                        attributes={"MultiProcessorCount": 10, "MaxSharedMemoryPerBlockOptin": 100_000})
         self.cuda = types.SimpleNamespace(
-            Device=lambda: device, Stream=functools.partial(FakeStream, self), get_current_stream=lambda: self.streams[-1],
+            Device=lambda: device, Stream=functools.partial(FakeStream, self),
+            get_current_stream=lambda: self.streams[-1],
             runtime=types.SimpleNamespace(getDeviceProperties=lambda device: {"name": b"NVIDIA L5"}),
-            driver=types.SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=lambda pointer, threads, shared_bytes: 2))
+            driver=types.SimpleNamespace(
+                occupancyMaxActiveBlocksPerMultiprocessor=lambda pointer, threads, shared_bytes: 2))
 
     def is_available(self):
         return True
@@ -256,7 +267,7 @@ class FakeCupy:
 
 
 class FakeStream:
-    """A stream that captures what is launched while it is current, as CUDA does: the null stream cannot, an error in
+    """A stream that captures the launches made while it is current, as CUDA does: the null stream cannot, an error in
     between shows again at the end of the capture, and until then a blocking stream makes the null stream unusable."""
 
     def __init__(self, cupy, is_null=False, non_blocking=False):
@@ -308,7 +319,7 @@ class FakeKernel:
 
 @pytest.fixture
 def cupy(executor, monkeypatch):
-    """CuPy's place taken by a fake, with an executor over it in use."""
+    """A fake in place of CuPy, with an executor over it in use."""
     fake = FakeCupy()
     monkeypatch.setitem(sys.modules, "cupy", fake)
     with runtime.use(runtime.CupyExecutor()):
@@ -323,7 +334,8 @@ def test_cupy_executor_tells_what_gpu_it_has(cupy):
 def test_cupy_kernels_are_compiled_once_and_cooperative_ones_apart(cupy):
     for cooperative in (False, True, False, True):
         launch([np.int32(1)], cooperative=cooperative)
-    assert cupy.modules == [(runtime.source("scale", {"FACTOR": 3}), False), (runtime.source("scale", {"FACTOR": 3}), True)]
+    text = runtime.source("scale", {"FACTOR": 3})
+    assert cupy.modules == [(text, False), (text, True)]
     assert [call[5] for call in cupy.calls] == [False, True, False, True]
     assert cupy.calls[0][:5] == ("scale", (2, 1, 1), (32, 1, 1), (np.int32(1),), 0)
 
@@ -354,10 +366,10 @@ def test_cupy_warning_of_a_shrunk_grid_is_an_error(cupy):
     assert cupy.calls == []
 
 
-# ---- Graphs -----------------------------------------------------------------------------------------------------------------
+# ---- Graphs ----------------------------------------------------------------------------------------------------------
 
 def names_of(calls):
-    """The kernels of calls, those of a graph's launch in a list of their own."""
+    """The kernels of calls; the kernels of a graph's launch are in a list of their own."""
     return [names_of(call) if isinstance(call, list) else call[0] for call in calls]
 
 

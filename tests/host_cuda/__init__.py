@@ -1,18 +1,18 @@
-"""Runs the project's CUDA kernels on a CPU, unchanged, to find what a GPU hides.
+"""Runs the project's CUDA kernels on a CPU, unchanged, to find mistakes that a GPU hides. README.md explains how.
 
-A kernel source is compiled by the host compiler behind ``host_cuda.h`` and run by ``runtime.cpp``: one CUDA thread is one
-fiber, one block one OS thread. The order in which threads get their turns is selectable (a result that changes is a missing
-barrier), shared memory and fresh arrays are poisoned (what nobody wrote stays visible), a deadlock is reported with who waits
-where, and launches can run under AddressSanitizer and UndefinedBehaviorSanitizer, or under ThreadSanitizer, which sees races
-between blocks and inside a block. A launch can also count the bytes that it reads from and writes to the array of each
-argument.
+A kernel source is compiled by the host compiler behind ``host_cuda.h`` and run by ``runtime.cpp``: one CUDA thread is
+one fiber, one block one OS thread. The order in which threads get their turns is selectable (a result that changes is a
+missing barrier), shared memory and fresh arrays are poisoned (a read of bytes that were never written shows), a
+deadlock is reported with the threads that wait and where, and launches can run under AddressSanitizer and
+UndefinedBehaviorSanitizer, or under ThreadSanitizer, which sees races between blocks and inside a block. A launch can
+also count the bytes that it reads from and writes to the array of each argument.
 
     with kernels.runtime.use(HostExecutor(order="descending")):
         ...  # any launcher
 
-Linux only. It says nothing about speed, and little about device rounding: the mathematical functions are the host's, and
-nothing is contracted to fma. A kernel must wait for other blocks through ``wait_at_least`` of ``ptx.cuh`` only; a thread
-has 64 KiB of stack; under ThreadSanitizer at most about 8,000 CUDA threads live at once.
+Linux only. It says nothing about speed, and little about device rounding: the mathematical functions are the host's,
+and nothing is contracted to fma. A kernel must wait for other blocks through ``wait_at_least`` of ``ptx.cuh`` only; a
+thread has 64 KiB of stack; under ThreadSanitizer at most about 8,000 CUDA threads live at once.
 """
 
 import bisect
@@ -58,8 +58,8 @@ _RESIDENT_BLOCKS = 256  # of a cooperative launch: each is an OS thread
 _EXIT_REPORT = 3  # of standalone.cpp
 _ADDR_NO_RANDOMIZE = 0x0040000  # personality(2)
 
-# No contraction, so that sums are the same in every build; kernels read floats through float4 pointers; equal names in two
-# modules loaded at once must stay apart.
+# No contraction, so that sums are the same in every build; kernels read floats through float4 pointers; equal names in
+# two modules loaded at once must stay apart.
 _FLAGS = ("-O2", "-g1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-fvisibility=hidden", "-pthread")
 _SANITIZER_FLAGS = {
     "": (),
@@ -82,15 +82,15 @@ class BuildError(RuntimeError):
 
 
 class Deadlock(RuntimeError):
-    """No thread could go on: who waits where, block by block."""
+    """No thread could go on: which threads wait where, block by block."""
 
 
 class SanitizerReport(RuntimeError):
-    """What a sanitizer reported, in its own words."""
+    """The report of a sanitizer, in its own words."""
 
 
 class LaunchCounts(NamedTuple):
-    """What one launch did."""
+    """Sums over one launch."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -103,7 +103,7 @@ class LaunchCounts(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """What one launch was given, and every step that its threads took."""
+    """The arguments of one launch, and every step that its threads took."""
 
     shared_bytes: int  # dynamic, per block
     cooperative: bool
@@ -114,13 +114,13 @@ class Recording(NamedTuple):
 
 class _Parameter(NamedTuple):
     kind: str  # f, i, u or V, as NumPy has them
-    size: int  # bytes of the scalar, or of what is pointed to
+    size: int  # bytes of the number, or of the numbers that a pointer points to
     pointer: bool
     readonly: bool
 
     def __str__(self):
-        names = {"f4": "float", "f8": "double", "i4": "int", "u4": "unsigned", "u2": "unsigned short", "u8": "unsigned long long",
-                 "i8": "long long", "V1": "void"}
+        names = {"f4": "float", "f8": "double", "i4": "int", "u4": "unsigned", "u2": "unsigned short",
+                 "u8": "unsigned long long", "i8": "long long", "V1": "void"}
         name = names.get(f"{self.kind}{self.size}", f"{self.kind}{self.size}")
         return ("const " if self.readonly else "") + name + (" *" if self.pointer else "")
 
@@ -182,15 +182,15 @@ class _Graph(NamedTuple):
 class HostExecutor:
     """Executor of ``kernels.runtime`` that runs launches on the CPU.
 
-    ``order`` is the order in which the threads of a block, and the blocks, get their turns; ``seed`` that of the random one.
-    ``sanitize`` is "", "address,undefined" or "thread": each launch then runs as a process of its own, and what the sanitizer
-    finds is raised as SanitizerReport. ``launches`` lists what every launch did.
+    ``order`` is the order in which the threads of a block, and the blocks, get their turns; ``seed`` the seed of the
+    random order. ``sanitize`` is "", "address,undefined" or "thread": each launch then runs as a process of its own,
+    and a report of the sanitizer is raised as SanitizerReport. ``launches`` has the counts of every launch.
 
     With ``count_bytes``, and no sanitizer, that includes the bytes that all threads together read from and wrote to the
-    array of each argument, as the source says: what it reads twice counts twice, a float4 counts 16, and there is no
-    cache. Asynchronous copies count what they read. Atomics do not count. Where arrays overlap, the first takes it all.
-    It needs GCC, and makes kernels run about ten times as long. With ``record``, each of ``launches`` also holds every
-    access, in order: for small sizes only.
+    array of each argument, as the source says: a second read of an element counts again, a float4 counts 16, and there
+    is no cache. Asynchronous copies count the bytes that they read. Atomics do not count. Where arrays overlap,
+    accesses count for the first. It needs GCC, and makes kernels run about ten times as long. With ``record``, each of
+    ``launches`` also holds every access, in order: for small sizes only.
     """
 
     array_type = np.ndarray
@@ -253,7 +253,7 @@ class HostExecutor:
         return _RESIDENT_BLOCKS
 
     def capture(self, function: Callable[[], None]) -> "_Graph":
-        """Records what a function launches and copies; ``launch`` of the result does it, as often as called."""
+        """Records what a function launches and copies; ``launch`` of the result does it, at each call."""
         self._captured = []
         try:
             function()
@@ -272,11 +272,11 @@ class HostExecutor:
                shared_bytes: int, cooperative: bool) -> None:
         """Runs one kernel to its end.
 
-        ``args`` are NumPy arrays, passed as pointers, and NumPy scalars; their number, types and widths are checked against
-        the kernel's signature.
+        ``args`` are NumPy arrays, passed as pointers, and NumPy scalars; their number, types and widths are checked
+        against the kernel's signature.
 
-        Raises: BuildError; TypeError for arguments that do not fit the signature; ValueError for an unknown kernel; Deadlock;
-        SanitizerReport.
+        Raises: BuildError; TypeError for arguments that do not fit the signature; ValueError for an unknown kernel;
+        Deadlock; SanitizerReport.
         """
         if self._captured is not None:
             self._captured.append((self.launch, source, kernel, grid, block, args, shared_bytes, cooperative))
@@ -290,8 +290,8 @@ class HostExecutor:
                            cooperative, self._order, self._seed)
         traffic = ()
         if self._count_bytes:
-            places = ((arg.ctypes.data, arg.nbytes) if isinstance(arg, np.ndarray) else () for arg in args)
-            traffic = request.traffic = (_Traffic * len(args))(*places)
+            ranges = ((arg.ctypes.data, arg.nbytes) if isinstance(arg, np.ndarray) else () for arg in args)
+            traffic = request.traffic = (_Traffic * len(args))(*ranges)
             request.recording = self._record
         if self._sanitize:
             group_barriers, mma_calls = _run_standalone(module.path, request, parameters, args)
@@ -307,10 +307,10 @@ class HostExecutor:
 
 
 def run_sanitized(function, sanitize: str, order: str = "ascending", seed: int = 0) -> str:
-    """Calls ``function()`` with every launch under a sanitizer; returns what it reported, "" where it found nothing.
+    """Calls ``function()`` with every launch under a sanitizer; returns its report, "" where it found nothing.
 
-    ``sanitize`` is "address,undefined" (indices, alignment, undefined arithmetic) or "thread" (races between blocks, and
-    between threads of a block that no barrier orders).
+    ``sanitize`` is "address,undefined" (indices, alignment, undefined arithmetic) or "thread" (races between blocks,
+    and between threads of a block that no barrier orders).
     """
     from char_gru.kernels import runtime
 
@@ -366,8 +366,8 @@ def _compiled(text: str, flags: tuple[str, ...], objects: tuple[pathlib.Path, ..
     if cxx is None:
         raise BuildError("no C++ compiler: install g++, or name one in CXX")
     headers = (path.read_text() for path in sorted(_HERE.glob("*.h")))
-    parts = (_compiler_version(cxx), text, *headers, *flags, *map(str, objects))
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    everything = "\0".join((_compiler_version(cxx), text, *headers, *flags, *map(str, objects)))
+    key = hashlib.sha256(everything.encode()).hexdigest()[:32]
     target = _cache() / f"{key}.out"
     if target.exists():
         return target
@@ -376,7 +376,7 @@ def _compiled(text: str, flags: tuple[str, ...], objects: tuple[pathlib.Path, ..
         source.write_text(text)
         output = pathlib.Path(folder, "output")
         done = subprocess.run([cxx, "-I", str(_HERE), *flags, str(source), *map(str, objects), "-o", str(output)],
-                              capture_output=True, text=True)
+                              capture_output=True, text=True, check=False)
         if done.returncode:
             raise BuildError(done.stderr)
         os.replace(output, target)
@@ -415,7 +415,7 @@ def _parameter_names(source: str, kernel: str) -> list[str]:
 
 
 def _events(request: _Request) -> tuple[np.ndarray, dict[int, str]]:
-    """What the launch recorded, and the names of its collectives."""
+    """The events of a recorded launch, and the names of its collectives."""
     events = np.frombuffer(ctypes.string_at(request.events, request.event_count * _EVENT.itemsize), _EVENT)
     addresses = np.unique(events["offset"][events["did"] == COLLECTIVE])
     return events, {int(address): ctypes.string_at(int(address)).decode() for address in addresses}
@@ -450,29 +450,31 @@ def _run_inside(library, request: _Request, args: list) -> tuple[int, int]:
     return request.group_barriers, request.mma_calls
 
 
-def _run_standalone(program: pathlib.Path, request: _Request, parameters: list[_Parameter], args: list) -> tuple[int, int]:
+def _run_standalone(program: pathlib.Path, request: _Request, parameters: list[_Parameter],
+                    args: list) -> tuple[int, int]:
     arrays = [arg for arg in args if isinstance(arg, np.ndarray)]
     buffers = _buffers(arrays)
-    words = [request.kernel.decode(), *request.grid, *request.block, request.shared_bytes, request.cooperative, request.order,
-             request.seed, len(buffers), len(args)]
-    parts = [" ".join(map(str, words)).encode() + b"\n"]
+    words = [request.kernel.decode(), *request.grid, *request.block, request.shared_bytes, request.cooperative,
+             request.order, request.seed, len(buffers), len(args)]
+    content = [" ".join(map(str, words)).encode() + b"\n"]
     for start, end in buffers:
-        parts += [struct.pack("<Q", end - start), ctypes.string_at(start, end - start)]
-    places = {}
+        content += [struct.pack("<Q", end - start), ctypes.string_at(start, end - start)]
+    locations = {}
     for array in arrays:
         index = bisect.bisect_right(buffers, array.ctypes.data, key=lambda buffer: buffer[0]) - 1
-        places[id(array)] = index, array.ctypes.data - buffers[index][0]
+        locations[id(array)] = index, array.ctypes.data - buffers[index][0]
     for arg in args:
-        parts.append(struct.pack("<qq", *places[id(arg)]) if isinstance(arg, np.ndarray) else
+        content.append(struct.pack("<qq", *locations[id(arg)]) if isinstance(arg, np.ndarray) else
                      struct.pack("<q8s", -1, arg.tobytes()))
     with tempfile.TemporaryDirectory() as folder:
         sent, received = pathlib.Path(folder, "request"), pathlib.Path(folder, "results")
-        sent.write_bytes(b"".join(parts))
-        # ThreadSanitizer wants its addresses where they are without randomisation; where a container forbids to turn that
-        # off, it is left on, which works up to 28 random bits.
-        start = f"import ctypes, os, sys; ctypes.CDLL(None).personality({_ADDR_NO_RANDOMIZE}); os.execv(sys.argv[1], sys.argv[1:])"
+        sent.write_bytes(b"".join(content))
+        # ThreadSanitizer wants its addresses where they are without randomisation; where a container forbids to turn
+        # that off, it is left on, which works up to 28 random bits.
+        start = (f"import ctypes, os, sys; ctypes.CDLL(None).personality({_ADDR_NO_RANDOMIZE}); "
+                 "os.execv(sys.argv[1], sys.argv[1:])")
         done = subprocess.run([sys.executable, "-c", start, program, sent, received], capture_output=True, text=True,
-                              env={**os.environ, **_SANITIZER_ENVIRONMENT})
+                              check=False, env={**os.environ, **_SANITIZER_ENVIRONMENT})
         report = done.stderr.strip()
         if done.returncode == _EXIT_REPORT:
             raise Deadlock(f"{request.kernel.decode()}: {report}")
@@ -482,15 +484,15 @@ def _run_standalone(program: pathlib.Path, request: _Request, parameters: list[_
     offsets = np.cumsum([0, *(end - start for start, end in buffers)])
     for parameter, arg in zip(parameters, args):
         if parameter.pointer and not parameter.readonly:
-            index, offset = places[id(arg)]
+            index, offset = locations[id(arg)]
             begin = int(offsets[index]) + offset
             ctypes.memmove(arg.ctypes.data, results[begin:begin + arg.nbytes], arg.nbytes)
     return struct.unpack("<QQ", results[-16:])
 
 
 def _buffers(arrays: list[np.ndarray]) -> list[tuple[int, int]]:
-    """Address ranges of the arrays, those that overlap in one; each starts at a multiple of the widest load, 16 bytes, so that
-    a slice is as misaligned in the program as it is here."""
+    """Address ranges of the arrays; arrays that overlap share one; each starts at a multiple of the widest load, 16
+    bytes, so that a slice is as misaligned in the program as it is here."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted((array.ctypes.data & ~15, array.ctypes.data + array.nbytes) for array in arrays):
         if merged and start < merged[-1][1]:

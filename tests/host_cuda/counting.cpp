@@ -2,18 +2,19 @@
 //
 // The kernel is compiled with -fsanitize=thread, which puts a call before every access to memory, and linked with this
 // file in place of the sanitizer's runtime: the calls arrive here. Optimisation is off, so that accesses count as the
-// source writes them, and not as a compiler merges, drops or moves them. Shared memory and locals make such calls as
-// well; runtime.cpp counts those that fall into the array of an argument.
+// source writes them, and not as a compiler merges, drops or moves them. Accesses to shared memory and locals make
+// such calls as well; runtime.cpp counts only accesses to the array of an argument.
 //
-// Atomics are not counted: how many there are may depend on who comes first, as the turns of a spin do. GCC puts no call
-// where a structure goes straight from memory into a function that is not inlined, or back: the header has all
-// __device__ functions inlined, and only lambdas are left. What calls anything that is not defined here does not build.
+// Atomics are not counted: their number may depend on which block comes first, as the turns of a spin do. GCC puts no
+// call where a structure goes straight from memory into a function that is not inlined, or back: the header has all
+// __device__ functions inlined, and only lambdas are left. A kernel that needs a function not
+// defined here does not build.
 // Source: GCC's sanitizer.def, the functions that instrumented code calls.
 #define HOST_CUDA_RUNTIME
 #include "host_cuda.h"
 
 #ifdef __clang__
-#error "counting bytes needs GCC: Clang copies structures by memcpy, and leaves out a read before a write to its place"
+#error "counting bytes needs GCC: Clang copies structures by memcpy, and leaves out the read of what it overwrites"
 #endif
 
 using host_cuda::count_read, host_cuda::count_write, host_cuda::record_atomic;
@@ -25,7 +26,7 @@ using host_cuda::count_read, host_cuda::count_write, host_cuda::record_atomic;
 // The atomics that host_cuda.h and ptx.h use, in the strongest order whatever was asked for.
 constexpr int ORDER = __ATOMIC_SEQ_CST;
 
-// CUDA's atomic functions are relaxed. The others are those of a barrier, which records what it does itself.
+// CUDA's atomic functions are relaxed. Stronger ones belong to a group's barrier, whose functions record themselves.
 template <class T>
 T *recorded(volatile T *address, int order)
 {

@@ -1,8 +1,9 @@
-// CUDA C++ for a host compiler: what a kernel file may use when it runs without a GPU.
+// CUDA C++ for a host compiler: everything that a kernel file may use when it runs without a GPU.
 //
-// Kernel sources are compiled unchanged as C++17 behind this header; runtime.cpp runs them: one CUDA thread is one fiber, one
-// block is one OS thread, and whatever makes threads wait for each other is a rendezvous of fibers. What is not declared here
-// (float atomics, clocks, textures) stops the build, and so does inline PTX: ptx.h has the functions of kernels/ptx.cuh.
+// Kernel sources are compiled unchanged as C++17 behind this header; runtime.cpp runs them: one CUDA thread is one
+// fiber, one block is one OS thread, and whatever makes threads wait for each other is a rendezvous of fibers. A
+// function that is not declared here (float atomics, clocks, textures) stops the build, and so does inline PTX: ptx.h
+// has the functions of kernels/ptx.cuh.
 // Source: CUDA C++ Programming Guide, chapter "C++ Language Extensions".
 #pragma once
 
@@ -27,11 +28,12 @@
 #define __device__
 #endif
 
-// Functions that move data between the fibers of a warp, hidden from ThreadSanitizer: a shuffle or an mma orders no memory.
+// Functions that move data between the fibers of a warp, hidden from ThreadSanitizer: a shuffle or an mma orders no
+// memory.
 #define HOST_CUDA_UNCHECKED __attribute__((no_sanitize("thread")))
 
-// `extern __shared__ T name[];` is no C++ declaration. The loader writes this in its place, on the same line; the leading
-// statement makes sure that it stands inside a function.
+// `extern __shared__ T name[];` is no C++ declaration. The loader writes this in its place, on the same line; the
+// leading statement makes sure that it stands inside a function.
 #define HOST_CUDA_DYNAMIC_SHARED(type, name) \
     (void)0;                                 \
     type *const name = static_cast<type *>(host_cuda::dynamic_shared())
@@ -66,15 +68,15 @@ namespace host_cuda {
 void sync_threads(const char *file, int line);
 void sync_warp(unsigned mask, const char *file, int line);
 
-// An instruction that all 32 lanes of a warp execute together: the last to arrive runs work(lanes) for all of them, where
-// lanes[i] is the `data` of lane i.
+// An instruction that all 32 lanes of a warp execute together: the last to arrive runs work(lanes) for all of them,
+// where lanes[i] is the `data` of lane i.
 using Work = void (*)(void *const *lanes);
 void whole_warp(const char *name, void *data, Work work, const char *file, int line);
 
 std::uint64_t shuffle(const char *name, unsigned mask, std::uint64_t bits, int source, const char *file, int line);
 unsigned ballot(const char *name, unsigned mask, bool predicate, const char *file, int line);
 
-// To be called in each turn of a loop that waits for another block: lets the other fibers run, and knows a deadlock.
+// To be called in each turn of a loop that waits for another block: lets the other fibers run, and detects a deadlock.
 void spin_pause(const unsigned *counter, unsigned value, unsigned target, const char *file, int line);
 
 void *dynamic_shared();
@@ -84,7 +86,7 @@ void count_mma();
 void record_wait(const unsigned *counter, unsigned target);
 int lane_in_warp();
 
-// For counting.cpp: bytes in the arrays of the arguments count, others do not.
+// For counting.cpp: only bytes in the arrays of the arguments count.
 void count_read(const void *address, std::uint64_t bytes);
 void count_write(const void *address, std::uint64_t bytes);
 void record_atomic(const void *address, std::uint64_t bytes);
@@ -135,21 +137,24 @@ template <class T>
 inline T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32, HOST_CUDA_SITE)
 {
     const int lane = host_cuda::lane_in_warp(), source = lane - int(distance);
-    return host_cuda::shuffle_value("__shfl_up_sync", mask, value, source < (lane & -width) ? lane : source, file, line);
+    return host_cuda::shuffle_value("__shfl_up_sync", mask, value, source < (lane & -width) ? lane : source, file,
+                                    line);
 }
 
 template <class T>
 inline T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32, HOST_CUDA_SITE)
 {
     const int lane = host_cuda::lane_in_warp(), source = lane + int(distance);
-    return host_cuda::shuffle_value("__shfl_down_sync", mask, value, source > (lane | (width - 1)) ? lane : source, file, line);
+    return host_cuda::shuffle_value("__shfl_down_sync", mask, value, source > (lane | (width - 1)) ? lane : source,
+                                    file, line);
 }
 
 template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, HOST_CUDA_SITE)
 {
     const int lane = host_cuda::lane_in_warp(), source = lane ^ bits;
-    return host_cuda::shuffle_value("__shfl_xor_sync", mask, value, source > (lane | (width - 1)) ? lane : source, file, line);
+    return host_cuda::shuffle_value("__shfl_xor_sync", mask, value, source > (lane | (width - 1)) ? lane : source,
+                                    file, line);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, HOST_CUDA_SITE)
@@ -194,7 +199,8 @@ template <class T>
 inline HostAtomic<T> atomicMax(T *address, std::common_type_t<T> value)
 {
     T old = __atomic_load_n(address, __ATOMIC_RELAXED);
-    while (old < value && !__atomic_compare_exchange_n(address, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    while (old < value &&
+           !__atomic_compare_exchange_n(address, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
     return old;
 }
@@ -203,7 +209,8 @@ template <class T>
 inline HostAtomic<T> atomicMin(T *address, std::common_type_t<T> value)
 {
     T old = __atomic_load_n(address, __ATOMIC_RELAXED);
-    while (value < old && !__atomic_compare_exchange_n(address, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    while (value < old &&
+           !__atomic_compare_exchange_n(address, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
     return old;
 }
@@ -282,8 +289,8 @@ constexpr Parameter describe()
         return {'V', 1, true, std::is_const<Pointee>::value};
     } else {
         static_assert(std::is_arithmetic<Scalar>::value, "kernel parameters are numbers and pointers to numbers");
-        return {std::is_floating_point<Scalar>::value ? 'f' : std::is_signed<Scalar>::value ? 'i' : 'u', int(sizeof(Scalar)),
-                std::is_pointer<T>::value, std::is_const<Pointee>::value};
+        return {std::is_floating_point<Scalar>::value ? 'f' : std::is_signed<Scalar>::value ? 'i' : 'u',
+                int(sizeof(Scalar)), std::is_pointer<T>::value, std::is_const<Pointee>::value};
     }
 }
 
@@ -314,5 +321,5 @@ struct Trampoline<function> {
 #endif
 
 #ifdef HOST_CUDA_COUNT_BYTES
-#pragma GCC poison memcpy memmove memset  // what they access would not be counted
+#pragma GCC poison memcpy memmove memset  // their accesses would not be counted
 #endif

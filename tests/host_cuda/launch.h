@@ -1,4 +1,4 @@
-// What a loader hands to the runtime: one launch, and the two functions that a built module offers.
+// The interface between the loader and the runtime: one launch, and the two functions that a built module offers.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +7,10 @@ enum class Order : std::int32_t { ASCENDING, DESCENDING, RANDOM };
 
 struct Traffic {
     std::uint64_t start, size;    // where the array of an argument lies, in bytes; both 0 where it is a number
-    std::uint64_t read, written;  // results: bytes, as often as threads ask for them
+    std::uint64_t read, written;  // results: bytes, counted each time that a thread asks for them
 };
 
-// What a thread of a block did, in the order in which the threads of the block got their turns.
+// A step of a thread, in the order in which the threads of its block got their turns.
 enum class Did : std::int32_t { READ, WRITE, ATOMIC, BARRIER, ARRIVE, WAIT, COLLECTIVE };
 
 struct Event {
@@ -18,7 +18,7 @@ struct Event {
     Did did;
     std::int32_t argument;  // whose array; -1 for shared memory
     std::uint64_t offset;   // in the array, in bytes; address of the name of a COLLECTIVE
-    std::uint64_t size;     // bytes; what the counter of a WAIT is to reach
+    std::uint64_t size;     // bytes; of a WAIT, the number that the counter is to reach
 };
 
 struct LaunchRequest {
@@ -32,8 +32,9 @@ struct LaunchRequest {
     Traffic *traffic;            // one per parameter, or null where no bytes are counted
     std::int32_t recording;      // whether to keep the events; only where bytes are counted
 
-    std::uint64_t group_barriers, mma_calls;  // results: arrivals of blocks at group barriers, mma instructions of warps
-    const Event *events;                      // result, valid until the next launch: block after block
+    // Results.
+    std::uint64_t group_barriers, mma_calls;  // arrivals of blocks at group barriers, mma instructions of warps
+    const Event *events;                      // valid until the next launch: block after block
     std::uint64_t event_count;
 };
 
@@ -41,7 +42,7 @@ extern "C" {
 // Runs the launch. Null, or why it could not end, valid until the next call.
 const char *host_cuda_launch(LaunchRequest *request);
 
-// One line per kernel: its name, then one word per parameter: kind and bytes as NumPy writes them, `*` for a pointer to
-// such, `c` for a pointer to const.
+// One line per kernel: its name, then one word per parameter: kind and bytes of the number, as NumPy writes them, then
+// `*` for a pointer to such numbers, `c` for a pointer to const.
 const char *host_cuda_signatures();
 }

@@ -1,5 +1,5 @@
-// What each function of kernels/ptx.cuh means on a CPU: the same names and parameters, without PTX. The parameters `file`
-// and `line` are filled in by the compiler: where the kernel made the call, for reports.
+// The meaning of each function of kernels/ptx.cuh on a CPU: the same names and parameters, without PTX. The parameters
+// `file` and `line` are filled in by the compiler: where the kernel made the call, for reports.
 #pragma once
 
 namespace host_cuda {

@@ -27,7 +27,7 @@ ROUNDOFFS = 64
 
 
 class Case(NamedTuple):
-    """What an op is called with, and which arrays it then has written."""
+    """The arguments of an op, and the arrays that it writes."""
 
     args: list
     results: dict[str, Any]
@@ -134,8 +134,9 @@ def generate(make: Arrays, T=3, R=2, H=8, V=7) -> Case:
     params = {"W_hh.0": make.normal(3 * H, H, scale=H**-0.5), "b_hh.0": make.normal(3 * H),
               "W_out": make.normal(V, H), "b_out": make.normal(V)}
     h, ids_tr = make.normal(1, R, H), make.empty(T, R, dtype=np.int32)
-    return Case([params, make.normal(V, 3 * H), h, make.integers(V, R), make.constant(-1, T, R, dtype=np.int32),
-                 make.uniform(T, R), ids_tr, make.ops.generation_saved(R, H, V, make.dtype)], {"ids_tr": ids_tr, "h": h})
+    nothing_forced = make.constant(-1, T, R, dtype=np.int32)
+    return Case([params, make.normal(V, 3 * H), h, make.integers(V, R), nothing_forced, make.uniform(T, R), ids_tr,
+                 make.ops.generation_saved(R, H, V, make.dtype)], {"ids_tr": ids_tr, "h": h})
 
 
 OPS = {op.__name__: op for op in (
@@ -147,11 +148,11 @@ OPS = {op.__name__: op for op in (
 
 def run(op: str, sizes: str = "", precision: str = "auto", variant: str | None = None, order: str = "ascending",
         trace: bool = False) -> int:
-    """Run an op, print what its launches did and whether the results are right.
+    """Run an op, print sums over its launches, or a trace, and whether the results are right.
 
     Args:
         op: a name of OPS.
-        sizes: such as "T=3,B=2"; the others are the op's defaults.
+        sizes: such as "T=3,B=2"; a size that is left out has the op's default.
         precision: of matrix products: auto, fp32, tf32 or bf16.
         variant: of the op; None for the one that the launcher chooses.
         order: of threads and blocks, one of ORDERS.
@@ -206,6 +207,12 @@ def _sizes(op: str, text: str) -> dict[str, int]:
 
 def _launcher(ops, op: str, precision: str, variant: str | None, sizes: dict[str, int]) -> Callable[..., None]:
     """The op of the kernels, with its precision and in a variant."""
+    if variant == "naive":
+        from char_gru.kernels import naive
+
+        if not hasattr(naive, op) or precision != "fp32":
+            raise ValueError(f"--variant: {op} has no naive variant in {precision}")
+        return getattr(naive, op)
     launcher = functools.partial(matmul_launcher, precision=precision) if op == "matmul" else getattr(ops, op)
     if precision != "fp32" and not isinstance(launcher, functools.partial):
         raise ValueError(f"--precision: {op} does not compute in {precision}")
@@ -230,5 +237,6 @@ def _product(A, B, C) -> None:
 
 def _error(actual: np.ndarray, exact: np.ndarray) -> float:
     """The largest error, relative to the largest entry; infinite for results that are not finite."""
-    difference = np.abs(actual.astype(np.float64) - exact)
-    return float(difference.max() / (np.abs(exact.astype(np.float64)).max() or 1.0)) if np.isfinite(difference).all() else np.inf
+    exact = exact.astype(np.float64)
+    largest = np.abs(actual.astype(np.float64) - exact).max() / (np.abs(exact).max() or 1.0)
+    return float(largest) if np.isfinite(largest) else np.inf

@@ -1,9 +1,10 @@
 // Runs kernels compiled behind host_cuda.h: fibers, blocks, rendezvous, deadlock reports, poison.
 //
-// A launch starts one OS thread per block (all at once if it is cooperative, else a few at a time). A block's thread switches
-// between the fibers of its CUDA threads in the chosen order; a fiber runs until it has to wait. This file is compiled without
-// sanitizer instrumentation and tells the sanitizers what they must know: which stack is in use, and which rendezvous order
-// memory. ThreadSanitizer thus sees every CUDA thread as a thread of its own, and races inside a block as well.
+// A launch starts one OS thread per block (all at once if it is cooperative, else a few at a time). A block's thread
+// switches between the fibers of its CUDA threads in the chosen order; a fiber runs until it has to wait. This file is
+// compiled without sanitizer instrumentation and tells the sanitizers which stack is in use, and which
+// rendezvous order memory. ThreadSanitizer thus sees every CUDA thread as a thread of its own, and races inside a
+// block as well.
 #define HOST_CUDA_RUNTIME
 #include <algorithm>
 #include <atomic>
@@ -52,9 +53,9 @@ constexpr std::size_t STACK_BYTES = 64 * 1024;
 constexpr std::size_t STACKS_KEPT = 2 * BLOCKS_AT_ONCE;
 #endif
 
-// ---- Order of memory, as ThreadSanitizer is told of it ----------------------------------------------------------------------
+// ---- Order of memory, as ThreadSanitizer is told of it --------------------------------------------------------------
 
-// What this fiber did so far comes before whatever follows order_after(key) in another.
+// Everything that this fiber did so far comes before whatever follows order_after(key) in another fiber.
 void order_before([[maybe_unused]] void *key)
 {
 #if defined(HOST_CUDA_SANITIZE_THREAD)
@@ -69,7 +70,7 @@ void order_after([[maybe_unused]] void *key)
 #endif
 }
 
-// ---- Contexts: a stack and the registers that a call preserves --------------------------------------------------------------
+// ---- Contexts: a stack and the registers that a call preserves ------------------------------------------------------
 
 #if defined(__x86_64__)
 using Context = void *;  // the stack pointer; the registers lie on the stack
@@ -123,7 +124,7 @@ void make_context(Context &context, char *stack, void (*entry)())
 }
 #endif
 
-// ---- Launch, block, fiber ---------------------------------------------------------------------------------------------------
+// ---- Launch, block, fiber -------------------------------------------------------------------------------------------
 
 class SpinLock {  // not a mutex: ThreadSanitizer would take it for an order between blocks
 public:
@@ -272,7 +273,7 @@ private:
 __thread Block *block;
 __thread Fiber *self;
 
-// ---- Memory of a block ------------------------------------------------------------------------------------------------------
+// ---- Memory of a block ----------------------------------------------------------------------------------------------
 
 SpinLock stacks_lock;
 std::vector<std::pair<std::size_t, char *>> kept_stacks;
@@ -329,7 +330,7 @@ Traffic poison_static_shared()
     return place;
 }
 
-// ---- Orders -----------------------------------------------------------------------------------------------------------------
+// ---- Orders ---------------------------------------------------------------------------------------------------------
 
 void shuffle_order(std::vector<unsigned> &order, std::uint64_t &random)
 {
@@ -349,7 +350,7 @@ std::vector<unsigned> first_order(Order order, unsigned count)
     return indices;
 }
 
-// ---- Fibers -----------------------------------------------------------------------------------------------------------------
+// ---- Fibers ---------------------------------------------------------------------------------------------------------
 
 void fiber_entry()
 {
@@ -528,8 +529,8 @@ std::string Block::describe() const
             return "can go on";
         const std::string place = std::string(" (") + fiber.file + ":" + std::to_string(fiber.line) + ")";
         if (fiber.state == State::SPINNING)
-            return "waiting for a counter that is " + std::to_string(fiber.value) + " to reach " + std::to_string(fiber.target) +
-                   place;
+            return "waiting for a counter that is " + std::to_string(fiber.value) + " to reach " +
+                   std::to_string(fiber.target) + place;
         return std::string("waiting in ") + fiber.name + place;
     };
     std::string text = "block " + std::to_string(index) + ":";
@@ -537,9 +538,8 @@ std::string Block::describe() const
         const std::string here = what(fibers[first]);
         for (last = first; last + 1 < fibers.size() && what(fibers[last + 1]) == here;)
             ++last;
-        text += (first ? "; " : " ") + (first == last ? "thread " + std::to_string(first)
-                                                     : "threads " + std::to_string(first) + "-" + std::to_string(last)) +
-                " " + here;
+        text += (first ? "; " : " ") + std::string(first == last ? "thread " : "threads ") + std::to_string(first) +
+                (first == last ? "" : "-" + std::to_string(last)) + " " + here;
     }
     return text;
 }
@@ -612,7 +612,7 @@ struct Vote {
     unsigned result;
 };
 
-// ---- Blocks -----------------------------------------------------------------------------------------------------------------
+// ---- Blocks ---------------------------------------------------------------------------------------------------------
 
 void run_block(Launch &launch, unsigned index)
 {
@@ -640,7 +640,8 @@ bool wait_for_blocks(Launch &launch, unsigned limit)
         if (running <= limit)
             return true;
         const timespec second = {1, 0};
-        if (syscall(SYS_futex, &launch.running, FUTEX_WAIT_PRIVATE, running, &second, nullptr, 0) == 0 || errno != ETIMEDOUT)
+        if (syscall(SYS_futex, &launch.running, FUTEX_WAIT_PRIVATE, running, &second, nullptr, 0) == 0 ||
+            errno != ETIMEDOUT)
             continue;
         std::uint64_t total = 0;
         for (const auto &count : launch.switches)
@@ -653,7 +654,7 @@ bool wait_for_blocks(Launch &launch, unsigned limit)
 
 }  // namespace
 
-// ---- What host_cuda.h declares ----------------------------------------------------------------------------------------------
+// ---- What host_cuda.h declares --------------------------------------------------------------------------------------
 
 void sync_threads(const char *file, int line)
 {
@@ -848,8 +849,8 @@ extern "C" __attribute__((visibility("default"))) const char *host_cuda_signatur
         text += kernel->name;
         for (int i = 0; i < kernel->parameter_count; ++i) {
             const Parameter &parameter = kernel->parameters[i];
-            text += std::string(" ") + parameter.kind + std::to_string(parameter.bytes) + (parameter.pointer ? "*" : "") +
-                    (parameter.readonly ? "c" : "");
+            text += std::string(" ") + parameter.kind + std::to_string(parameter.bytes) +
+                    (parameter.pointer ? "*" : "") + (parameter.readonly ? "c" : "");
         }
         text += '\n';
     }

@@ -1,11 +1,13 @@
-// A built module as a program of its own, as the sanitizers need it: the launch comes from a file, the results go to another.
+// A built module as a program of its own, as the sanitizers need it: the launch comes from a file, the results go to
+// another.
 //
 //   module                    prints the signatures
 //   module REQUEST RESULTS    runs the launch; exit status 0, or 3 with a report on stderr where it could not end
 //
-// REQUEST is a line of text (kernel, grid, block, shared bytes, cooperative, order, seed, buffers, arguments), then per buffer
-// its size in 8 bytes and its content, then per argument two numbers of 8 bytes: the index of its buffer and an offset into
-// it, or -1 and the bits of a scalar. RESULTS is the content of the buffers, then the numbers of group barriers and mma calls.
+// REQUEST is a line of text (kernel, grid, block, shared bytes, cooperative, order, seed, buffers, arguments), then per
+// buffer its size in 8 bytes and its content, then per argument two numbers of 8 bytes: the index of its buffer and an
+// offset into it, or -1 and the bits of a scalar. RESULTS is the content of the buffers, then the numbers of group
+// barriers and mma calls.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -35,9 +37,10 @@ int main(int argument_count, char **arguments)
     LaunchRequest request = {};
     int order;
     unsigned long long shared_bytes, seed, buffer_count, parameter_count;
-    if (!file || std::fscanf(file, "%255s %u %u %u %u %u %u %llu %d %d %llu %llu %llu", kernel, &request.grid[0], &request.grid[1],
-                             &request.grid[2], &request.block[0], &request.block[1], &request.block[2], &shared_bytes,
-                             &request.cooperative, &order, &seed, &buffer_count, &parameter_count) != 13)
+    if (!file || std::fscanf(file, "%255s %u %u %u %u %u %u %llu %d %d %llu %llu %llu", kernel, &request.grid[0],
+                             &request.grid[1], &request.grid[2], &request.block[0], &request.block[1],
+                             &request.block[2], &shared_bytes, &request.cooperative, &order, &seed, &buffer_count,
+                             &parameter_count) != 13)
         return 2;
     std::fgetc(file);
     request.kernel = kernel;

@@ -1,10 +1,11 @@
-"""What a recorded launch did, in words: who loads, stores, computes and waits, block by block, in order.
+"""A recorded launch in words: which threads load, store, compute and wait, block by block, in order.
 
-A line covers what the threads of one block do to one array between two barriers. Blocks that wait for each other take
-turns: what each of them does up to its first wait, then what each does up to its second, and so on.
+A line covers all loads, or all stores, of the threads of one block in one array between two barriers. Blocks that wait
+for each other take turns: the lines of each block up to its first wait, then of each up to its second, and so on.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -21,14 +22,14 @@ def header(launch: LaunchCounts) -> Iterator[str]:
     record = launch.recording
     shared = f", {record.shared_bytes:,} bytes of dynamic shared memory" if record.shared_bytes else ""
     grid, block = (" x ".join(map(str, _extent(extent))) for extent in (launch.grid, launch.block))
-    yield (f"{launch.kernel}: {grid} block{'s' * (grid != '1')} of {block} threads{shared}{', cooperative' * record.cooperative}")
+    yield (f"{launch.kernel}: {grid} block{'s' * (grid != '1')} of {block} threads{shared}"
+           f"{', cooperative' * record.cooperative}")
     yield "  " + ", ".join(f"{name} {arg.shape}" if isinstance(arg, np.ndarray) else f"{name}={arg}"
                            for name, arg in record.arguments.items())
 
 
 def summary(launch: LaunchCounts) -> Iterator[str]:
-    """Bytes by argument, as often as threads ask for them, and how often threads wait for each other or compute
-    together."""
+    """Bytes by argument, counted each time that a thread asks for them, barriers, and instructions of whole warps."""
     for verb, counts in (("loads", launch.bytes_read), ("stores", launch.bytes_written)):
         moved = [f"{name} {count:,}" for name, count in zip(launch.recording.arguments, counts) if count]
         if moved:
@@ -59,7 +60,7 @@ def _of_block(events: np.ndarray, record: Recording) -> Iterator[tuple[int, str]
     """Lines, each with the number of waits for other blocks before it."""
     turn, barrier = 0, events["did"] == BARRIER
     edges = np.flatnonzero(np.diff(barrier, prepend=not barrier[0], append=not barrier[-1]))
-    for first, last in zip(edges, edges[1:]):
+    for first, last in pairwise(edges):
         part = events[first:last]
         if barrier[first]:
             yield turn, "barrier" if len(part) == 1 else f"{len(part)} barriers"
@@ -72,22 +73,22 @@ def _of_block(events: np.ndarray, record: Recording) -> Iterator[tuple[int, str]
 
 
 def _program_order(threads: np.ndarray, steps: np.ndarray) -> list[int]:
-    """The different steps, in an order that agrees with that of the thread that takes the most of them."""
+    """The different steps, each once, in the order of the thread that takes the most of them."""
     taken: dict[int, dict[int, None]] = {}
     for thread, step in zip(threads.tolist(), steps.tolist()):
         taken.setdefault(thread, {})[step] = None
     order: list[int] = []
     for sequence in sorted({tuple(sequence): None for sequence in taken.values()}, key=len, reverse=True):
-        place = 0
+        index = 0
         for step in sequence:
             if step not in order:
-                order.insert(place, step)
-            place = order.index(step) + 1
+                order.insert(index, step)
+            index = order.index(step) + 1
     return order
 
 
 def _step(events: np.ndarray, record: Recording) -> str:
-    """One kind of access to one array, one instruction of whole warps, or what one thread does at a group's barrier."""
+    """One kind of access to one array, one instruction of whole warps, or half a barrier of a group."""
     did, argument, offset, size = events[-1][["did", "argument", "offset", "size"]]
     if did == COLLECTIVE:
         return f"calls    {record.names[offset]} x {len(events):,} by {_ranges('warp', events['thread'] // 32)}"
@@ -117,7 +118,7 @@ def _boxes(mask: np.ndarray) -> list[tuple[tuple[int, int], ...]]:
     if mask.ndim == 0:
         return [()] if mask else []
     same = [0, *(i for i in range(1, len(mask)) if not np.array_equal(mask[i], mask[i - 1])), len(mask)]
-    return [((first, last), *rest) for first, last in zip(same, same[1:]) for rest in _boxes(np.asarray(mask[first]))]
+    return [((first, last), *rest) for first, last in pairwise(same) for rest in _boxes(np.asarray(mask[first]))]
 
 
 def _range(ends: tuple[int, int]) -> str:
