@@ -51,14 +51,14 @@ def test_the_cpu_has_no_parameter_of_its_own():
                    for parameter in inspect.signature(op).parameters.values())
 
 
-def test_reference_has_every_op_and_what_ops_are_made_of():
+def test_reference_has_every_op():
     assert functions(reference).keys() - {"product", "rounded", "gru_cell", "gru_cell_backward"} == (
         OPS.keys() - HOUSEKEEPING)
 
 
 @pytest.mark.parametrize("name", sorted(OPS.keys() - HOUSEKEEPING))
 def test_reference_takes_the_inputs_of_the_op_in_their_order(name):
-    """All but the arrays for its results and to work in; `gru_backward` is given the number of rows of dP instead."""
+    """All parameters but result arrays and buffers; instead of dP, `gru_backward` is given its number of rows."""
     inputs = [parameter for parameter in positional(getattr(reference, name))
               if parameter[0] not in ("precision", "weights", "N")]
     remaining = iter(positional(OPS[name]))
@@ -74,7 +74,7 @@ def test_reference_as_an_op_set_takes_the_same_arguments(name):
 @pytest.mark.parametrize("precision", ["auto", "fp32", "tf32", "bf16"])
 def test_op_set_binds_the_precision_of_every_product(executor, precision):
     if runtime.current_executor().array_type is not np.ndarray and precision == "auto":
-        pytest.skip("what auto is on a GPU depends on the GPU")
+        pytest.skip("which precision auto takes depends on the GPU")
     ops = vars(kernels.op_set(precision))
     assert ops.keys() == OPS.keys()
     for name, op in ops.items():
@@ -245,7 +245,7 @@ def test_data_of_the_next_step_reaches_the_device_while_this_step_is_computed(de
     kernels.copy_in(array, np.array([1.0]))
     kernels.copy_in(array, np.array([2.0]))
     device.copying.synchronize()
-    assert array.content == [0], "the stream of copies touched what a step may still read"
+    assert array.content == [0], "the stream of copies wrote an array that a step may still read"
     device.computing.synchronize()
     assert array.content == [2]
 
