@@ -1,5 +1,6 @@
-"""Every variant of every op, in the order in which a training step runs the ops, then generation: the tables of README.md
-and of kernels/README.md are made of this one.
+"""Every variant of every op, in the order in which a training step runs the ops, then generation.
+
+The tables of README.md and of kernels/README.md are made of this one.
 """
 
 from typing import NamedTuple
@@ -11,9 +12,9 @@ _WEIGHTS = "fp32, or bf16 weights"
 class Variant(NamedTuple):
     """A way to compute an op.
 
-    files: the .cu files that hold its kernels, `kernels` their names; test: the file in tests/ that compares it with the
-    reference; benchmark, word: the recorded benchmark that shows that it has run on a GPU, and a word of the candidate's
-    name there ("": any of ours).
+    files: the .cu files that hold its kernels, `kernels` their names; test: the file in tests/ that compares it with
+    the reference; benchmark, word: the recorded benchmark that shows that it has run on a GPU, and a word of the
+    candidate's name there ("": any of ours).
     """
 
     op: str
@@ -53,9 +54,9 @@ VARIANTS = (
             "test_gru_persistent.py", _ALL,
             "as forward; output layer fused, sums of da and of di by character on chip, split-K where that pays",
             "gru_backward", "persistent"),
-    Variant("GRU backward", "stepwise", ("gru.cu", "input_table.cu"), ("gru_backward_step", *_SORT), "test_gru.py", _ALL,
-            "one launch per time step, split by gate; sums of di by character after a stable radix sort of positions",
-            "gru_backward", "stepwise"),
+    Variant("GRU backward", "stepwise", ("gru.cu", "input_table.cu"), ("gru_backward_step", *_SORT), "test_gru.py",
+            _ALL, "one launch per time step, split by gate; sums of di by character after a stable radix sort "
+            "of positions", "gru_backward", "stepwise"),
     Variant("global norm", "one pass", ("adam.cu",), ("square_sums", "norm_of_sums"), "test_adam.py", "",
             "one pass over the data", "global_norm", ""),
     Variant("clipping and Adam", "one pass", ("adam.cu",), ("adam",), "test_adam.py", "", "one pass over the data",
@@ -70,9 +71,9 @@ VARIANTS = (
             "test_generate_kernels.py", _WEIGHTS,
             "every block sums all logits and draws the same character, so a barrier less; for one text", "generate",
             "persistent-all-draw"),
-    Variant("generation", "batched", ("generate_batched.cu",), ("generate_batched",), "test_generate_batched.py", _WEIGHTS,
-            "as persistent, for one layer and nine or more texts; on tensor cores (sm_80 on), fp32 by 3xTF32", "generate",
-            "batched"),
+    Variant("generation", "batched", ("generate_batched.cu",), ("generate_batched",), "test_generate_batched.py",
+            _WEIGHTS, "as persistent, for one layer and nine or more texts; on tensor cores (sm_80 on), fp32 by 3xTF32",
+            "generate", "batched"),
     Variant("generation", "stepwise", ("generate.cu",), ("step_first", "step_upper", "output_layer", "next_character"),
             "test_generate_kernels.py", _WEIGHTS,
             "layers + 2 kernels per character, eight characters to a CUDA graph", "generate", "stepwise"),
