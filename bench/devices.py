@@ -82,9 +82,6 @@ class Device(Protocol):
     def memory_bytes(self, release: bool) -> int:
         """Of the device in use, by whatever library, after giving back what nobody uses if asked to; 0 on the CPU."""
 
-    def joules(self) -> float | None:
-        """That the device has taken since it was started, None where it does not tell."""
-
 
 class Cpu:
     """The processor that NumPy runs on."""
@@ -120,9 +117,6 @@ class Cpu:
     def memory_bytes(self, release: bool) -> int:
         return 0
 
-    def joules(self) -> float | None:
-        return None
-
 
 def clocked_sample(calls: Sequence[Callable[[], object]], synchronize: Callable[[], None]) -> Sample:
     """One sample by the clock."""
@@ -154,8 +148,6 @@ class Driver(Protocol):
 
     def memory_bytes(self, release: bool) -> int: ...
 
-    def joules(self) -> float | None: ...
-
 
 def queued_sample(driver: Driver, calls: Sequence[Callable[[], object]]) -> Sample:
     """One sample on a GPU, as the head of this file says."""
@@ -173,22 +165,12 @@ def queued_sample(driver: Driver, calls: Sequence[Callable[[], object]]) -> Samp
 
 
 class CupyDriver:
-    """CUDA events on the current stream, memory by CUDA, energy by NVML if nvidia-ml-py is installed."""
+    """CUDA events on the current stream, memory by CUDA."""
 
     def __init__(self) -> None:
         import cupy
         self._cupy, self._cuda = cupy, cupy.cuda
         self.l2_bytes = cupy.cuda.Device().attributes["L2CacheSize"]
-        try:
-            import pynvml
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByPciBusId(cupy.cuda.Device().pci_bus_id)
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-            self._millijoules = functools.partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
-        except ImportError:
-            self._millijoules = None
-        except pynvml.NVMLError:  # a GPU that does not count
-            self._millijoules = None
         self._wait = cupy.RawKernel(WAIT, "wait")
 
     def wait(self, seconds: float) -> None:
@@ -217,9 +199,6 @@ class CupyDriver:
                 sys.modules["torch"].cuda.empty_cache()
         free, total = self._cuda.runtime.memGetInfo()
         return total - free
-
-    def joules(self) -> float | None:
-        return self._millijoules() / 1e3 if self._millijoules else None
 
 
 class Gpu:
@@ -255,9 +234,6 @@ class Gpu:
 
     def memory_bytes(self, release: bool) -> int:
         return self._driver.memory_bytes(release)
-
-    def joules(self) -> float | None:
-        return self._driver.joules()
 
     def _launch_seconds(self) -> float:
         launch = functools.partial(self._probe, "empty", 1, [], cooperative=False)

@@ -44,7 +44,7 @@ def train_step_table(entry: dict, memory: dict | None = None) -> str:
     """The recorded `train_step` at the tutorial's sizes as markdown, with the memory of a whole run if recorded."""
     sizes = entry["sizes"]
     characters, flop = sizes["T"] * sizes["B"], train_step_flop(**sizes)
-    more = [note for note in ("memory_mib", "joules") if any(note in made for made in entry["candidates"].values())]
+    more = ["memory_mib"] * any("memory_mib" in made for made in entry["candidates"].values())
     rows = []
     for name, made in entry["candidates"].items():
         median, low, high = spread(made["seconds"])
@@ -52,7 +52,7 @@ def train_step_table(entry: dict, memory: dict | None = None) -> str:
                      f"{characters / median:,.0f}", _figures(flop / median / 1e9), _ratio(entry, name),
                      *(_figures(made[note]) if note in made else "" for note in more)])
     table = _table(["", "ms per step", "range", "characters/s", "GFLOP/s", "time against ours",
-                    *({"memory_mib": "MiB", "joules": "J"}[note] for note in more)], rows)
+                    *("MiB" for _ in more)], rows)
     text = (f"{_circumstances(entry)}\n\n{table}\n\n"
             f"{_figures(flop / 1e9)} GFLOP per step in recurrence and output layer.")
     return text if memory is None else (

@@ -34,9 +34,6 @@ PAUSE_SECONDS = {"cpu": 0.1, "cuda": 0.002}
 SAMPLE_SECONDS, JOB_SECONDS = {"cpu": 0.02, "cuda": 0.001}, 0.05
 """A sample of an op, and of a whole job, is at least as long: many times what clocks and events err."""
 
-ENERGY_SECONDS = 0.5
-"""The counter of a GPU moves about ten times a second."""
-
 MAX_CALLS, MAX_SETS = 1000, 64
 
 TOLERANCES = {"fp32": 2**-13, "tf32": 2**-7, "bf16": 2**-4}
@@ -106,8 +103,7 @@ def one_at_a_time(base: Mapping[str, int], **others: Sequence[int]) -> list[dict
 
 class Measured(NamedTuple):
     """What was measured of one candidate: seconds of a call in each round, and what else there is to tell. Of a whole
-    job on a GPU that is `memory_mib`, taken from the making of the candidate to its verification, and `joules` of a
-    call, where the driver counts them."""
+    job on a GPU that is `memory_mib`, taken from the making of the candidate to its verification."""
 
     seconds: list[float]
     host_bound: bool
@@ -163,7 +159,7 @@ def prepare(benchmark: Benchmark, sizes: Mapping[str, int], candidate: Candidate
     notes, rotation = runnable.notes(), [runnable]
     if benchmark.whole_job:
         taken = device.memory_bytes(release=False) - before
-        notes |= ({"memory_mib": taken / 2**20} if taken else {}) | energy(device, runnable)
+        notes |= {"memory_mib": taken / 2**20} if taken else {}
         once, shortest = device.clock_sample([runnable.run]).seconds, JOB_SECONDS
     else:
         copies = copies_beyond_cache(benchmark.work(**sizes).bytes, device.cache_bytes)
@@ -200,17 +196,6 @@ def copies_beyond_cache(size: int, cache_bytes: int) -> int:
     """How many copies of an op's arrays, of so many bytes, to take in turn so that each has left the cache when it
     comes: between two calls on the same arrays, the others go through more than twice what the cache holds."""
     return min(math.ceil(2 * cache_bytes / size) + 1, MAX_SETS) if size < 2 * cache_bytes else 1
-
-
-def energy(device: Device, runnable: Runnable) -> dict[str, float]:
-    """Joules of a call, over at least ENERGY_SECONDS; nothing where the device does not count them."""
-    before, calls, seconds = device.joules(), 0, 0.0
-    if before is None:
-        return {}
-    while seconds < ENERGY_SECONDS:
-        seconds += device.clock_sample([runnable.run] * 4).seconds * 4
-        calls += 4
-    return {"joules": (device.joules() - before) / calls}
 
 
 def interleave(candidates: Mapping[str, Callable[[], Result]], rounds: int,

@@ -73,9 +73,6 @@ class FakeDriver:
     def memory_bytes(self, release):
         return 0 if release else 3 * 2**20
 
-    def joules(self):
-        return None
-
 
 def fake_gpu(executor) -> Gpu:
     """The harness as a GPU, timed by a driver for which everything takes equally long."""
@@ -306,7 +303,7 @@ def test_bytes_of_an_op_are_those_of_its_arrays_at_least(name):
 def entry():
     candidates = [constant("char-gru", 2), constant("other", 2)]
     benchmark, device = doubled(candidates), Cpu()
-    outcomes = {"char-gru": Measured([1.0, 2.0], False, {}), "other": Measured([3.0, 4.0], True, {"joules": 5.0})}
+    outcomes = {"char-gru": Measured([1.0, 2.0], False, {}), "other": Measured([3.0, 4.0], True, {"memory_mib": 5.0})}
     ceilings = floors.Ceilings(1e9, {"fp32": 1e12}, 0.0, 0.0)
     return timing.entry(benchmark, {"n": 3}, device, ceilings, outcomes, dict.fromkeys(outcomes, "fp32"))
 
@@ -314,7 +311,7 @@ def entry():
 def test_entry_holds_seconds_circumstances_work_and_ceilings(entry):
     assert entry["candidates"] == {
         "char-gru": {"precision": "fp32", "seconds": [1.0, 2.0], "host_bound": False},
-        "other": {"precision": "fp32", "seconds": [3.0, 4.0], "host_bound": True, "joules": 5.0}}
+        "other": {"precision": "fp32", "seconds": [3.0, 4.0], "host_bound": True, "memory_mib": 5.0}}
     assert floors.Work(**entry["work"]) == (0, 24, 1, 0)
     assert floors.Ceilings(**entry["ceilings"]).bytes_per_second == 1e9
     assert entry["tutorial"] and entry["sizes"] == {"n": 3}
