@@ -125,8 +125,8 @@ def test_file_without_progress_holds_pytorchs_names_in_float32_and_nothing_else(
 
 
 def assert_refused_or_same(raw: bytes) -> None:
-    """Assert that the bytes are refused, or load as the saved checkpoint: JSON has several spellings of one text (a tab for
-    a space, E for e, a last digit of a float that rounds to the same)."""
+    """Assert that the bytes are refused, or load as the saved checkpoint: JSON has several spellings of one text (a tab
+    for a space, E for e, a last digit of a float that rounds to the same)."""
     try:
         loaded = load_checkpoint(File(raw))
     except UserError as error:

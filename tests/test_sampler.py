@@ -1,6 +1,5 @@
 """The Python interface of a trained model: prompts, carried state, streaming, stop strings; scoring."""
 
-import itertools
 import math
 
 import numpy as np
