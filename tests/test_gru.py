@@ -6,12 +6,15 @@ import pytest
 from char_gru.kernels import gru as launchers
 from char_gru.kernels import runtime
 from char_gru.kernels.matmul import PRECISIONS
+from char_gru.rnn import reference
 from tests import host_cuda
+from tests.helpers.compare import assert_close
 from tests.helpers.recurrence import (
     Layer,
     assert_equal_bits,
     assert_matches_reference,
     both_passes,
+    by_reference,
     layer,
     on_device,
     stepwise,
@@ -43,6 +46,28 @@ def test_gradient_through_the_output_layer_matches_reference(executor, T, B, H, 
 def test_rounded_operands_err_like_the_reference_with_rounded_operands(executor, T, B, H, V, precision):
     case = layer(T, B, H, V, M=6)
     assert_matches_reference(case, on_device(case, precision=precision), precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_first_step_rounds_the_operands_of_its_product_and_nothing_else(executor, precision):
+    """Operands are inputs here, so that the specification in float64 rounds exactly the same numbers."""
+    case = layer(1, 5, 50, 7)
+    actual = on_device(case, precision=precision)
+    exact, single = (by_reference(case, dtype, precision) for dtype in (np.float64, np.float32))
+    for name in ("h_tb", "gates_tb", "a_n_tb"):
+        assert_close(name, actual[name], exact[name], single[name])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gradient_of_recurrent_weights_is_a_product_of_rounded_operands(executor, precision):
+    T, B, H = 3, 5, 50
+    case, saved = layer(T, B, H, 7), launchers.gru_saved(T, B, H, precision=precision)
+    plans = stepwise(case, precision)
+    results = both_passes(launchers, case, saved, runtime.to_device, runtime.empty, plans, precision=precision)
+    da, h = (runtime.to_host(x)[:T].reshape(T * B, -1) for x in (saved.da_tb, saved.h_tb))
+    exact, single = (reference.product(da.astype(dtype).T, h.astype(dtype), precision)
+                     for dtype in (np.float64, np.float32))
+    assert_close("dW_hh", runtime.to_host(results["dW_hh"]), exact, single)
 
 
 def test_precisions_differ(executor):
