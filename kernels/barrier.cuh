@@ -9,37 +9,9 @@
 // other blocks write during the launch must not be read through __ldg or a `const __restrict__` parameter.
 // Source: PTX ISA, "Memory Consistency Model", release and acquire patterns.
 
+#include "ptx.cuh"
+
 constexpr int COUNTER_WORDS = 32;  // a counter has a line of L2 to itself
-
-__device__ __forceinline__ void add_release(unsigned *counter, unsigned value)
-{
-#ifdef HOST_CUDA
-    __atomic_fetch_add(counter, value, __ATOMIC_RELEASE);
-#else
-    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
-#endif
-}
-
-__device__ __forceinline__ unsigned load_acquire(const unsigned *counter)
-{
-#ifdef HOST_CUDA
-    return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
-#else
-    unsigned value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-    return value;
-#endif
-}
-
-// Spins until the counter has reached `target`. The only way for a kernel to wait for another block.
-__device__ __forceinline__ void wait_at_least(const unsigned *counter, unsigned target)
-{
-    for (unsigned value = load_acquire(counter); int(value - target) < 0; value = load_acquire(counter)) {
-#ifdef HOST_CUDA
-        host_cuda::spin_pause(counter, value, target, __FILE__, __LINE__);
-#endif
-    }
-}
 
 // A barrier in two halves, each for all threads of all blocks of the group; what a block does between them, it does
 // while the others arrive. `target` is the number of blocks in the group times the number of barriers up to and
@@ -47,12 +19,8 @@ __device__ __forceinline__ void wait_at_least(const unsigned *counter, unsigned 
 __device__ __forceinline__ void group_arrive(unsigned *counter)
 {
     __syncthreads();
-    if (threadIdx.x == 0) {
-#ifdef HOST_CUDA
-        host_cuda::count_group_barrier();
-#endif
+    if (threadIdx.x == 0)
         add_release(counter, 1);
-    }
 }
 
 __device__ __forceinline__ void group_wait(const unsigned *counter, unsigned target)

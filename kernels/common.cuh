@@ -2,7 +2,9 @@
 //
 // Blocks are one-dimensional and a multiple of 32 threads wide wherever a function below speaks of warps.
 // tanh needs no helper: CUDA's tanhf errs by at most 2 ulp and does not overflow.
-// Source: CUDA C++ Programming Guide, "Warp Shuffle Functions" and the table of maximum ulp errors; PTX ISA, "cvt".
+// Source: CUDA C++ Programming Guide, "Warp Shuffle Functions" and the table of maximum ulp errors.
+
+#include "ptx.cuh"
 
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
@@ -72,48 +74,28 @@ __device__ __forceinline__ float array_sum(const float *values, int count, float
 }
 
 // bfloat16 is the upper half of a float, stored as an unsigned short; rounding is to nearest, ties to even.
+__device__ __forceinline__ float from_bf16(unsigned short x) { return __uint_as_float(unsigned(x) << 16); }
+
+#if __CUDA_ARCH__ < 800
+// The functions of ptx.cuh, for GPUs that lack the instruction.
 __device__ __forceinline__ unsigned short to_bf16(float x)
 {
-#if defined(HOST_CUDA) || __CUDA_ARCH__ < 800
     const unsigned bits = __float_as_uint(x);
     if ((bits & 0x7fffffffu) > 0x7f800000u)
         return 0x7fff;  // NaN, as the instruction writes it
     return (unsigned short)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-#else
-    unsigned short result;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(x));
-    return result;
-#endif
 }
 
-__device__ __forceinline__ float from_bf16(unsigned short x) { return __uint_as_float(unsigned(x) << 16); }
-
-// Two bfloat16 in one register, as the tensor cores take them: `low` is the element with the smaller index.
 __device__ __forceinline__ unsigned pack_bf16(float low, float high)
 {
-#if defined(HOST_CUDA) || __CUDA_ARCH__ < 800
     return unsigned(to_bf16(high)) << 16 | to_bf16(low);
-#else
-    unsigned result;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-    return result;
-#endif
 }
-
-#if __CUDA_ARCH__ >= 800
-// The nearest tf32 (10 bits of mantissa, ties away from zero) as the bits of a float. The tensor core truncates what it is
-// given, which doubles the error: round first.
-__device__ __forceinline__ unsigned to_tf32(float x)
-{
-#ifdef HOST_CUDA
-    const unsigned bits = __float_as_uint(x);
-    if ((bits & 0x7fffffffu) >= 0x7f800000u)
-        return bits;  // infinity and NaN
-    return (bits + 0x1000u) & 0xffffe000u;
 #else
-    unsigned result;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(x));
-    return result;
-#endif
+// An operand of mma_m16n8k8_tf32 from the bits of a float: truncated, as the tensor core does it, this is the nearest
+// tf32. One instruction less than to_tf32, for loops in which every instruction counts.
+__device__ __forceinline__ unsigned tf32_operand(unsigned bits)
+{
+    const float infinity = __uint_as_float(0x7f800000u);
+    return fabsf(__uint_as_float(bits)) < infinity ? bits + 0x1000u : bits;
 }
 #endif

@@ -41,7 +41,7 @@
 #include "barrier.cuh"
 #include "generate.cuh"
 #include "generate_logits.cuh"
-#include "mma.cuh"
+#include "ptx.cuh"
 
 #if !defined(ROWS) || !defined(UNITS) || !defined(STAGES) || !defined(DRAWS)
 #error "generate_persistent.cu needs ROWS and UNITS, of a warp's tile, STAGES, of the ring, and DRAWS, who draws"

@@ -18,7 +18,7 @@
 // not fit into a sum, where fp32 rounds it, so that long sums drift: here they sum one step, and the thread its steps.
 //
 // x is handed from block to block through global memory in the order in which warps load it, 16 bytes a lane:
-//   tensor cores  steps of K, each of fragments of 16 rows, each of 4 words for each lane (mma.cuh)
+//   tensor cores  steps of K, each of fragments of 16 rows, each of 4 words for each lane (ptx.cuh)
 //   fp32          steps of K, each of 8 k, each of ROWS rows: those of thread_row() 0, 8 apart, then those of 1, ...
 // x_place says where an element lies; what lies beyond the matrix in k must be zero there, rows may hold anything.
 //
@@ -27,7 +27,7 @@
 // Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip"; Ootomo and Yokota, "Recovering Single
 // Precision Accuracy from Tensor Cores While Surpassing the FP32 Theoretical Peak Performance".
 #include "block.cuh"
-#include "mma.cuh"
+#include "ptx.cuh"
 
 #if !defined(PRECISION) || !defined(ROWS) || !defined(COLUMNS) || !defined(K_STEPS) || !defined(REGISTER_STEPS)
 #error "the launcher defines PRECISION, ROWS, COLUMNS, K_STEPS and REGISTER_STEPS"

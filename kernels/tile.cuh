@@ -12,9 +12,9 @@
 //   fp32        a thread owns TILE_M / 16 rows by TILE_N / 16 columns, a warp 4 x 8 threads; FFMA, k ascending
 //   tf32, bf16  a warp owns fragments of 16 x 8, on the tensor cores; fp32 sums, k ascending in groups of 8 (bf16: 16)
 // An element is summed in the same order wherever it lies: equal calls give equal bits.
-// Source: CUTLASS, "Efficient GEMM in CUDA" (the hierarchy of tiles); mma.cuh for the fragments.
+// Source: CUTLASS, "Efficient GEMM in CUDA" (the hierarchy of tiles); ptx.cuh for the fragments.
 #include "common.cuh"
-#include "mma.cuh"
+#include "ptx.cuh"
 
 #if !defined(PRECISION) || !defined(TILE_M) || !defined(TILE_N) || !defined(TILE_K)
 #error "the launcher defines PRECISION, TILE_M, TILE_N and TILE_K"

@@ -215,7 +215,7 @@ def test_shared_memory_is_poisoned_for_every_block():
 
 def test_reading_an_asynchronous_copy_without_waiting_finds_the_old_bytes():
     right = """
-    #include "mma.cuh"
+    #include "ptx.cuh"
     extern "C" __global__ void stage(float *out, const float *in, int size)
     {
         __shared__ __align__(16) float tile[2][32];
@@ -322,7 +322,7 @@ def test_stencil_reads_thrice_and_only_global_memory_counts():
 
 def test_asynchronous_copies_count_what_is_inside_even_where_nobody_waits():
     text = """
-    #include "mma.cuh"
+    #include "ptx.cuh"
     extern "C" __global__ void stage(float *out, const float *in, int size, int waited)
     {
         __shared__ __align__(16) float tile[32];

@@ -11,7 +11,7 @@ argument.
         ...  # any launcher
 
 Linux only. It says nothing about speed, and little about device rounding: the mathematical functions are the host's, and
-nothing is contracted to fma. A kernel must wait for other blocks through ``wait_at_least`` of ``barrier.cuh`` only; a thread
+nothing is contracted to fma. A kernel must wait for other blocks through ``wait_at_least`` of ``ptx.cuh`` only; a thread
 has 64 KiB of stack; under ThreadSanitizer at most about 8,000 CUDA threads live at once.
 """
 
@@ -305,10 +305,9 @@ class _Module(NamedTuple):
 def _build(source: str, sanitize: str, count_bytes: bool) -> _Module:
     runtime = _object("runtime.cpp", ("-std=c++20", *_SANITIZER_DEFINES[sanitize]))
     text = f'#include "host_cuda.h"\n{_with_dynamic_shared(source)}\n{_kernel_table(source)}'
-    header = (_HERE / "host_cuda.h").read_text()
     if count_bytes:  # linked without -fsanitize, which would bring the runtime that counting.cpp replaces
         counting = _object("counting.cpp", ("-std=c++17",))
-        kernel = _compiled(text, ("-std=c++17", *_FLAGS, *_COUNTING_FLAGS, "-c"), header, ())
+        kernel = _compiled(text, ("-std=c++17", *_FLAGS, *_COUNTING_FLAGS, "-c"), ())
         text, flags, objects = "", ("-shared", *_FLAGS, "-Wl,-z,defs"), (runtime, counting, kernel)
     elif sanitize:
         flags = ("-std=c++17", *_FLAGS, *_SANITIZER_FLAGS[sanitize])
@@ -316,7 +315,7 @@ def _build(source: str, sanitize: str, count_bytes: bool) -> _Module:
     else:
         flags = ("-std=c++17", "-shared", *_FLAGS)
         objects = (runtime,)
-    path = _compiled(text, flags, header, objects)
+    path = _compiled(text, flags, objects)
     if sanitize:
         library, listing = None, subprocess.run([path], check=True, capture_output=True, text=True).stdout
     else:
@@ -331,16 +330,17 @@ def _build(source: str, sanitize: str, count_bytes: bool) -> _Module:
 
 
 def _object(name: str, flags: tuple[str, ...]) -> pathlib.Path:
-    headers = "".join((_HERE / header).read_text() for header in ("host_cuda.h", "launch.h"))
-    return _compiled((_HERE / name).read_text(), (*flags, *_FLAGS, "-c"), headers, ())
+    return _compiled((_HERE / name).read_text(), (*flags, *_FLAGS, "-c"), ())
 
 
-def _compiled(text: str, flags: tuple[str, ...], headers: str, objects: tuple[pathlib.Path, ...]) -> pathlib.Path:
+def _compiled(text: str, flags: tuple[str, ...], objects: tuple[pathlib.Path, ...]) -> pathlib.Path:
     """Path of the compiled text in the cache, whose key is everything that the result depends on."""
     cxx = compiler()
     if cxx is None:
         raise BuildError("no C++ compiler: install g++, or name one in CXX")
-    key = hashlib.sha256("\0".join((_compiler_version(cxx), text, headers, *flags, *map(str, objects))).encode()).hexdigest()[:32]
+    headers = (path.read_text() for path in sorted(_HERE.glob("*.h")))
+    parts = (_compiler_version(cxx), text, *headers, *flags, *map(str, objects))
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     target = _cache() / f"{key}.out"
     if target.exists():
         return target

@@ -22,7 +22,7 @@ using host_cuda::count_read, host_cuda::count_write;
     void __tsan_read##bytes(void *address) { count_read(address, bytes); } \
     void __tsan_write##bytes(void *address) { count_write(address, bytes); }
 
-// Those that host_cuda.h and barrier.cuh use, in the strongest order whatever was asked for.
+// The atomics that host_cuda.h and ptx.h use, in the strongest order whatever was asked for.
 constexpr int ORDER = __ATOMIC_SEQ_CST;
 
 #define ATOMICS(bits, T)                                                                                          \

@@ -2,7 +2,7 @@
 //
 // Kernel sources are compiled unchanged as C++17 behind this header; runtime.cpp runs them: one CUDA thread is one fiber, one
 // block is one OS thread, and whatever makes threads wait for each other is a rendezvous of fibers. What is not declared here
-// (float atomics, clocks, textures, inline PTX without a host branch) stops the build.
+// (float atomics, clocks, textures) stops the build, and so does inline PTX: ptx.h has the functions of kernels/ptx.cuh.
 // Source: CUDA C++ Programming Guide, chapter "C++ Language Extensions".
 #pragma once
 
@@ -69,7 +69,7 @@ void sync_warp(unsigned mask, const char *file, int line);
 // An instruction that all 32 lanes of a warp execute together: the last to arrive runs work(lanes) for all of them, where
 // lanes[i] is the `data` of lane i.
 using Work = void (*)(void *const *lanes);
-void whole_warp(const char *name, void *data, Work work, HOST_CUDA_SITE);
+void whole_warp(const char *name, void *data, Work work, const char *file, int line);
 
 std::uint64_t shuffle(const char *name, unsigned mask, std::uint64_t bits, int source, const char *file, int line);
 unsigned ballot(const char *name, unsigned mask, bool predicate, const char *file, int line);
@@ -79,7 +79,7 @@ void spin_pause(const unsigned *counter, unsigned value, unsigned target, const 
 
 void *dynamic_shared();
 void fence();
-void count_group_barrier();
+void count_group_barrier();  // an arrival of this block at one
 void count_mma();
 int lane_in_warp();
 
@@ -87,7 +87,7 @@ int lane_in_warp();
 void count_read(const void *address, std::uint64_t bytes);
 void count_write(const void *address, std::uint64_t bytes);
 
-// Asynchronous copies happen as late as they may, in finish_copies: a read without the wait finds the old bytes.
+// An asynchronous copy, from cp_async_16 or _4 to the cp_async_wait in which it happens.
 struct Copy {
     void *target;
     const void *source;
@@ -97,16 +97,6 @@ struct Copy {
 void copy_later(void *target, const void *source, int bytes, bool inside);
 void commit_copies();
 bool next_finished_copy(int pending, Copy &copy);
-
-inline void finish_copies(int pending)
-{
-    for (Copy copy; next_finished_copy(pending, copy);) {
-        unsigned *target = static_cast<unsigned *>(copy.target);
-        const unsigned *source = static_cast<const unsigned *>(copy.source);
-        for (int i = 0; i < copy.bytes / 4; ++i)
-            target[i] = copy.inside ? source[i] : 0;
-    }
-}
 
 template <class To, class From>
 HOST_CUDA_UNCHECKED inline To bit_cast(From from)
@@ -252,6 +242,8 @@ inline long long max(long long x, long long y) { return x > y ? x : y; }
 inline unsigned long long max(unsigned long long x, unsigned long long y) { return x > y ? x : y; }
 inline float max(float x, float y) { return std::fmax(x, y); }
 
+#include "ptx.h"
+
 // How a launch reaches a kernel: the parameter types are deduced from the function, for the loader to check against.
 namespace host_cuda {
 
@@ -316,7 +308,7 @@ struct Trampoline<function> {
 #define HOST_CUDA_KERNEL(name) host_cuda::Trampoline<name>::kernel(#name)
 
 #ifndef HOST_CUDA_RUNTIME
-#define asm inline_ptx_needs_a_host_branch
+#define asm inline_ptx_belongs_in_ptx_cuh
 #endif
 
 #ifdef HOST_CUDA_COUNT_BYTES

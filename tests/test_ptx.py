@@ -1,7 +1,7 @@
-"""The tensor-core wrappers, the narrow formats and the fragment layout against NumPy.
+"""The functions of ptx.cuh, the narrow formats and the fragment layout against NumPy.
 
-The same kernels run on the host harness and, where there is one, on a GPU: what the host branch of a wrapper computes is what
-the instruction computes.
+The same kernels run on the host harness and, where there is one, on a GPU: a function computes in tests/host_cuda/ptx.h what
+its instruction computes.
 """
 
 import numpy as np
@@ -11,9 +11,18 @@ from char_gru.kernels import runtime
 from tests.helpers.compare import rounded
 from tests.host_cuda import HostExecutor, compiler
 
-KERNELS = """
+ROUNDING = """
 #include "common.cuh"
-#include "mma.cuh"
+extern "C" __global__ void formats(unsigned short *bf16, unsigned *two_bf16, float *from16, const float *in)
+{
+    const size_t i = thread_in_grid();
+    bf16[i] = to_bf16(in[i]);
+    two_bf16[i] = pack_bf16(in[i], in[i ^ 1]);
+    from16[i] = from_bf16(bf16[i]);
+}
+"""
+KERNELS = ROUNDING + """
+#include "ptx.cuh"
 
 // D (16,8) = A (16,K) B (K,8) by one warp, from row-major matrices in global memory.
 #define FRAGMENTS(P, PACK)                                                                                                     \\
@@ -43,14 +52,6 @@ extern "C" __global__ void matrices(unsigned *out, unsigned *transposed, const u
     ldmatrix_x4_trans(registers, tile + lane() * 24);
     for (int m = 0; m < 4; ++m)
         transposed[m * 32 + lane()] = registers[m];
-}
-
-extern "C" __global__ void formats(unsigned short *bf16, unsigned *two_bf16, float *from16, const float *in)
-{
-    const size_t i = thread_in_grid();
-    bf16[i] = to_bf16(in[i]);
-    two_bf16[i] = pack_bf16(in[i], in[i ^ 1]);
-    from16[i] = from_bf16(bf16[i]);
 }
 
 #if __CUDA_ARCH__ >= 800
@@ -130,15 +131,14 @@ def test_product_of_fragments_equals_numpy(executor, kernel):
 
 
 @pytest.mark.parametrize("right, wrong", [
-    ("a[g + 8 * (r % 2)][q * P + 4 * P * (r / 2) + i]", "a[g + 8 * (r / 2)][q * P + 4 * P * (r % 2) + i]"),
-    ("element(fragments.b[r], i)", "element(fragments.b[A / 2 - 1 - r], i)"),
-    ("d[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2]", "d[lane / 4 + 8 * (i % 2)][2 * (lane % 4) + i / 2]"),
+    ("(g + 8 * (r % 2)) * K + q * P + 4 * P * (r / 2)", "(g + 8 * (r / 2)) * K + q * P + 4 * P * (r % 2)"),
+    ("fb[r] = PACK", "fb[A / 2 - 1 - r] = PACK"),
+    ("out[(g + 8 * (i / 2)) * 8 + 2 * q + i % 2]", "out[(g + 8 * (i % 2)) * 8 + 2 * q + i / 2]"),
 ])
-@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
-def test_wrong_fragment_layout_gives_a_wrong_product(right, wrong):
+def test_wrong_fragment_layout_gives_a_wrong_product(executor, right, wrong):
     assert SOURCE.count(right) == 1
     a, b = operands(16)
-    (out,) = launched(HostExecutor(), "bf16", [((16, 8), np.float32)], [a, b], source=SOURCE.replace(right, wrong))
+    (out,) = launched(executor, "bf16", [((16, 8), np.float32)], [a, b], source=SOURCE.replace(right, wrong))
     assert np.abs(out - 2 * (rounded(a, "bf16") @ rounded(b, "bf16"))).max() > 0.1
 
 
@@ -173,9 +173,19 @@ def awkward_floats():
 
 
 def test_bf16_rounds_to_nearest_even(executor):
+    assert_rounded_to_bf16(executor, SOURCE)
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_bf16_of_gpus_without_the_instruction_rounds_to_nearest_even():
+    text = f"namespace turing {{\n#undef __CUDA_ARCH__\n#define __CUDA_ARCH__ 750\n{ROUNDING}}}\nusing turing::formats;"
+    assert_rounded_to_bf16(HostExecutor(), runtime.assemble("turing.cu", text, {}))
+
+
+def assert_rounded_to_bf16(executor, source):
     values = awkward_floats()
     outputs = [((256,), dtype) for dtype in (np.uint16, np.uint32, np.float32)]
-    bf16, two_bf16, from_bf16 = launched(executor, "formats", outputs, [values], threads=256)
+    bf16, two_bf16, from_bf16 = launched(executor, "formats", outputs, [values], 256, source)
     number = ~np.isnan(values)
     expected = (rounded(values, "bf16").view(np.uint32) >> 16).astype(np.uint16)
     np.testing.assert_array_equal(bf16[number], expected[number])
@@ -218,7 +228,7 @@ def test_instructions_are_accepted_for_every_architecture_that_has_them(architec
 def test_instruction_that_turing_lacks_stops_its_build(call):
     text = f"""
     #include "common.cuh"
-    #include "mma.cuh"
+    #include "ptx.cuh"
     extern "C" __global__ void newer() {{ float d[4] = {{}}; unsigned a[4] = {{}}, b[2] = {{}}; {call}; }}
     """
     source = runtime.assemble("newer.cu", text, {})
