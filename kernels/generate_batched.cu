@@ -128,7 +128,7 @@ struct Block : Arguments {
         for (int first = 0; first < rows; first += ROWS) {
             ResidentSums product;
             weights.multiply(product, states_of(t) + first / ROWS * tile_words, own_steps);
-            product.meet(sums);
+            product.reduce_warps(sums);
             for (int e = threadIdx.x; e < min(ROWS, rows - first) * COLUMNS; e += THREADS)
                 a[first * COLUMNS + e] = sum_of(sums, e / COLUMNS, e % COLUMNS) + own_b[e % COLUMNS];
             __syncthreads();  // the sums of the next tile go to the same shared memory

@@ -31,7 +31,7 @@
 // launch, where they fit. PRECISION (tile.cuh) concerns the products alone.
 // Source: Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation",
 // with the reset gate after the product, as in cuDNN.
-#include "common.cuh"
+#include "gru.cuh"
 #include "tile.cuh"
 
 static_assert(TILE_N % 3 == 0, "a block owns the three gates of its units");
@@ -59,23 +59,22 @@ gru_forward_step(float *h_tb, float *__restrict__ gates_tb, float *__restrict__ 
         const int m = element / UNITS, u = element % UNITS, b = b0 + m, j = j0 + u;
         if (b >= B || j >= H)
             continue;
-        const float *i = P + size_t(ids_tb[step + b]) * 3 * H + j;
+        const float *i_b = P + size_t(ids_tb[step + b]) * 3 * H + j;
+        const float i[3] = {i_b[0], i_b[H], i_b[2 * H]};
+        const float a[3] = {tile_c(shared, m, u) + b_hh[j], tile_c(shared, m, UNITS + u) + b_hh[H + j],
+                            tile_c(shared, m, 2 * UNITS + u) + b_hh[2 * H + j]};
+        const float h_before = h[size_t(b) * H + j];
+        const GRUCell cell = gru_cell(i, a, h_before);
         float *gates = gates_tb + (step + b) * 3 * H + j;
-        const float a_n = tile_c(shared, m, 2 * UNITS + u) + b_hh[2 * H + j];
-        const float r = sigmoid(i[0] + (tile_c(shared, m, u) + b_hh[j]));
-        const float z = sigmoid(i[H] + (tile_c(shared, m, UNITS + u) + b_hh[H + j]));
-        const float n = tanhf(i[2 * H] + r * a_n);
-        const float before = h[size_t(b) * H + j];
-        gates[0] = r;
-        gates[H] = z;
-        gates[2 * H] = n;
-        a_n_tb[(step + b) * H + j] = a_n;
-#if PRECISION == 2
-        h16_tb[(step + b) * H + j] = to_bf16(before);
-#endif
-        h_tb[(step + B + b) * H + j] = n + z * (before - n);
+        gates[0] = cell.r;
+        gates[H] = cell.z;
+        gates[2 * H] = cell.n;
+        a_n_tb[(step + b) * H + j] = a[2];
+        if (PRECISION == 2)
+            h16_tb[(step + b) * H + j] = to_bf16(h_before);
+        h_tb[(step + B + b) * H + j] = cell.h;
         if (t == 0)
-            h_tb[size_t(b) * H + j] = before;
+            h_tb[size_t(b) * H + j] = h_before;
     }
 }
 
@@ -126,25 +125,26 @@ gru_backward_step(float *da_tb, unsigned short *__restrict__ da16_tb, float *__r
         const int m = element / TILE_N, u = element % TILE_N, b = b0 + m, j = j0 + u;
         if (b >= B || j >= H)
             continue;
-        const size_t place = size_t(b) * H + j;
-        const float *product = products_gb + place;
-        const float returned = from_later ? dh_z_b[place] + (product[0] + product[state] + product[2 * state]) : 0.0f;
+        const size_t state_of_b = size_t(b) * H + j;
+        const float *product = products_gb + state_of_b;
+        const float returned =
+            from_later ? dh_z_b[state_of_b] + (product[0] + product[state] + product[2 * state]) : 0.0f;
         if (t < 0) {
-            dh0[place] = returned;
+            dh0[state_of_b] = returned;
             continue;
         }
-        const size_t row = size_t(t) * B + b, at = row * H + j, at_gates = row * 3 * H + j;
-        const float r = gates_tb[at_gates], z = gates_tb[at_gates + H], n = gates_tb[at_gates + 2 * H];
-        const float dh = dh_tb[at] + returned, dn = dh * (1.0f - z), di_n = dn * (1.0f - n * n);
-        const float da[3] = {di_n * a_n_tb[at] * (r * (1.0f - r)), dn * (h_tb[at] - n) * z, di_n * r};
+        const size_t row = size_t(t) * B + b, state_of_row = row * H + j, gates_of_row = row * 3 * H + j;
+        const float *gates = gates_tb + gates_of_row;
+        const float z = gates[H], dh = dh_tb[state_of_row] + returned;
+        const GRUCellGradient gradient =
+            gru_cell_gradient(dh, gates[0], z, gates[2 * H], a_n_tb[state_of_row], h_tb[state_of_row]);
 #pragma unroll
-        for (int of_gate = 0; of_gate < 3; ++of_gate) {
-            da_tb[at_gates + of_gate * H] = da[of_gate];
-#if PRECISION == 2
-            da16_tb[at_gates + of_gate * H] = to_bf16(da[of_gate]);
-#endif
+        for (int i = 0; i < 3; ++i) {
+            da_tb[gates_of_row + i * H] = gradient.da[i];
+            if (PRECISION == 2)
+                da16_tb[gates_of_row + i * H] = to_bf16(gradient.da[i]);
         }
-        di_n_tb[at] = di_n;
-        dh_z_b[place] = dh * z;  // in place: the step read it above
+        di_n_tb[state_of_row] = gradient.di[2];
+        dh_z_b[state_of_b] = dh * z;  // in place: the step read it above
     }
 }

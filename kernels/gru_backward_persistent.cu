@@ -30,7 +30,9 @@
 // Variants: fp32, tf32, bf16; gru.cu for sizes and GPUs that this one does not fit. plan.py chooses.
 // Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip".
 #include "barrier.cuh"
+#include "gru.cuh"
 #include "resident.cuh"
+#include "row_tiles.cuh"
 
 #ifndef SPLITS
 #error "the launcher defines SPLITS"
@@ -38,212 +40,230 @@
 
 constexpr int UNITS = COLUMNS;
 constexpr int FINISHED = ceil_div(UNITS, 2 * SPLITS) * 2;  // even: two bf16 of a word come from one block
-constexpr int PAIRS = ceil_div(ROWS * FINISHED, THREADS);  // of a row and a unit, that a thread takes through the gates
-constexpr int ROWS_AT_A_TIME = 8;                          // that are on their way to the sums by id
+constexpr int SUM_COLUMNS = 3 * FINISHED;                  // of a sum by id: three gates of the finished units
+constexpr int ROWS_AT_A_TIME = 8;                          // rows of di that are on their way to the sums by id
+using Elements = OwnElements<FINISHED>;
+
+// The fused output layer, dy_t W_y: N more rows of K, of which every warp multiplies `steps` steps. W_y stays on chip.
+struct FusedOutput {
+    int N, steps, first_step;
+    unsigned *weights;  // of this warp
+
+    // `all_weights` is WARPS steps WEIGHT_STEP words of shared memory; read(v, column) is 0 outside of W_y.
+    template <class Read>
+    __device__ __forceinline__ FusedOutput(unsigned *all_weights, int N, int split, Read read)
+        : N(N), steps(ceil_div(ceil_div(N, STEP_K), SPLITS * WARPS)), first_step((split * WARPS + warp()) * steps),
+          weights(all_weights + warp() * steps * WEIGHT_STEP)
+    {
+        for (int i = 0; i < steps; ++i) {
+            const int v0 = (first_step + i) * STEP_K;
+            store_weights(weights + i * WEIGHT_STEP, [=](int k, int column) { return read(v0 + k, column); });
+        }
+    }
+
+    // Adds this warp's share for the tile whose first row is b0; dy (B, N) is the step's.
+    __device__ __forceinline__ void add_to(ResidentSums &product, const float *__restrict__ dy, int b0, int B) const
+    {
+        for (int i = 0; i < steps; ++i) {
+            ResidentSums::X y;
+            y.load_each([=](int row, int k) {
+                const int b = b0 + row, v = (first_step + i) * STEP_K + k;
+                return b < B && v < N ? dy[size_t(b) * N + v] : 0.0f;
+            });
+            product.add(y, weights + i * WEIGHT_STEP);
+        }
+    }
+};
+
+// For the finished units, the sums of di over the positions of each id, in shared memory. A tile leaves its di and its
+// ids, to be added one step, or tile, later, while the blocks of the group arrive: row by row, in a fixed order.
+struct SumsById {
+    float *di;     // (ROWS, 3, FINISHED): of one tile
+    float *dP;     // (V, 3, FINISHED)
+    int *ids;      // (ROWS,): of the rows of di
+    int rows = 0;  // of di that are still to be added
+
+    __device__ __forceinline__ SumsById(float *shared, int V)
+        : di(shared), dP(di + ROWS * SUM_COLUMNS), ids(reinterpret_cast<int *>(dP + V * SUM_COLUMNS))
+    {
+        for (int i = threadIdx.x; i < V * SUM_COLUMNS; i += THREADS)
+            dP[i] = 0.0f;
+    }
+
+    __device__ __forceinline__ float &di_of(int row, int gate, int unit) const
+    {
+        return di[(row * 3 + gate) * FINISHED + unit];
+    }
+
+    // All di and sums of ROWS_AT_A_TIME rows are loaded before any sum is stored.
+    __device__ __forceinline__ void add_tile() const
+    {
+        for (int column = threadIdx.x; column < SUM_COLUMNS && rows > 0; column += THREADS)
+            for (int row = 0; row < rows; row += ROWS_AT_A_TIME) {
+                float value[ROWS_AT_A_TIME], *sum[ROWS_AT_A_TIME];
+#pragma unroll
+                for (int i = 0; i < ROWS_AT_A_TIME; ++i) {
+                    value[i] = di[(row + i) * SUM_COLUMNS + column];
+                    sum[i] = dP + ids[row + i] * SUM_COLUMNS + column;
+                }
+#pragma unroll
+                for (int i = 0; i < ROWS_AT_A_TIME; ++i)
+                    if (row + i < rows)
+                        *sum[i] += value[i];
+            }
+    }
+
+    // The group's sums, of dP and of db, for hidden units j0 and after, before j_end. `db` has this thread's sums; those
+    // of all rows are added row by row, in the memory of di.
+    __device__ __forceinline__ void write(float *dP_of_group, float *db_of_group, const float (&db)[Elements::COUNT][3],
+                                          int V, int H, int j0, int j_end) const
+    {
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < Elements::COUNT; ++i)
+            if (Elements::row(i) < ROWS)
+#pragma unroll
+                for (int gate = 0; gate < 3; ++gate)
+                    di_of(Elements::row(i), gate, Elements::unit(i)) = db[i][gate];
+        __syncthreads();
+        for (int i = threadIdx.x; i < (V + 1) * SUM_COLUMNS; i += THREADS) {
+            const int v = i / SUM_COLUMNS, column = i % SUM_COLUMNS, j = j0 + column % FINISHED;
+            if (j >= j_end)
+                continue;
+            float sum = 0.0f;
+            if (v < V)
+                sum = dP[i];
+            else
+                for (int row = 0; row < ROWS; ++row)
+                    sum += di[row * SUM_COLUMNS + column];
+            float *result = v < V ? dP_of_group + size_t(v) * 3 * H : db_of_group;
+            result[column / FINISHED * H + j] = sum;
+        }
+    }
+};
 
 // One block: x counts the splits of the first range of the first group, then those of its second range, ...
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ da16_tb, float *__restrict__ di_n_tb,
                         float *__restrict__ dh0, float *__restrict__ dP_g, float *__restrict__ db_g, float *dh_z_b,
-                        unsigned *exchange, float *partials, unsigned *counters, const float *__restrict__ dy_tb,
-                        const float *__restrict__ W_y, const float *__restrict__ W_hh, const float *__restrict__ h_tb,
-                        const float *__restrict__ gates_tb, const float *__restrict__ a_n_tb,
-                        const int *__restrict__ ids_tb, int T, int B, int H, int N, int V, int groups)
+                        unsigned *exchange, float *partial_sums, unsigned *counters, unsigned *range_counters,
+                        const float *__restrict__ dy_tb, const float *__restrict__ W_y, const float *__restrict__ W_hh,
+                        const float *__restrict__ h_tb, const float *__restrict__ gates_tb,
+                        const float *__restrict__ a_n_tb, const int *__restrict__ ids_tb, int T, int B, int H, int N,
+                        int V, int groups)
 {
-    const int blocks = gridDim.x / groups, ranges = blocks / SPLITS, group = blockIdx.x / blocks;
-    const int range = blockIdx.x % blocks / SPLITS, split = blockIdx.x % SPLITS;
-    const int j0 = range * UNITS, finished = split * FINISHED;
-    const int tiles = ceil_div(B, ROWS), tiles_of_group = ceil_div(tiles, groups);
-    const int first_tile = group * tiles_of_group, last_tile = min(first_tile + tiles_of_group, tiles);
-    const int y_steps = ceil_div(ceil_div(N, STEP_K), SPLITS * WARPS);  // of a warp
-    unsigned *arrived = counters + size_t(group) * (1 + ranges) * 2 * COUNTER_WORDS, *left = arrived + COUNTER_WORDS;
-    unsigned *range_arrived = arrived + (1 + range) * 2 * COUNTER_WORDS, *range_left = range_arrived + COUNTER_WORDS;
-    const size_t split_words = size_t(WARPS) * K_STEPS * X_STEP, tile_words = SPLITS * split_words;
+    const int blocks = gridDim.x / groups, ranges = blocks / SPLITS, split = blockIdx.x % SPLITS;
+    Group group(counters, blockIdx.x / blocks, blockIdx.x % blocks, blocks);
+    Group range(range_counters, blockIdx.x / SPLITS, split, SPLITS);
+    const RowTiles tiles(B, groups, group.index);
+    const int j0 = group.block / SPLITS * UNITS, j_end = min(j0 + UNITS, H);
+    const Elements own = {B, j0 + split * FINISHED, j_end};
+    // Where da of a tile in step t lies for the product; the splits of K one after the other.
+    const auto exchanged = [=](int t, int tile) { return exchange + (t % 2 * tiles.all + tile) * SPLITS * X_WORDS; };
 
     extern __shared__ __align__(16) unsigned shared[];
-    unsigned *y_weights = shared + ResidentWeights::SHARED_WORDS;
-    float *sums = reinterpret_cast<float *>(y_weights + WARPS * y_steps * WEIGHT_STEP);
-    float *di_of_tile = sums + SUMS;                            // (ROWS, 3, FINISHED)
-    float *dP = di_of_tile + ROWS * 3 * FINISHED;               // (V, 3, FINISHED)
-    int *ids = reinterpret_cast<int *>(dP + V * 3 * FINISHED);  // (ROWS,)
-
-    // Element `pair` of this thread in a tile: neighbouring threads take neighbouring units.
-    const auto row_of = [](int pair) { return (int(threadIdx.x) + pair * THREADS) / FINISHED; };
-    const auto unit_of = [](int pair) { return (int(threadIdx.x) + pair * THREADS) % FINISHED; };
-    const auto owned = [=](int tile, int pair) {
-        const int u = finished + unit_of(pair);
-        return row_of(pair) < ROWS && tile * ROWS + row_of(pair) < B && u < UNITS && j0 + u < H;
-    };
-
     ResidentWeights weights;
     const int k0 = split * WARPS * K_STEPS * STEP_K;
     weights.load(shared, [=](int k, int column) {
         const int j = j0 + column;
         return column < UNITS && j < H && k0 + k < 3 * H ? W_hh[size_t(k0 + k) * H + j] : 0.0f;
     });
-    const auto y_step = [=](int i) { return (split * WARPS + warp()) * y_steps + i; };
-    for (int i = 0; i < y_steps; ++i)
-        store_weights(y_weights + (warp() * y_steps + i) * WEIGHT_STEP, [=](int k, int column) {
-            const int v = y_step(i) * STEP_K + k, j = j0 + column;
-            return column < UNITS && j < H && v < N ? W_y[size_t(v) * H + j] : 0.0f;
-        });
-    for (int i = threadIdx.x; i < V * 3 * FINISHED; i += THREADS)
-        dP[i] = 0.0f;
-    float db[PAIRS][3] = {};
-    int rows_to_add = 0;
+    unsigned *output_weights = shared + ResidentWeights::SHARED_WORDS;
+    const FusedOutput output(output_weights, N, split, [=](int v, int column) {
+        const int j = j0 + column;
+        return column < UNITS && j < H && v < N ? W_y[size_t(v) * H + j] : 0.0f;
+    });
+    float *sums = reinterpret_cast<float *>(output_weights + WARPS * output.steps * WEIGHT_STEP);
+    SumsById sums_by_id(sums + SUMS, V);
+    float db[Elements::COUNT][3] = {};
     __syncthreads();
 
-    for (int t = T - 1; t >= -1; --t) {  // at -1 lies the initial state
-        for (int tile = first_tile; tile < last_tile; ++tile) {
-            float r[PAIRS], z[PAIRS], n[PAIRS], a_n[PAIRS], before[PAIRS], dh[PAIRS], dy[PAIRS];
-#pragma unroll
-            for (int pair = 0; pair < PAIRS; ++pair)
-                if (owned(tile, pair)) {
-                    const int b = tile * ROWS + row_of(pair), j = j0 + finished + unit_of(pair);
-                    dh[pair] = t + 1 < T ? dh_z_b[size_t(b) * H + j] : 0.0f;  // written by this thread
-                    if (t >= 0) {
-                        const size_t row = size_t(t) * B + b;
-                        r[pair] = gates_tb[row * 3 * H + j];
-                        z[pair] = gates_tb[row * 3 * H + H + j];
-                        n[pair] = gates_tb[row * 3 * H + 2 * H + j];
-                        a_n[pair] = a_n_tb[row * H + j];
-                        before[pair] = h_tb[row * H + j];
-                        dy[pair] = N == 0 ? dy_tb[row * H + j] : 0.0f;
-                    }
-                }
-            const int id_row = tile * ROWS + threadIdx.x;
-            const int id = V > 0 && t >= 0 && threadIdx.x < ROWS && id_row < B ? ids_tb[size_t(t) * B + id_row] : 0;
-
-            // What the last tile left for the sums by id. All of some rows is loaded before any sum is stored.
-            for (int column = threadIdx.x; column < 3 * FINISHED && rows_to_add > 0; column += THREADS)
-                for (int row = 0; row < rows_to_add; row += ROWS_AT_A_TIME) {
-                    float value[ROWS_AT_A_TIME], *sum[ROWS_AT_A_TIME];
-#pragma unroll
-                    for (int i = 0; i < ROWS_AT_A_TIME; ++i) {
-                        value[i] = di_of_tile[(row + i) * 3 * FINISHED + column];
-                        sum[i] = dP + ids[row + i] * 3 * FINISHED + column;
-                    }
-#pragma unroll
-                    for (int i = 0; i < ROWS_AT_A_TIME; ++i)
-                        if (row + i < rows_to_add)
-                            *sum[i] += value[i];
-                }
+    for (int t = T - 1; t >= -1; --t)  // at -1 lies the initial state
+        for (int tile = tiles.first; tile < tiles.end; ++tile) {
+            float r[Elements::COUNT], z[Elements::COUNT], n[Elements::COUNT], a_n[Elements::COUNT];
+            float h_before[Elements::COUNT], dy[Elements::COUNT], dh[Elements::COUNT];
+            own.each(tile, [&](int i, int b, int j) {
+                dh[i] = t + 1 < T ? dh_z_b[size_t(b) * H + j] : 0.0f;  // written by this thread
+                if (t < 0)
+                    return;
+                const size_t row = size_t(t) * B + b;
+                r[i] = gates_tb[row * 3 * H + j];
+                z[i] = gates_tb[row * 3 * H + H + j];
+                n[i] = gates_tb[row * 3 * H + 2 * H + j];
+                a_n[i] = a_n_tb[row * H + j];
+                h_before[i] = h_tb[row * H + j];
+                dy[i] = N == 0 ? dy_tb[row * H + j] : 0.0f;
+            });
+            const int id_b = tile * ROWS + threadIdx.x;
+            const int id = V > 0 && t >= 0 && threadIdx.x < ROWS && id_b < B ? ids_tb[size_t(t) * B + id_b] : 0;
+            sums_by_id.add_tile();
 
             ResidentSums product;
             if (t >= 0)
-                for (int i = 0; i < y_steps; ++i) {
-                    ResidentSums::X y;
-                    y.load_each([=](int row, int k) {
-                        const int b = tile * ROWS + row, v = y_step(i) * STEP_K + k;
-                        return b < B && v < N ? dy_tb[(size_t(t) * B + b) * N + v] : 0.0f;
-                    });
-                    product.add(y, y_weights + (warp() * y_steps + i) * WEIGHT_STEP);
-                }
+                output.add_to(product, dy_tb + size_t(t) * B * N, tile * ROWS, B);
             if (t + 1 < T) {
-                if (tile == first_tile)
-                    group_wait(arrived, unsigned(blocks) * (T - 1 - t));
-                weights.multiply(product, exchange + ((t + 1) % 2 * tiles + tile) * tile_words + split * split_words);
+                if (tile == tiles.first)
+                    group.wait();  // da of step t + 1 of all blocks is there
+                weights.multiply(product, exchanged(t + 1, tile) + split * X_WORDS);
             }
-            product.meet(sums);
-
-            float *partials_of_range = partials + (size_t(tile) * ranges + range) * SPLITS * ROWS * UNITS;
+            product.reduce_warps(sums);
+            float *partial_sums_of_range = partial_sums + (size_t(tile) * ranges + group.block / SPLITS) * SPLITS * ROWS * UNITS;
             if (SPLITS > 1) {
                 for (int i = threadIdx.x; i < ROWS * UNITS; i += THREADS)
-                    partials_of_range[split * ROWS * UNITS + i] = sum_of(sums, i / UNITS, i % UNITS);
-                const int done = (T - 1 - t) * (last_tile - first_tile) + tile - first_tile + 1;
-                group_barrier(range_arrived, SPLITS * done);
+                    partial_sums_of_range[split * ROWS * UNITS + i] = sum_of(sums, i / UNITS, i % UNITS);
+                range.barrier();
             }
+            own.each(tile, [&](int i, int, int j) {
+                float sum = 0.0f;
+                if (SPLITS == 1)
+                    sum = sum_of(sums, own.row(i), j - j0);
+                else
+#pragma unroll
+                    for (int s = 0; s < SPLITS; ++s)
+                        sum += partial_sums_of_range[(s * ROWS + own.row(i)) * UNITS + j - j0];
+                dh[i] += sum;
+            });
 
-            float di[PAIRS][3];
-#pragma unroll
-            for (int pair = 0; pair < PAIRS; ++pair)
-                if (owned(tile, pair)) {
-                    const int row = row_of(pair), u = finished + unit_of(pair);
-                    float sum = 0.0f;
-                    if (SPLITS == 1)
-                        sum = sum_of(sums, row, u);
-                    else
-#pragma unroll
-                        for (int s = 0; s < SPLITS; ++s)
-                            sum += partials_of_range[(s * ROWS + row) * UNITS + u];
-                    dh[pair] += sum;
-                }
-#pragma unroll
-            for (int pair = 0; pair < PAIRS; ++pair)
-                if (owned(tile, pair)) {
-                    const int row = row_of(pair), b = tile * ROWS + row, j = j0 + finished + unit_of(pair);
-                    if (t < 0) {
-                        dh0[size_t(b) * H + j] = dh[pair];
-                        continue;
-                    }
-                    dh[pair] += dy[pair];
-                    const float dn = dh[pair] * (1.0f - z[pair]);
-                    di[pair][2] = dn * (1.0f - n[pair] * n[pair]);
-                    di[pair][0] = di[pair][2] * a_n[pair] * (r[pair] * (1.0f - r[pair]));
-                    di[pair][1] = dn * (before[pair] - n[pair]) * z[pair];
-                    unsigned *x = exchange + (t % 2 * tiles + tile) * tile_words;
-#pragma unroll
-                    for (int gate = 0; gate < 3; ++gate) {
-                        const float da = gate == 2 ? di[pair][2] * r[pair] : di[pair][gate];
-                        store_x(x, row, gate * H + j, da);
-                        db[pair][gate] += da;
-                        di_of_tile[(row * 3 + gate) * FINISHED + unit_of(pair)] = di[pair][gate];
-                    }
-                }
-            if (threadIdx.x < ROWS)
-                ids[threadIdx.x] = id;
-            rows_to_add = t >= 0 && V > 0 ? min(ROWS, B - tile * ROWS) : 0;
-            if (t < 0 || tile + 1 < last_tile)
-                __syncthreads();  // the next tile's sums take the place of these
-            else
-                group_arrive(arrived);
-            if (t < 0)
+            GRUCellGradient gradient[Elements::COUNT] = {};  // undefined at first, it would take more registers
+            if (t < 0) {
+                own.each(tile, [&](int i, int b, int j) { dh0[size_t(b) * H + j] = dh[i]; });
+                sums_by_id.rows = 0;
+                __syncthreads();  // before the next tile's sums overwrite this tile's
                 continue;
-
+            }
+            own.each(tile, [&](int i, int b, int j) {
+                dh[i] += dy[i];
+                gradient[i] = gru_cell_gradient(dh[i], r[i], z[i], n[i], a_n[i], h_before[i]);
 #pragma unroll
-            for (int pair = 0; pair < PAIRS; ++pair)
-                if (owned(tile, pair)) {
-                    const int b = tile * ROWS + row_of(pair), j = j0 + finished + unit_of(pair);
-                    const size_t row = size_t(t) * B + b;
-                    dh_z_b[size_t(b) * H + j] = dh[pair] * z[pair];
-                    if (V == 0)
-                        di_n_tb[row * H + j] = di[pair][2];
-#pragma unroll
-                    for (int gate = 0; gate < 3; ++gate) {
-                        const float da = gate == 2 ? di[pair][2] * r[pair] : di[pair][gate];
-#if PRECISION == 2
-                        da16_tb[(row * 3 + gate) * H + j] = to_bf16(da);
-                        if (V == 0)
-#endif
-                            da_tb[(row * 3 + gate) * H + j] = da;
-                    }
+                for (int gate = 0; gate < 3; ++gate) {
+                    store_x(exchanged(t, tile), own.row(i), gate * H + j, gradient[i].da[gate]);
+                    db[i][gate] += gradient[i].da[gate];
+                    sums_by_id.di_of(own.row(i), gate, own.unit(i)) = gradient[i].di[gate];
                 }
+            });
+            if (threadIdx.x < ROWS)
+                sums_by_id.ids[threadIdx.x] = id;
+            sums_by_id.rows = V > 0 ? min(ROWS, B - tile * ROWS) : 0;
+            if (tile + 1 < tiles.end)
+                __syncthreads();  // before the next tile's sums overwrite this tile's
+            else
+                group.arrive();
+            own.each(tile, [&](int i, int b, int j) {
+                const size_t row = size_t(t) * B + b;
+                dh_z_b[size_t(b) * H + j] = dh[i] * z[i];
+                if (V == 0)
+                    di_n_tb[row * H + j] = gradient[i].di[2];
+#pragma unroll
+                for (int gate = 0; gate < 3; ++gate) {
+                    if (PRECISION == 2)
+                        da16_tb[(row * 3 + gate) * H + j] = to_bf16(gradient[i].da[gate]);
+                    if (PRECISION != 2 || V == 0)
+                        da_tb[(row * 3 + gate) * H + j] = gradient[i].da[gate];
+                }
+            });
         }
-    }
-
-    // The sums over the rows of the group: db row by row, through the place of di.
-    __syncthreads();
-#pragma unroll
-    for (int pair = 0; pair < PAIRS; ++pair)
-        if (row_of(pair) < ROWS)
-#pragma unroll
-            for (int gate = 0; gate < 3; ++gate)
-                di_of_tile[(row_of(pair) * 3 + gate) * FINISHED + unit_of(pair)] = db[pair][gate];
-    __syncthreads();
-    for (int i = threadIdx.x; i < (V + 1) * 3 * FINISHED; i += THREADS) {
-        const int v = i / (3 * FINISHED), column = i % (3 * FINISHED), u = finished + column % FINISHED;
-        if (u >= UNITS || j0 + u >= H)
-            continue;
-        float sum = 0.0f;
-        if (v < V)
-            sum = dP[i];
-        else
-            for (int row = 0; row < ROWS; ++row)
-                sum += di_of_tile[row * 3 * FINISHED + column];
-        float *result = v < V ? dP_g + (size_t(group) * V + v) * 3 * H : db_g + size_t(group) * 3 * H;
-        result[column / FINISHED * H + j0 + u] = sum;
-    }
-    group_leave(arrived, left, blocks);
+    sums_by_id.write(dP_g + size_t(group.index) * V * 3 * H, db_g + size_t(group.index) * 3 * H, db, V, H, own.j0, j_end);
+    group.leave();
     if (SPLITS > 1)
-        group_leave(range_arrived, range_left, SPLITS);
+        range.leave();
 }

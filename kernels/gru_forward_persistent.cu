@@ -24,11 +24,13 @@
 // Variants: fp32, tf32, bf16; gru.cu for sizes and GPUs that this one does not fit. plan.py chooses.
 // Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip".
 #include "barrier.cuh"
+#include "gru.cuh"
 #include "resident.cuh"
+#include "row_tiles.cuh"
 
 static_assert(COLUMNS % 3 == 0, "a block owns the three gates of its units");
 constexpr int UNITS = COLUMNS / 3;
-constexpr int PAIRS = ceil_div(ROWS * UNITS, THREADS);  // of a row and a unit, that a thread takes through the gates
+using Elements = OwnElements<UNITS>;
 
 // One block: x counts the blocks of the first group, then those of the second, ...
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -37,108 +39,86 @@ gru_forward_persistent(float *h_tb, float *__restrict__ gates_tb, float *__restr
                        const float *__restrict__ P, const int *__restrict__ ids_tb, const float *__restrict__ W_hh,
                        const float *__restrict__ b_hh, const float *__restrict__ h0, int T, int B, int H, int groups)
 {
-    extern __shared__ __align__(16) unsigned shared[];
+    extern __shared__ __align__(16) unsigned shared[];  // the weights that are not in registers, then the sums
     float *sums = reinterpret_cast<float *>(shared + ResidentWeights::SHARED_WORDS);
-    const int blocks = gridDim.x / groups, group = blockIdx.x / blocks, j0 = blockIdx.x % blocks * UNITS;
-    const int tiles = ceil_div(B, ROWS), tiles_of_group = ceil_div(tiles, groups);
-    const int first_tile = group * tiles_of_group, last_tile = min(first_tile + tiles_of_group, tiles);
-    unsigned *arrived = counters + group * 2 * COUNTER_WORDS, *left = arrived + COUNTER_WORDS;
-    const size_t tile_words = size_t(WARPS) * K_STEPS * X_STEP;
-
-    // Element `pair` of this thread in a tile: neighbouring threads take neighbouring units.
-    const auto row_of = [](int pair) { return (int(threadIdx.x) + pair * THREADS) / UNITS; };
-    const auto unit_of = [](int pair) { return (int(threadIdx.x) + pair * THREADS) % UNITS; };
-    const auto owned = [=](int tile, int pair) {
-        return row_of(pair) < ROWS && tile * ROWS + row_of(pair) < B && j0 + unit_of(pair) < H;
-    };
+    const int blocks = gridDim.x / groups;
+    Group group(counters, blockIdx.x / blocks, blockIdx.x % blocks, blocks);
+    const RowTiles tiles(B, groups, group.index);
+    const int j0 = group.block * UNITS;
+    const Elements own = {B, j0, H};
+    // Where the states of a tile before step t lie for the product.
+    const auto exchanged = [=](int t, int tile) { return exchange + (t % 2 * tiles.all + tile) * X_WORDS; };
 
     ResidentWeights weights;
     weights.load(shared, [=](int k, int column) {
         const int gate = column / UNITS, j = j0 + column % UNITS;
         return gate < 3 && j < H && k < H ? W_hh[(size_t(gate) * H + j) * H + k] : 0.0f;
     });
+    for (int tile = tiles.first; tile < tiles.end; ++tile)
+        own.each(tile, [=](int i, int b, int j) {
+            const float h = h0[size_t(b) * H + j];
+            h_tb[size_t(b) * H + j] = h;
+            store_x(exchanged(0, tile), own.row(i), j, h);
+            if (PRECISION == 2)
+                h16_tb[size_t(b) * H + j] = to_bf16(h);
+        });
+    group.arrive();
 
-    for (int tile = first_tile; tile < last_tile; ++tile)
+    float bias[Elements::COUNT][3];
 #pragma unroll
-        for (int pair = 0; pair < PAIRS; ++pair)
-            if (owned(tile, pair)) {
-                const size_t place = size_t(tile * ROWS + row_of(pair)) * H + j0 + unit_of(pair);
-                const float h = h0[place];
-                h_tb[place] = h;
-                store_x(exchange + tile * tile_words, row_of(pair), j0 + unit_of(pair), h);
-#if PRECISION == 2
-                h16_tb[place] = to_bf16(h);
-#endif
-            }
-    group_arrive(arrived);
-
-    float b[PAIRS][3];
-#pragma unroll
-    for (int pair = 0; pair < PAIRS; ++pair)
+    for (int i = 0; i < Elements::COUNT; ++i)
 #pragma unroll
         for (int gate = 0; gate < 3; ++gate)
-            b[pair][gate] = b_hh[gate * H + min(j0 + unit_of(pair), H - 1)];
+            bias[i][gate] = b_hh[gate * H + min(j0 + own.unit(i), H - 1)];
 
-    for (int t = 0; t < T; ++t) {
-        for (int tile = first_tile; tile < last_tile; ++tile) {
-            // Loads that depend on others come after all of those.
-            float before[PAIRS], i[PAIRS][3];
-            int id[PAIRS];
-#pragma unroll
-            for (int pair = 0; pair < PAIRS; ++pair)
-                if (owned(tile, pair)) {
-                    const size_t row = size_t(t) * B + tile * ROWS + row_of(pair);
-                    id[pair] = ids_tb[row];
-                    before[pair] = h_tb[row * H + j0 + unit_of(pair)];  // written by this thread
-                }
-#pragma unroll
-            for (int pair = 0; pair < PAIRS; ++pair)
-                if (owned(tile, pair))
-#pragma unroll
-                    for (int gate = 0; gate < 3; ++gate)
-                        i[pair][gate] = P[(size_t(id[pair]) * 3 + gate) * H + j0 + unit_of(pair)];
-
-            if (tile == first_tile)
-                group_wait(arrived, unsigned(blocks) * (t + 1));
-            ResidentSums product;
-            weights.multiply(product, exchange + (t % 2 * tiles + tile) * tile_words);
-            product.meet(sums);
-
-            float a[PAIRS][3];
-#pragma unroll
-            for (int pair = 0; pair < PAIRS; ++pair)
+    for (int t = 0; t < T; ++t)
+        for (int tile = tiles.first; tile < tiles.end; ++tile) {
+            // The ids of all elements are loaded before the rows of P that they lead to.
+            int id[Elements::COUNT];
+            float h_before[Elements::COUNT], input[Elements::COUNT][3];
+            own.each(tile, [&](int i, int b, int j) {
+                id[i] = ids_tb[size_t(t) * B + b];
+                h_before[i] = h_tb[(size_t(t) * B + b) * H + j];  // written by this thread
+            });
+            own.each(tile, [&](int i, int, int j) {
 #pragma unroll
                 for (int gate = 0; gate < 3; ++gate)
-                    a[pair][gate] = sum_of(sums, min(row_of(pair), ROWS - 1), gate * UNITS + unit_of(pair)) + b[pair][gate];
-#pragma unroll
-            for (int pair = 0; pair < PAIRS; ++pair)
-                if (owned(tile, pair)) {
-                    const float r = sigmoid(i[pair][0] + a[pair][0]), z = sigmoid(i[pair][1] + a[pair][1]);
-                    const float n = tanhf(i[pair][2] + r * a[pair][2]), h = n + z * (before[pair] - n);
-                    store_x(exchange + ((t + 1) % 2 * tiles + tile) * tile_words, row_of(pair), j0 + unit_of(pair), h);
-                    before[pair] = h, i[pair][0] = r, i[pair][1] = z, i[pair][2] = n;
-                }
-            if (tile + 1 < last_tile)
-                __syncthreads();  // the next tile's sums take the place of these
-            else if (t + 1 < T)
-                group_arrive(arrived);
+                    input[i][gate] = P[(size_t(id[i]) * 3 + gate) * H + j];
+            });
 
+            if (tile == tiles.first)
+                group.wait();  // the states before step t of all blocks are there
+            ResidentSums product;
+            weights.multiply(product, exchanged(t, tile));
+            product.reduce_warps(sums);
+
+            float a[Elements::COUNT][3];
 #pragma unroll
-            for (int pair = 0; pair < PAIRS; ++pair)
-                if (owned(tile, pair)) {
-                    const size_t row = size_t(t) * B + tile * ROWS + row_of(pair);
-                    const int j = j0 + unit_of(pair);
-                    h_tb[(row + B) * H + j] = before[pair];
-                    a_n_tb[row * H + j] = a[pair][2];
+            for (int i = 0; i < Elements::COUNT; ++i)
 #pragma unroll
-                    for (int gate = 0; gate < 3; ++gate)
-                        gates_tb[(row * 3 + gate) * H + j] = i[pair][gate];
-#if PRECISION == 2
-                    if (t + 1 < T)
-                        h16_tb[(row + B) * H + j] = to_bf16(before[pair]);
-#endif
-                }
+                for (int gate = 0; gate < 3; ++gate)
+                    a[i][gate] = sum_of(sums, min(own.row(i), ROWS - 1), gate * UNITS + own.unit(i)) + bias[i][gate];
+            GRUCell cell[Elements::COUNT] = {};  // undefined at first, it would take more registers
+            own.each(tile, [&](int i, int, int j) {
+                cell[i] = gru_cell(input[i], a[i], h_before[i]);
+                store_x(exchanged(t + 1, tile), own.row(i), j, cell[i].h);
+            });
+            if (tile + 1 < tiles.end)
+                __syncthreads();  // before the next tile's sums overwrite this tile's
+            else if (t + 1 < T)
+                group.arrive();
+
+            own.each(tile, [&](int i, int b, int j) {
+                const size_t row = size_t(t) * B + b;
+                h_tb[(row + B) * H + j] = cell[i].h;
+                a_n_tb[row * H + j] = a[i][2];
+                float *gates = gates_tb + row * 3 * H + j;
+                gates[0] = cell[i].r;
+                gates[H] = cell[i].z;
+                gates[2 * H] = cell[i].n;
+                if (PRECISION == 2 && t + 1 < T)
+                    h16_tb[(row + B) * H + j] = to_bf16(cell[i].h);
+            });
         }
-    }
-    group_leave(arrived, left, blocks);
+    group.leave();
 }

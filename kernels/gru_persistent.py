@@ -28,10 +28,12 @@ def backward(plan: RecurrencePlan, dy_tb, W_y, ids_tb, W_hh, saved, dP, db_hh, d
     dP_g = scratch("gru_backward dP", (groups, V, 3 * H)) if V and groups > 1 else dP
     db_g = scratch("gru_backward db", (groups, 3 * H)) if groups > 1 else db_hh
     tiles = groups * plan.row_tiles
-    partials = scratch("gru_backward partials", (tiles, plan.blocks, plan.splits, plan.rows, plan.units))
+    partial_sums = scratch("gru_backward partial sums",
+                           (tiles, plan.blocks, plan.splits, plan.rows, plan.units))
     runtime.launch("gru_backward_persistent", "gru_backward_persistent", plan.grid, THREADS,
                    [saved.da_tb, saved.da16_tb, saved.di_n_tb, dh0, dP_g, db_g, saved.dh_z_b,
-                    _exchange("gru_backward", plan), partials, _counters("gru_backward", groups * (1 + plan.blocks)), dy_tb,
+                    _exchange("gru_backward", plan), partial_sums,
+                    _counters("gru_backward", groups), _counters("gru_backward ranges", groups * plan.blocks), dy_tb,
                     W_hh if W_y is None else W_y, W_hh, saved.h_tb, saved.gates_tb, saved.a_n_tb, ids_tb,
                     *map(np.int32, (T, B, H, N, V, groups))],
                    constants=constants(plan), shared_bytes=plan.shared_bytes, cooperative=True)
@@ -56,6 +58,6 @@ def _exchange(op: str, plan: RecurrencePlan):
     return scratch(f"{op} {plan.precision} {plan.K}", shape, np.uint32, zeros=True)
 
 
-def _counters(op: str, count: int):
-    """Pairs of counters for barrier.cuh, which leaves them at zero."""
-    return scratch(f"{op} counters", (count, 2, COUNTER_WORDS), np.uint32, zeros=True)
+def _counters(op: str, groups: int):
+    """The counters of as many groups of blocks, for barrier.cuh, which leaves them at zero."""
+    return scratch(f"{op} counters", (groups, COUNTER_WORDS), np.uint32, zeros=True)

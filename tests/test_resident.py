@@ -20,7 +20,7 @@ extern "C" __global__ void product(float *out, unsigned *x, const float *x_rows,
     __syncthreads();
     ResidentSums all;
     weights.multiply(all, x);
-    all.meet(sums);
+    all.reduce_warps(sums);
     for (int e = threadIdx.x; e < ROWS * COLUMNS; e += THREADS)
         out[e] = sum_of(sums, e / COLUMNS, e % COLUMNS);
 }
