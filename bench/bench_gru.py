@@ -61,7 +61,7 @@ def plans(direction, gpu, B, V, H, precision):
         chosen = forward_plan(gpu, B, H, precision)
     else:
         chosen = backward_plan(gpu, B, H, precision, V_out=V, V_in=V)
-    stepwise = chosen._replace(variant="stepwise", fold_steps=0, sums_on_chip=False)
+    stepwise = chosen._replace(variant="stepwise", fused_output_steps=0, sums_on_chip=False)
     return {"stepwise": stepwise, chosen.variant: chosen}
 
 

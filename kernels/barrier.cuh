@@ -13,15 +13,57 @@
 
 constexpr int COUNTER_WORDS = 32;  // a counter has a line of L2 to itself
 
-// A barrier in two halves, each for all threads of all blocks of the group; what a block does between them, it does
-// while the others arrive. `target` is the number of blocks in the group times the number of barriers up to and
-// including this one: blocks * (step + 1) where a step has one barrier.
-__device__ __forceinline__ void group_arrive(unsigned *counter)
-{
-    __syncthreads();
-    if (threadIdx.x == 0)
-        add_release(counter, 1);
-}
+// The blocks that wait for each other: `blocks` of them, of which this one is number `block`, share a counter.
+//
+// A barrier has two halves, arrive and wait, which all threads of all blocks of the group call in turns; what a block
+// does between them, it does while the other blocks arrive. After its last wait, every block leaves.
+struct Group {
+    int index, block, blocks;
+    unsigned *counter;    // COUNTER_WORDS of global memory, zero before and after: arrivals, then blocks that have left
+    unsigned target = 0;  // the counter once all blocks have arrived as often as this one: blocks times its arrivals
+
+    // Group `index` of those that share `counters`, an array of (groups, COUNTER_WORDS).
+    __device__ __forceinline__ Group(unsigned *counters, int index, int block, int blocks)
+        : index(index), block(block), blocks(blocks), counter(counters + size_t(index) * COUNTER_WORDS)
+    {
+    }
+
+    __device__ __forceinline__ void arrive()
+    {
+        __syncthreads();
+        if (threadIdx.x == 0)
+            add_release(counter, 1);
+        target += blocks;
+    }
+
+    __device__ __forceinline__ void wait() const
+    {
+        if (threadIdx.x == 0)
+            wait_at_least(counter, target);
+        __syncthreads();
+    }
+
+    __device__ __forceinline__ void barrier()
+    {
+        arrive();
+        wait();
+    }
+
+    // The last block to leave sets both words back to zero, so that the next launch, or the replay of a graph, starts
+    // where this one did. Nobody waits.
+    __device__ __forceinline__ void leave() const
+    {
+        unsigned *left = counter + 1;
+        if (threadIdx.x == 0 && atomicAdd(left, 1u) == blocks - 1) {
+            atomicExch(counter, 0u);
+            atomicExch(left, 0u);
+        }
+    }
+};
+
+// The same four, for kernels that count by themselves: `target` is the number of blocks in the group times the number of
+// barriers up to and including this one.
+__device__ __forceinline__ void group_arrive(unsigned *counter) { Group(counter, 0, 0, 0).arrive(); }
 
 __device__ __forceinline__ void group_wait(const unsigned *counter, unsigned target)
 {
@@ -36,42 +78,7 @@ __device__ __forceinline__ void group_barrier(unsigned *counter, unsigned target
     group_wait(counter, target);
 }
 
-// To be called once by every block of the group after its last barrier: the last one to do so sets both counters back
-// to zero, so that the next launch, or the replay of a graph, starts where this one did. Nobody waits.
-__device__ __forceinline__ void group_leave(unsigned *counter, unsigned *left, unsigned blocks)
+__device__ __forceinline__ void group_leave(unsigned *counter, unsigned *, unsigned blocks)
 {
-    if (threadIdx.x == 0 && atomicAdd(left, 1u) == blocks - 1) {
-        atomicExch(counter, 0u);
-        atomicExch(left, 0u);
-    }
+    Group(counter, 0, 0, blocks).leave();
 }
-
-// The blocks that wait for each other: `blocks` of them, of which this one is number `block`, share a counter. All
-// threads of all blocks of the group call arrive and wait in turns, and leave once, after the last wait.
-struct Group {
-    int index, block, blocks;
-    unsigned *counter;    // COUNTER_WORDS of global memory, zero before and after: arrivals, then blocks that have left
-    unsigned target = 0;  // that the counter reaches when all blocks have arrived as often as this one
-
-    // Group `index` of those that share `counters`, an array of (groups, COUNTER_WORDS).
-    __device__ __forceinline__ Group(unsigned *counters, int index, int block, int blocks)
-        : index(index), block(block), blocks(blocks), counter(counters + size_t(index) * COUNTER_WORDS)
-    {
-    }
-
-    __device__ __forceinline__ void arrive()
-    {
-        group_arrive(counter);
-        target += blocks;
-    }
-
-    __device__ __forceinline__ void wait() const { group_wait(counter, target); }
-
-    __device__ __forceinline__ void barrier()
-    {
-        arrive();
-        wait();
-    }
-
-    __device__ __forceinline__ void leave() const { group_leave(counter, counter + 1, blocks); }
-};

@@ -1,4 +1,4 @@
-"""Launchers of gru.cu: the recurrence over a window, and back through time; persistent where the plan says so."""
+"""The recurrence over a window, and back through time: launchers of gru.cu, or gru_persistent.py where the plan says."""
 
 from typing import Any, NamedTuple
 
@@ -10,17 +10,19 @@ from char_gru.kernels.matmul import TILE_THREADS, column_sums, matmul
 from char_gru.kernels.matmul import constants as matmul_constants
 from char_gru.kernels.plan.recurrence import RecurrencePlan, backward_plan, forward_plan
 from char_gru.kernels.scratch import scratch
+from char_gru.kernels.sizes import ceil_div
 
 TILE_M, TILE_N = 32, 48  # rows, and columns: three gates of 16 units forward, 48 units of one gate's share backward
 
 
 class GRUSaved(NamedTuple):
-    """What one layer's forward pass leaves to its backward pass, and room for both to work in.
+    """The arrays that one layer's forward pass leaves to its backward pass, and scratch arrays of both.
 
-    h_tb (T+1, B, H): states, `h_tb[0]` the initial one; gates_tb (T, B, 3H): r, z, n; a_n_tb (T, B, H);
-    da_tb (T, B, 3H), di_n_tb (T, B, H): gradients, written by the backward pass. h16_tb (T, B, H) and da16_tb
-    (T, B, 3H): the operands of dW_hh in bf16, without steps in other precisions. The others serve the backward pass
-    from step to step, as gru.cu says, and in the end to sort positions by id.
+    Shapes: h_tb (T+1, B, H): states, `h_tb[0]` the initial one; gates_tb (T, B, 3H): r, z, n; a_n_tb (T, B, H): the
+    recurrent product of n; da_tb (T, B, 3H) and di_n_tb (T, B, H): gradients, written by the backward pass; h16_tb
+    (T, B, H) and da16_tb (T, B, 3H): the operands of dW_hh in bf16, with T = 0 in other precisions; dh_z_b (B, H),
+    products_gb (3, B, H) and arrived (tiles of dh,): scratch of the backward pass, as gru.cu says; sorting: scratch of
+    `sum_by_id`.
     """
 
     h_tb: Any
@@ -37,7 +39,7 @@ class GRUSaved(NamedTuple):
 
 
 def gru_saved(T: int, B: int, H: int, dtype=np.float32, *, precision="fp32") -> GRUSaved:
-    """Arrays for `gru_forward` and `gru_backward`, in that precision, over windows of up to T steps; the kernels take
+    """Arrays for `gru_forward` and `gru_backward` in a precision, over windows of up to T steps; the kernels take
     float32 only."""
     def bf16(n: int):
         return runtime.empty((_bf16_steps(T, precision), B, n), np.uint16)
@@ -55,8 +57,8 @@ def gru_forward(P, ids_tb, W_hh, b_hh, h0, saved: GRUSaved, *, precision="fp32",
                 plan: RecurrencePlan | None = None) -> None:
     """One GRU layer over a window; the input product of step t, row b is `P[ids_tb[t, b]]`.
 
-    tf32 and bf16 round the operands of W_hh h, nothing else. The window may be shorter than what `saved` is made for.
-    `plan` is for tests and benchmarks; the default is that of this GPU.
+    tf32 and bf16 round the operands of W_hh h, nothing else. The window may be shorter than `saved` was made for.
+    `plan` is for tests and benchmarks; the default is the plan of this GPU.
 
     Shapes: P (N, 3H); ids_tb (T, B) int32, in [0, N); W_hh (3H, H); b_hh (3H,); h0 (B, H), no part of `saved`; result
     in `saved`: the states `saved.h_tb[:T + 1]`, of which the last is the state to carry on.
@@ -72,7 +74,7 @@ def gru_forward(P, ids_tb, W_hh, b_hh, h0, saved: GRUSaved, *, precision="fp32",
     if plan.variant == "persistent":
         gru_persistent.forward(plan, P, ids_tb, W_hh, b_hh, h0, saved)
         return
-    grid, module = (_tiles(H, TILE_N // 3), _tiles(B, TILE_M)), constants(precision)
+    grid, module = (ceil_div(H, TILE_N // 3), ceil_div(B, TILE_M)), constants(precision)
     for t in range(T):
         runtime.launch("gru", "gru_forward_step", grid, TILE_THREADS,
                        [saved.h_tb, saved.gates_tb, saved.a_n_tb, saved.h16_tb, P, ids_tb, W_hh, b_hh, h0,
@@ -85,7 +87,7 @@ def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh
     the recurrence is dy_tb W_y; where W_y is None it is dy_tb itself.
 
     tf32 and bf16 round the operands of dy_tb W_y, of W_hh^T da and of dW_hh, nothing else. `plan` is for tests and
-    benchmarks; the default is that of this GPU.
+    benchmarks; the default is the plan of this GPU.
 
     Shapes: dy_tb (T, B, M) and W_y (M, H), for the layer below the output dlogits_tb and W_out, or dy_tb (T, B, H) and
     None; ids_tb (T, B) int32; W_hh (3H, H); results dP (N, 3H), dW_hh (3H, H), db_hh (3H,), dh0 (B, H).
@@ -104,7 +106,7 @@ def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh
     _check(ids_tb, W_hh, saved, precision)
     plan = plan or backward_plan(runtime.current_executor().gpu, B, H, precision,
                                  V_out=0 if W_y is None else M, V_in=len(dP))
-    if W_y is not None and not plan.fold_steps:
+    if W_y is not None and not plan.fused_output_steps:
         dh_tb = scratch("gru_backward", (T, B, H))
         matmul(dy_tb.reshape(T * B, M), W_y, dh_tb.reshape(T * B, H), precision=precision)
         dy_tb, W_y = dh_tb, None
@@ -121,7 +123,7 @@ def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh
 def _backward_stepwise(dh_tb, W_hh, saved: GRUSaved, db_hh, dh0, T: int, precision: str) -> None:
     """da, di_n, db_hh and dh0, one launch per time step."""
     B, H = dh0.shape
-    grid, module = (_tiles(H, TILE_N), _tiles(B, TILE_M), 3), constants(precision)
+    grid, module = (ceil_div(H, TILE_N), ceil_div(B, TILE_M), 3), constants(precision)
     for t in range(T - 1, -2, -1):
         runtime.launch("gru", "gru_backward_step", grid, TILE_THREADS,
                        [saved.da_tb, saved.da16_tb, saved.di_n_tb, dh0, saved.dh_z_b, saved.products_gb,
@@ -131,7 +133,7 @@ def _backward_stepwise(dh_tb, W_hh, saved: GRUSaved, db_hh, dh0, T: int, precisi
 
 
 def _check(ids_tb, W_hh, saved: GRUSaved, precision: str) -> None:
-    """What both directions take."""
+    """Checks the arguments that both directions have."""
     (T, B), H = ids_tb.shape, W_hh.shape[1]
     T_saved = len(saved.gates_tb)
     if not 1 <= T <= T_saved:
@@ -153,7 +155,7 @@ def _bf16_steps(T: int, precision: str) -> int:
 
 
 def constants(precision: str) -> dict[str, int]:
-    """What gru.cu is compiled with.
+    """The constants that gru.cu is compiled with.
 
     Raises: ValueError for an unknown precision.
     """
@@ -161,9 +163,5 @@ def constants(precision: str) -> dict[str, int]:
     return module | {"TILE_M": TILE_M, "TILE_N": TILE_N, "TILE_K": 2 * module["TILE_K"]}
 
 
-def _tiles(n: int, tile: int) -> int:
-    return -(-n // tile)
-
-
 def _dh_tiles(B: int, H: int) -> int:
-    return _tiles(B, TILE_M) * _tiles(H, TILE_N)
+    return ceil_div(B, TILE_M) * ceil_div(H, TILE_N)

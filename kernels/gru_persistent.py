@@ -21,8 +21,8 @@ def forward(plan: RecurrencePlan, P, ids_tb, W_hh, b_hh, h0, saved) -> None:
 
 
 def backward(plan: RecurrencePlan, dy_tb, W_y, ids_tb, W_hh, saved, dP, db_hh, dh0) -> None:
-    """`kernels.gru.gru_backward`, its arguments checked, as a persistent plan says, but for dW_hh; and for dP, unless
-    `plan.sums_on_chip`. Where W_y is not None, `plan.fold_steps` is not 0."""
+    """`kernels.gru.gru_backward`, its arguments checked, as a persistent plan says, without dW_hh, and without dP unless
+    `plan.sums_on_chip`. Where W_y is not None, `plan.fused_output_steps` is not 0."""
     (T, B), H = ids_tb.shape, W_hh.shape[1]
     groups, N, V = plan.groups, 0 if W_y is None else len(W_y), len(dP) if plan.sums_on_chip else 0
     dP_g = scratch("gru_backward dP", (groups, V, 3 * H)) if V and groups > 1 else dP
@@ -44,20 +44,20 @@ def backward(plan: RecurrencePlan, dy_tb, W_y, ids_tb, W_hh, saved, dP, db_hh, d
 
 
 def constants(plan: RecurrencePlan) -> dict[str, int]:
-    """What the kernel of a persistent plan is compiled with."""
+    """The constants that the kernel of a persistent plan is compiled with."""
     sizes = {"PRECISION": PRECISIONS[plan.precision], "ROWS": plan.rows, "K_STEPS": plan.k_steps,
-             "REGISTER_STEPS": plan.register_steps}
-    forward = plan.K == plan.H
-    return sizes | ({"COLUMNS": 3 * plan.units} if forward else {"COLUMNS": plan.units, "SPLITS": plan.splits})
+             "REGISTER_STEPS": plan.register_steps, "COLUMNS": plan.gates * plan.units}
+    return sizes if plan.direction == "forward" else sizes | {"SPLITS": plan.splits}
 
 
 def _exchange(op: str, plan: RecurrencePlan):
-    """Zero where k lies behind the matrix: nobody writes there, in this precision and for this K."""
+    """The operands that blocks hand to each other. Elements at k >= K stay zero: in this precision and for this K, no
+    launch writes them."""
     steps = plan.splits * WARPS * plan.k_steps
     shape = 2, plan.groups * plan.row_tiles, steps, plan.rows * WORDS
     return scratch(f"{op} {plan.precision} {plan.K}", shape, np.uint32, zeros=True)
 
 
 def _counters(op: str, groups: int):
-    """The counters of as many groups of blocks, for barrier.cuh, which leaves them at zero."""
+    """The counters of a number of groups, zero before and after a launch (barrier.cuh)."""
     return scratch(f"{op} counters", (groups, COUNTER_WORDS), np.uint32, zeros=True)

@@ -1,4 +1,4 @@
-"""Which sources there are to compile, and with which constants."""
+"""All sources that there are to compile, and the constants that each is compiled with."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ from char_gru.kernels.plan.gpus import GPUS, precisions
 from char_gru.kernels.plan.recurrence import backward_plan, forward_plan
 
 TENSOR_CORES_FROM = 80
-"""Compute capability, times ten, of the first GPUs that multiply tf32 and bf16, and that copy asynchronously."""
+"""Compute capability, times ten, of the first GPUs with tf32, bf16 and asynchronous copies."""
 
 CHARACTERS = 66  # of Tiny Shakespeare, and [UNK]
 
@@ -39,14 +39,14 @@ MODULES: dict[str, tuple[dict[str, int], ...]] = {
 """Stem of a .cu file -> the sets of constants that its launchers compile it with, each name -> value."""
 
 PLANNED = ("gru_forward_persistent", "gru_backward_persistent", "generate_batched")
-"""Stems of the .cu files whose constants a plan gives, for each GPU and for each size of the model."""
+"""Stems of the .cu files whose constants come from a plan, for each GPU and for each size of the model."""
 
 SIZES = ((64, 1024), (32, 256))  # rows and hidden units of README's two models
 
 
 def modules_for(architecture: str) -> Iterator[tuple[str, dict[str, int]]]:
-    """Stem and constants of everything that an architecture such as "sm_90" can run; of what is planned, the plans of
-    the known GPUs of that architecture for README's models."""
+    """Stem and constants of every module that an architecture such as "sm_90" can run. Of the PLANNED ones, the modules
+    of the known GPUs of that architecture, for README's two models."""
     capability = int(architecture.removeprefix("sm_"))
     yield from _planned(capability)
     has_all = capability >= TENSOR_CORES_FROM

@@ -40,10 +40,10 @@ class Cut(NamedTuple):
         gpu, M = runtime.current_executor().gpu, self.M or 0
         forward = forward_plan(gpu, self.B, self.H, precision, variant="stepwise")
         backward = backward_plan(gpu, self.B, self.H, precision, V_out=M, V_in=self.V, variant="stepwise")
-        fold_steps = steps_of(M, self.splits, precision) if fold else 0
+        fused_output_steps = steps_of(M, self.splits, precision) if fold else 0
         return (self._persistent(forward, self.units, 1),
                 self._persistent(backward, self.units_back, self.splits)._replace(
-                    fold_steps=fold_steps, sums_on_chip=sums_on_chip))
+                    fused_output_steps=fused_output_steps, sums_on_chip=sums_on_chip))
 
     def _persistent(self, plan: RecurrencePlan, units: int, splits: int) -> RecurrencePlan:
         tiles = -(-self.B // self.rows)

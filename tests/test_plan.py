@@ -49,7 +49,7 @@ def assert_fits(plan: RecurrencePlan, gpu: GPU) -> None:
     weights = plan.register_steps * (plan.columns // 8) * 2
     assert accumulators + weights + operands + finished + 72 == plan.registers <= 255
 
-    weights = (plan.k_steps - plan.register_steps + plan.fold_steps) * 8 * plan.columns * 8 * 4
+    weights = (plan.k_steps - plan.register_steps + plan.fused_output_steps) * 8 * plan.columns * 8 * 4
     reduction = 4 * plan.rows * (plan.columns + (8 if plan.columns % 16 == 0 else 0)) * 4
     by_row = plan.rows + (plan.V_in if plan.sums_on_chip else 0)
     gradients = by_row * 3 * plan.finished_units * 4 + plan.rows * 4 if plan.gates == 1 else 0
@@ -74,8 +74,8 @@ def assert_covers(plan: RecurrencePlan) -> None:
         assert 1 <= len(units) <= plan.units
         assert list(itertools.chain.from_iterable(plan.finished_of(block, split) for split in splits)) == list(units)
     assert covers_once((plan.k_of(split, warp) for split in splits for warp in warps), plan.K)
-    folded = plan.V_out if plan.fold_steps else 0
-    assert covers_once((plan.fold_of(split, warp) for split in splits for warp in warps), folded)
+    folded = plan.V_out if plan.fused_output_steps else 0
+    assert covers_once((plan.fused_output_of(split, warp) for split in splits for warp in warps), folded)
 
 
 @pytest.mark.parametrize("name", ALL_GPUS)
@@ -122,7 +122,7 @@ def test_bf16_on_an_h100_takes_four_groups():
     forward, backward = both_plans(GPUS["h100"], 64, 1024, "bf16")
     assert (forward.groups, forward.blocks, forward.splits, forward.rows, forward.units) == (4, 32, 1, 16, 32)
     assert (backward.groups, backward.blocks, backward.splits, backward.rows, backward.units) == (4, 32, 1, 16, 32)
-    assert backward.sums_on_chip and backward.fold_steps == 1
+    assert backward.sums_on_chip and backward.fused_output_steps == 1
     assert forward.predicted_us < 3.5 and backward.predicted_us < 4.5
 
 
@@ -172,13 +172,13 @@ def test_fewer_bits_and_more_shared_memory_are_never_slower():
 
 def test_what_a_layer_has_not_does_not_ride_along():
     middle = backward_plan(GPUS["h100"], 64, 512, "bf16")
-    assert middle.variant == "persistent" and middle.fold_steps == 0 and not middle.sums_on_chip
+    assert middle.variant == "persistent" and middle.fused_output_steps == 0 and not middle.sums_on_chip
     top = backward_plan(GPUS["h100"], 64, 512, "bf16", V_out=V)
-    assert top.fold_steps == 1 and not top.sums_on_chip
+    assert top.fused_output_steps == 1 and not top.sums_on_chip
     lowest = backward_plan(GPUS["h100"], 64, 512, "bf16", V_in=V)
-    assert lowest.fold_steps == 0 and lowest.sums_on_chip
+    assert lowest.fused_output_steps == 0 and lowest.sums_on_chip
     many = backward_plan(GPUS["h100"], 64, 512, "bf16", V_out=100_000, V_in=100_000)
-    assert many.variant == "persistent" and many.fold_steps == 0 and not many.sums_on_chip
+    assert many.variant == "persistent" and many.fused_output_steps == 0 and not many.sums_on_chip
 
 
 def test_a_capability_in_between_is_planned_as_the_one_below():

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from char_gru.kernels.plan.gpus import GPU, rates_of
-from char_gru.kernels.plan.recurrence import BARRIER as BARRIER_CYCLES
-from char_gru.kernels.plan.recurrence import GATES as CELL_CYCLES
 from char_gru.kernels.plan.recurrence import (
-    LAUNCH,
+    BARRIER_CYCLES,
+    CELL_CYCLES,
+    LAUNCH_US,
     REGISTERS,
     REGISTERS_OTHER,
     SHARED_RATE,
@@ -145,7 +145,7 @@ def _stepwise_cycles(gpu: GPU, R: int, V: int, H: int, layers: int) -> float:
     """A launch for each layer and two for drawing; and the weights for each tile of rows, multiplied as they come
     through L2."""
     rates, weights, rows = rates_of(gpu), ((2 * layers - 1) * GATES * H + V) * H, tile_rows(R)
-    launches = (layers + 2) * LAUNCH * 1000 * rates.gigahertz
+    launches = (layers + 2) * LAUNCH_US * 1000 * rates.gigahertz
     product = ceil_div(R, rows) * weights * max(4 / _weights_rate(gpu), rows / rates.multiply["fp32"])
     return launches + product / gpu.multiprocessors + DRAW_CYCLES
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class GPU(NamedTuple):
-    """What a plan has to know of a GPU."""
+    """The properties of a GPU that a plan depends on."""
 
     name: str
     capability: int  # compute capability times ten
@@ -13,7 +13,7 @@ class GPU(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What one multiprocessor does per cycle, all others doing the same."""
+    """What one multiprocessor does per cycle while all others do the same."""
 
     gigahertz: float
     l2: int  # bytes
@@ -22,7 +22,7 @@ class Rates(NamedTuple):
 
 
 # FFMA: 0.6 of its peak, which leaves issue slots for loads. Tensor cores: 0.62 of the peak on sm_90, where only wgmma
-# reaches it, elsewhere 0.9. For sm_86, 89 and 120 the peak of GeForce cards; some others have twice that.
+# reaches it, elsewhere 0.9. For sm_86, 89 and 120 the peak of GeForce cards; some other cards have twice as much.
 RATES = {
     75: Rates(1.59, 20, 5, {"fp32": 38}),
     80: Rates(1.41, 24, 11, {"fp32": 38, "tf32": 460, "bf16": 920}),
@@ -50,10 +50,10 @@ GPUS = {
 
 
 def rates_of(gpu: GPU) -> Rates:
-    """Of a GPU's capability."""
+    """The rates of a GPU's capability."""
     return RATES[max((capability for capability in RATES if capability <= gpu.capability), default=min(RATES))]
 
 
 def precisions(gpu: GPU) -> tuple[str, ...]:
-    """What a GPU multiplies in."""
+    """The precisions that a GPU multiplies in."""
     return tuple(rates_of(gpu).multiply)
