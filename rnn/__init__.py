@@ -1,1 +1,1 @@
-"""A character-level GRU language model; the NumPy op set here is the specification that the CUDA kernels are held to."""
+"""A character-level GRU language model: data, model, training and sampling; the specification and the CPU op set."""

@@ -20,7 +20,7 @@ class Batch(NamedTuple):
 
 
 class ShuffledWindows:
-    """Non-overlapping windows of T + 1 characters, shuffled anew in each epoch; what is left over is dropped.
+    """Non-overlapping windows of T + 1 characters, shuffled anew in each epoch; the rest of the text is dropped.
 
     Every batch starts from a zero state.
     """

@@ -1,8 +1,8 @@
 """Checkpoints: one self-describing safetensors file, written atomically and verified when read.
 
 Parameters stand under PyTorch's names. One metadata key holds a JSON text with sizes, vocabulary, the progress of
-training (in a file that can be resumed) and a SHA-256 of all of it and of every tensor, so that a change of anything
-they say is noticed. A file without progress holds the parameters and nothing else, and loads strictly into a PyTorch
+training (in a file that can be resumed) and a SHA-256 of the text and of every tensor, so that any change of them is
+noticed. A file without progress holds the parameters and nothing else, and loads strictly into a PyTorch
 module.
 """
 
@@ -29,8 +29,8 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Resumable:
-    """What `last.safetensors` adds: Adam's moments by parameter name, the carried state (layers, B, H), and progress,
-    a dictionary of JSON values that the training loop fills and reads."""
+    """Data by which `last.safetensors` can be resumed: Adam's moments by parameter name, the carried state
+    (layers, B, H), and progress, a dictionary of JSON values that the training loop fills and reads."""
 
     m: dict[str, np.ndarray]
     v: dict[str, np.ndarray]
@@ -93,8 +93,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def find_checkpoint(run: Path | None, runs: Path = Path("runs")) -> Path:
-    """The file to generate from: a checkpoint itself, or a run's best one, else its last one; without a name, those of
-    the newest run.
+    """The file to generate from: a checkpoint itself, or a run's best checkpoint, else its last; without a name, the
+    best or last checkpoint of the newest run.
 
     Raises: UserError if there is none.
     """

@@ -112,8 +112,8 @@ class TrainConfig:
             raise UserError("--patience watches the validation loss; give --val-fraction above 0 as well")
 
     def saved(self) -> dict:
-        """The options that belong to a run, as JSON values: all but where it lies, whether it was resumed, and how a
-        GPU launches its steps."""
+        """The options that belong to a run, as JSON values: all but its folder, whether it was resumed, and how a GPU
+        launches its steps."""
         options = asdict(self)
         del options["out"], options["resume"], options["no_graph"]
         return options | {"data": list(self.data)}

@@ -22,7 +22,8 @@ DOWNLOAD_TIMEOUT = 10
 class Corpus(NamedTuple):
     """A text and where it came from.
 
-    name: a word for the text, good as a folder's name; source: what `--data` would name it; sha256: of its UTF-8.
+    name: a word for the text, good as a folder's name; source: the value of `--data` that gives this text; sha256: of
+    the text in UTF-8.
     """
 
     text: str
@@ -57,7 +58,8 @@ def _read(path: Path, encoding: str) -> str:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; --data takes files, shakespeare or python-docs") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; "
+                        "--data takes files, shakespeare or python-docs") from None
     try:
         text = raw.decode(encoding)
         text.encode()  # a few encodings give lone surrogates, which are no text
@@ -80,7 +82,8 @@ def _shakespeare() -> bytes:
     failures = []
     for url in SHAKESPEARE_URLS:
         try:
-            path = pooch.retrieve(url, f"sha256:{SHAKESPEARE_SHA256}", "tinyshakespeare.txt", pooch.os_cache("char-gru"),
+            path = pooch.retrieve(url, f"sha256:{SHAKESPEARE_SHA256}", "tinyshakespeare.txt",
+                                  pooch.os_cache("char-gru"),
                                   downloader=pooch.HTTPDownloader(timeout=DOWNLOAD_TIMEOUT))
             return Path(path).read_bytes()
         except (OSError, ValueError) as error:

@@ -78,9 +78,9 @@ def peak_memory_mib() -> float:
 # Launching
 
 def replayable(function: Callable[..., None]) -> Callable[..., None]:
-    """A fixed sequence of ops on fixed arrays, to be run many times with the same arguments.
+    """A function that runs a fixed sequence of ops on fixed arrays, to be called many times with the same arguments.
 
-    Here it is the function itself; an op set for which a launch costs time may record it, to replay it as one.
+    The CPU returns the function itself; an op set whose launches cost time may record the ops and replay them as one.
     """
     return function
 
@@ -112,11 +112,11 @@ def input_table_backward(dP, x, W_ih, dx, dW_ih, db_ih) -> None:
 # Recurrence
 
 class GRUSaved(NamedTuple):
-    """What one layer's forward pass leaves to its backward pass, and room for both to work in.
+    """Results of one layer's forward pass that its backward pass reads, and buffers of both passes.
 
     h_tb (T+1, B, H): states, `h_tb[0]` the initial one; gates_tb (T, B, 3H): r, z, n; a_n_tb (T, B, H);
-    da_tb (T, B, 3H): gradients of a, written by the backward pass. The others hold one time step: the operands of the
-    products lie together there, which BLAS multiplies faster than a slice of the whole sequence.
+    da_tb (T, B, 3H): gradients of a, written by the backward pass. The remaining arrays hold one time step: in them the
+    operands of a product lie together, which BLAS multiplies faster than a slice of the whole sequence.
     """
 
     h_tb: np.ndarray
@@ -174,15 +174,15 @@ def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh
     """Back through time over the window of the last `gru_forward`.
 
     The gradient that reaches each state from outside the recurrence is dy_tb W_y, a product made step by step; where
-    W_y is None it is dy_tb itself. With dh the sum of it and of what step t+1 hands back:
+    W_y is None it is dy_tb itself. dh is the sum of this gradient and of the gradient that step t+1 hands back:
 
         dn = dh (1 - z)                    di_z = dn (h_{t-1} - n) z
         di_n = dn (1 - n^2)                di_r = di_n a_n r (1 - r)
         da = (di_r, di_z, di_n r)          dh handed back = dh z + W_hh^T da
         dW_hh = sum_t da_t^T h_{t-1}       db_hh = sum_t da_t       dP[v] = sum of di over the positions of id v
 
-    Shapes: dy_tb (T, B, M) and W_y (M, H), for the layer below the output dlogits_tb and W_out, or dy_tb (T, B, H) and
-    None; ids_tb (T, B); W_hh (3H, H); results dP (N, 3H), dW_hh (3H, H), db_hh (3H,), dh0 (B, H).
+    Shapes: dy_tb (T, B, M) and W_y (M, H), which are dlogits_tb and W_out for the layer below the output, or dy_tb
+    (T, B, H) and None; ids_tb (T, B); W_hh (3H, H); results dP (N, 3H), dW_hh (3H, H), db_hh (3H,), dh0 (B, H).
     """
     T, B = ids_tb.shape
     H = W_hh.shape[1]
@@ -212,7 +212,8 @@ def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh
         di_r *= r
         di_r *= saved.a_n_tb[t]
         di_r *= di_n
-        # Rows of equal id all receive the sum over those rows, so it does not matter which of them is written last.
+        # dP[ids] repeats a row of dP for each batch row with its id. All repetitions receive the same sum, so it does
+        # not matter which of them is written last.
         ids = ids_tb[t]
         dP[ids] += (ids[:, None] == ids).astype(di.dtype) @ di
         di_n *= r
@@ -285,7 +286,7 @@ def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb) -> N
 
 
 def cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out) -> None:
-    """Gradients of the output layer's parameters. That of h_tb, dlogits_tb W_out, is `gru_backward`'s to make.
+    """Gradients of the output layer's parameters; `gru_backward` computes the gradient of h_tb, dlogits_tb W_out.
 
     Shapes: dlogits_tb (T, B, V); h_tb (T, B, H); results dW_out (V, H), db_out (V,).
     """
@@ -312,7 +313,9 @@ def global_norm(grads, norm) -> None:
 def adam(params, grads, m, v, norm, step_size, clip_norm=0.0, beta_1=0.9, beta_2=0.999, epsilon=1e-7) -> None:
     """Adam as Keras computes it, with the gradient scaled so that its global norm is at most clip_norm (if above 0).
 
-        m = beta_1 m + (1 - beta_1) g      v = beta_2 v + (1 - beta_2) g^2      p = p - step_size m / (sqrt(v) + epsilon)
+        m = beta_1 m + (1 - beta_1) g
+        v = beta_2 v + (1 - beta_2) g^2
+        p = p - step_size m / (sqrt(v) + epsilon)
 
     step_size is learning_rate sqrt(1 - beta_2^t) / (1 - beta_1^t), t counted from 1. If `norm` is not finite, nothing
     changes: a training that diverges keeps its last finite parameters.
@@ -347,10 +350,11 @@ def adam(params, grads, m, v, norm, step_size, clip_norm=0.0, beta_1=0.9, beta_2
 def sample(logits, uniforms, ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> None:
     """Draw one character per row by inverse CDF; `[UNK]`, id 0, is never drawn.
 
-    The logits are divided by the temperature (0 takes the most likely character, the first of several). Then only
-    these characters stay: the top_k most likely (0: all; equal ones in the order of their ids); of those, the fewest
-    most likely ones whose share reaches top_p; of those, the ones at least min_p times as likely as the most likely.
-    The character drawn is the first whose cumulative share, in the order of ids, exceeds the row's uniform number.
+    The logits are divided by the temperature (0 takes the most likely character, the first of several). Then three
+    filters follow each other: top_k keeps so many of the most likely characters (0: all; equally likely characters rank
+    in the order of their ids); top_p keeps the fewest most likely characters whose share in the kept ones reaches
+    top_p; min_p keeps the characters at least min_p times as likely as the most likely one. The character drawn is the
+    first whose cumulative share, in the order of ids, exceeds the row's uniform number.
 
     Shapes: logits (R, V); uniforms (R,), in [0, 1); result ids (R,), int32.
     """
@@ -384,7 +388,7 @@ def _draw(logits, uniforms, ids, temperature, top_k, top_p, min_p) -> None:
 
 
 class GenerationSaved(NamedTuple):
-    """Room for `generate` to work in: i_r and a_r (R, 3H), gate_r (R, H), logits_r (R, V)."""
+    """Buffers of `generate`: i_r and a_r (R, 3H), gate_r (R, H), logits_r (R, V)."""
 
     i_r: np.ndarray
     a_r: np.ndarray
@@ -402,12 +406,12 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
              temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> None:
     """Read and write R rows of text, one character per row and step.
 
-    Each step reads the character before, moves the states on and yields the next character: the forced one where
-    forced_tr is not negative (that is how prompts are read), else one drawn as `sample` says.
+    Each step reads the last character of each row, moves the states on and yields the next character: the forced one
+    where forced_tr is not negative (prompts are read this way), else one drawn as `sample` says.
 
     Shapes: params name -> array, as `rnn.params.named_views` gives them; P (V, 3H), the input table of layer 0;
     h (layers, R, H), moved on in place; ids (R,) int32, the characters before the first step, replaced by the last
-    ones; forced_tr (T, R) int32; uniforms_tr (T, R) in [0, 1); result ids_tr (T, R) int32.
+    characters; forced_tr (T, R) int32; uniforms_tr (T, R) in [0, 1); result ids_tr (T, R) int32.
     """
     i, a, gate, logits = saved
     T, R = forced_tr.shape
@@ -419,7 +423,7 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
     recurrent = [(params[f"W_hh.{layer}"], params[f"b_hh.{layer}"]) for layer in range(len(h))]
     W_out, b_out = params["W_out"], params["b_out"]
     some_forced, some_free = (forced_tr >= 0).any(axis=1), (forced_tr < 0).any(axis=1)
-    with np.errstate(over="ignore"):  # as in `sample`, but entering it for each character takes longer than drawing
+    with np.errstate(over="ignore"):  # as in `sample`; entered once, as entering takes longer than drawing a character
         for t in range(T):
             _take_rows(P, ids, i)
             for layer, (state, (W_hh, b_hh)) in enumerate(zip(states, recurrent)):

@@ -23,7 +23,7 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
 
 
 class _Layer(NamedTuple):
-    """Buffers of one GRU layer: its input table, what its passes share, and the dropout of its output."""
+    """Buffers of one GRU layer: its input table, the arrays that both its passes use, and the dropout of its output."""
 
     P: object
     saved: object
@@ -34,7 +34,7 @@ class _Layer(NamedTuple):
 class LanguageModel:
     """Embedding, GRU layers and softmax over characters, with Adam, for windows of up to (T, B).
 
-    `train_step` is all that a training loop of your own needs; `params` (a dictionary of arrays by name), `step` and
+    A training loop of your own needs only `train_step`; `params` (a dictionary of arrays by name), `step` and
     `state` may be read and written between steps, the arrays in place with `ops.copy_in`.
 
     Arguments: sizes; T, B, the window; flat_params (flat_size,) float, initial values in the layout of `rnn.params`
@@ -81,7 +81,8 @@ class LanguageModel:
         self._dlogits_tb = ops.empty_activations((T, B, V), dtype)
         self._loss, self._norm, self._step_size = (filled((1,), 0) for _ in range(3))
         self._step_number = filled((1,), 0, np.uint64)
-        # Not bound to self, so that no cycle keeps the model's memory from being freed at once.
+        # The recorded function is not bound to self: a cycle of references would keep the model's memory from being
+        # freed at once.
         self._run_step_ops = ops.replayable(LanguageModel._step_ops) if graph else LanguageModel._step_ops
 
     def train_step(self, inputs, targets, learning_rate: float = 1e-3) -> dict:
@@ -137,7 +138,8 @@ class LanguageModel:
         self.ops.copy(self.state, self._zero_state)
 
     def _step_ops(self) -> None:
-        """What may be replayed: always the same ops on the same arrays. What changes from step to step is in arrays."""
+        """All ops of a training step, which may be replayed: always the same ops on the same arrays. Numbers that
+        change from step to step are in arrays."""
         self._forward(self.T, self.state if self.carry_state else self._zero_state, training=True)
         self._backward()
         self.ops.global_norm(self._grads, self._norm)

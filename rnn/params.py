@@ -30,7 +30,7 @@ _CHECKPOINT_NAMES = {
 def parameter_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters in the order in which they lie in the flat buffer.
 
-    Gates lie r, z, n along 3H. Layer 0 reads embeddings (E wide), the others the layer below (H wide).
+    Gates lie r, z, n along 3H. Layer 0 reads embeddings (E wide), every further layer the layer below it (H wide).
     """
     V, E, H = sizes.V, sizes.E, sizes.H
     shapes: dict[str, tuple[int, ...]] = {"W_emb": (V, E)}

@@ -36,8 +36,8 @@ def product(a, b, precision="fp32"):
 
 
 def rounded(x, precision):
-    """x as tensor cores read it, in its own dtype: fp32 as it is; tf32 with a mantissa of 10 bits, ties away from zero;
-    bf16 with one of 7 bits, ties to even."""
+    """x as tensor cores read it, in the dtype of x: fp32 unchanged; tf32 with a mantissa of 10 bits, ties away from
+    zero; bf16 with a mantissa of 7 bits, ties to even."""
     if precision == "fp32":
         return x
     bits = x.astype(np.float32).view(np.uint32)
@@ -108,12 +108,12 @@ def gru_forward(P, ids_tb, W_hh, b_hh, h0, precision="fp32"):
 def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved, N, precision="fp32"):
     """Back through time over the window of a `gru_forward`.
 
-    The gradient that reaches each state from outside the recurrence is dy_tb W_y; where W_y is None it is dy_tb itself.
+    The gradient that reaches each state from outside the recurrence is dy_tb W_y, or dy_tb itself where W_y is None.
     dP[v] is the sum of di over the positions of id v.
 
-    Shapes: dy_tb (T, B, M) and W_y (M, H), for the layer below the output dlogits_tb and W_out, or dy_tb (T, B, H) and
-    None; ids_tb (T, B); W_hh (3H, H); N, the number of rows of P; results dP (N, 3H), dW_hh (3H, H), db_hh (3H,),
-    dh0 (B, H).
+    Shapes: dy_tb (T, B, M) and W_y (M, H), which are dlogits_tb and W_out for the layer below the output, or dy_tb
+    (T, B, H) and None; ids_tb (T, B); W_hh (3H, H); saved, from `gru_forward`; N, the number of rows of P; results
+    dP (N, 3H), dW_hh (3H, H), db_hh (3H,), dh0 (B, H).
     """
     dh_tb = dy_tb if W_y is None else product(dy_tb, W_y, precision)
     h_tb, gates_tb, a_n_tb = saved
@@ -157,13 +157,14 @@ def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, precision="fp32"):
     logits_tb = logits_tb - logits_tb.max(axis=2, keepdims=True)
     exp_tb = np.exp(logits_tb)
     sum_tb = exp_tb.sum(axis=2, keepdims=True)
-    onehot_tb = targets_tb[:, :, None] == np.arange(len(W_out))
-    loss = np.mean(np.log(sum_tb[:, :, 0]) - logits_tb[onehot_tb].reshape(targets_tb.shape))
+    targets_tb = targets_tb[:, :, None]
+    loss = np.mean(np.log(sum_tb) - np.take_along_axis(logits_tb, targets_tb, axis=2))
+    onehot_tb = targets_tb == np.arange(len(W_out))
     return loss, (exp_tb / sum_tb - onehot_tb) / targets_tb.size
 
 
 def cross_entropy_backward(dlogits_tb, h_tb, precision="fp32"):
-    """Gradients of the output layer's parameters. That of h_tb, dlogits_tb W_out, is `gru_backward`'s to make.
+    """Gradients of the output layer's parameters; `gru_backward` computes the gradient of h_tb, dlogits_tb W_out.
 
     Shapes: dlogits_tb (T, B, V); h_tb (T, B, H); results dW_out (V, H), db_out (V,).
     """
@@ -198,10 +199,11 @@ def adam(params, grads, m, v, norm, step_size, clip_norm=0.0, beta_1=0.9, beta_2
 def sample(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """Draw one character per row by inverse CDF; `[UNK]`, id 0, is never drawn.
 
-    The logits are divided by the temperature (0 takes the most likely character, the first of several). Then only
-    these characters stay: the top_k most likely (0: all; equal ones in the order of their ids); of those, the fewest
-    most likely ones whose share reaches top_p; of those, the ones at least min_p times as likely as the most likely.
-    The character drawn is the first whose cumulative share, in the order of ids, exceeds the row's uniform number.
+    The logits are divided by the temperature (0 takes the most likely character, the first of several). Then three
+    filters follow each other: top_k keeps so many of the most likely characters (0: all; equally likely characters rank
+    in the order of their ids); top_p keeps the fewest most likely characters whose share in the kept ones reaches
+    top_p; min_p keeps the characters at least min_p times as likely as the most likely one. The character drawn is the
+    first whose cumulative share, in the order of ids, exceeds the row's uniform number.
 
     Shapes: logits (R, V); uniforms (R,), in [0, 1); result ids (R,), int32.
     """
@@ -229,13 +231,13 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, temperature=1.0, top_k=0
              weights="fp32"):
     """Read and write R rows of text, one character per row and step.
 
-    Each step reads the character before, moves the states on and yields the next character: the forced one where
-    forced_tr is not negative (that is how prompts are read), else one drawn as `sample` says. weights: a precision to
-    which W_hh, W_ih above layer 0 and W_out are rounded, and nothing else.
+    Each step reads the last character of each row, moves the states on and yields the next character: the forced one
+    where forced_tr is not negative (prompts are read this way), else one drawn as `sample` says. W_hh, W_ih above layer
+    0 and W_out are rounded to the precision `weights`, nothing else is.
 
     Shapes: params name -> array, as `rnn.params.named_views` gives them; P (V, 3H), the input table of layer 0;
     h (layers, R, H); ids (R,), the characters before the first step; forced_tr (T, R); uniforms_tr (T, R) in [0, 1);
-    results h (layers, R, H), ids (R,), the last characters, ids_tr (T, R) int32, all of them.
+    results h (layers, R, H), ids (R,), the last characters, and ids_tr (T, R) int32, the characters of all steps.
     """
     W = {name: rounded(array, weights) for name, array in params.items() if name.startswith("W")}
     ids_tr = np.empty(forced_tr.shape, np.int32)

@@ -52,10 +52,10 @@ class Diverged(Exception):
 
 @dataclass
 class Progress:
-    """Where a run stands, and all that a resumed one must know beside parameters, moments and state.
+    """The point that a run has reached: all that a resumed run must know beside parameters, moments and state.
 
-    step, epoch and batch are counted from 0 and name what comes next; loss_sum adds up this epoch's losses; metrics
-    and samples are the sizes in bytes of the two files that grow.
+    step, epoch and batch, counted from 0, name the next step; loss_sum adds up this epoch's losses; metrics_bytes and
+    samples_bytes are the sizes of the two files that grow.
     """
 
     step: int = 0
@@ -79,7 +79,7 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 
 def resumable_run(out: Path | None) -> tuple[TrainConfig, Checkpoint]:
-    """The options of the run to resume, its folder among them, and where it stands.
+    """The options of the run to resume, its folder among them, and its last checkpoint.
 
     Raises: UserError if there is none.
     """
@@ -94,9 +94,9 @@ def resumable_run(out: Path | None) -> tuple[TrainConfig, Checkpoint]:
 
 
 def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> int:
-    """Train as the options say; the exit status: 0, or 128 + the number of the signal that stopped the run.
+    """Train as the options say; returns the exit status: 0, or 128 + the number of the signal that stopped the run.
 
-    checkpoint: where a resumed run stands, from `resumable_run`; None for a new run.
+    checkpoint: the last one of a resumed run, from `resumable_run`; None for a new run.
 
     Raises: UserError for options or a text that cannot be used; Diverged; OSError if the run cannot be saved.
     """
@@ -208,11 +208,11 @@ class Run:
                                        learning_rate(self.config, progress.step, self.total_steps))
         progress.step += 1
         progress.batch += 1
-        self._settle()  # the step before; reading the loss of this one would wait for it to be computed
+        self._settle()  # of the step before: reading the loss of this step would wait until the device has computed it
         self._unread = (progress.step, result)
 
     def _settle(self) -> None:
-        """Read and record the loss of the last step, if that has not been done."""
+        """Read and record the loss of the last step, unless it has been read."""
         if self._unread is None:
             return
         (step, result), self._unread = self._unread, None
@@ -265,7 +265,7 @@ class Run:
             return file.write(text.encode())
 
     def _cut(self, name: str, size: int) -> None:
-        """Take back what was written after the checkpoint that the run resumes from."""
+        """Cut off the lines that were written after the checkpoint from which the run resumes."""
         path = self.folder / name
         if path.exists() and path.stat().st_size > size:
             os.truncate(path, size)
@@ -297,7 +297,8 @@ class Run:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         saved, ops = checkpoint.resumable, self.model.ops
-        for arrays, source in ((self.model.params, checkpoint.params), (self.model.m, saved.m), (self.model.v, saved.v)):
+        model = self.model
+        for arrays, source in ((model.params, checkpoint.params), (model.m, saved.m), (model.v, saved.v)):
             for name in parameter_shapes(self.sizes):
                 ops.copy_in(arrays[name], source[name])
         ops.copy_in(self.model.state, saved.state)

@@ -1,4 +1,4 @@
-"""Settings of all tests, and who runs the kernels in them."""
+"""Settings of all tests, and the executors that run the kernels in them."""
 
 import pytest
 from hypothesis import settings

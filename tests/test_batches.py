@@ -67,7 +67,8 @@ def test_order_stays_what_it_was_in_earlier_versions(seed, epoch, expected):
     assert order(seed, epoch) == expected
 
 
-@pytest.mark.parametrize(("characters", "batches"), [(11_043 * 101, 172), (172 * 64 * 101, 172), (172 * 64 * 101 - 1, 171)])
+@pytest.mark.parametrize(("characters", "batches"),
+                         [(11_043 * 101, 172), (172 * 64 * 101, 172), (172 * 64 * 101 - 1, 171)])
 def test_incomplete_batch_is_dropped(characters, batches):
     assert ShuffledWindows(np.zeros(characters, np.uint8), B=64, T=100, seed=0).batches_per_epoch == batches
 

@@ -1,4 +1,4 @@
-"""The CPU op set computes what the specification says, in every memory order and on every path of its own."""
+"""The CPU op set against the specification, in every memory order and on every path of its own."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""`generate.py` as its users run it: what it writes where, what makes two texts equal, and what it refuses."""
+"""`generate.py` as its users run it: its output, when two texts are equal, and the input that it refuses."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def write(folder, capfd):
-    """Calls the command in this process on that run and gives what it wrote to stdout."""
+    """Calls the command in this process on that run and gives its text on stdout."""
     def written(*arguments: object) -> str:
         with chdir(folder):
             assert commands.generate(["run", *map(str, arguments)]) == 0
@@ -40,7 +40,7 @@ def write(folder, capfd):
 
 @pytest.fixture
 def refused(folder, capfd):
-    """Calls the command in this process, which must refuse, and gives what it said."""
+    """Calls the command in this process, which must refuse, and gives its message."""
     def said(*arguments: object) -> str:
         with chdir(folder):
             status = commands.generate(list(map(str, arguments)))
@@ -102,8 +102,8 @@ def test_empty_prompt_starts_at_the_beginning_of_a_line(write):
 
 def test_texts_of_several_prompts_and_samples_follow_in_order(folder, write, tmp_path):
     (tmp_path / "prompt.txt").write_text("lazy", "utf-8")
-    written = write("--prompt", "the fox", "--prompt-file", tmp_path / "prompt.txt", "--prompt", "a", "--num-samples", 2,
-                    "--length", 40, "--seed", 1)
+    written = write("--prompt", "the fox", "--prompt-file", tmp_path / "prompt.txt", "--prompt", "a",
+                    "--num-samples", 2, "--length", 40, "--seed", 1)
     texts = written.removesuffix("\n").split(RULE)
     prompts = ["the fox", "the fox", "a", "a", "lazy", "lazy"]
     assert [text[:len(prompt)] for text, prompt in zip(texts, prompts, strict=True)] == prompts
@@ -263,8 +263,8 @@ def test_score_beside_a_prompt_is_refused(refused):
 # Bad input
 
 @pytest.mark.parametrize(("option", "value", "part"), [
-    ("--temperature", "-1", "at least 0"), ("--temperature", "nan", "at least 0"), ("--temperature", "inf", "at least 0"),
-    ("--temperature", "warm", "--temperature"),
+    ("--temperature", "-1", "at least 0"), ("--temperature", "nan", "at least 0"),
+    ("--temperature", "inf", "at least 0"), ("--temperature", "warm", "--temperature"),
     ("--top-p", "0", "in (0, 1]"), ("--top-p", "1.5", "in (0, 1]"), ("--top-p", "nan", "in (0, 1]"),
     ("--top-k", "-1", "at least 0"),
     ("--min-p", "-0.1", "in [0, 1]"), ("--min-p", "1.1", "in [0, 1]"), ("--min-p", "nan", "in [0, 1]"),
@@ -319,5 +319,5 @@ def test_file_that_is_no_whole_checkpoint_is_refused(refused, folder, tmp_path):
 def test_help_names_every_option(tmp_path):
     result = run("generate.py", "--help", cwd=tmp_path)
     assert result.returncode == 0
-    assert all(f"--{option}" in result.stdout for option in ("prompt-file", "top-p", "num-samples", "stop", "on-unknown",
-                                                             "score"))
+    options = ("prompt-file", "top-p", "num-samples", "stop", "on-unknown", "score")
+    assert all(f"--{option}" in result.stdout for option in options)

@@ -76,7 +76,7 @@ def test_persistent_gru_matches_reference(executor, size, precision):
 
 @pytest.mark.parametrize("options", [{"fold": False}, {"sums_on_chip": False}], ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_what_does_not_fit_on_chip_is_computed_elsewhere(executor, precision, options):
+def test_work_that_does_not_fit_on_chip_is_done_elsewhere(executor, precision, options):
     size = CUTS[2]
     assert_matches_reference(size.case, on_device(size.case, precision, size.plans(precision, **options)), precision)
 
@@ -84,7 +84,7 @@ def test_what_does_not_fit_on_chip_is_computed_elsewhere(executor, precision, op
 @pytest.mark.parametrize("B, H", [(2, 5), (33, 70), (65, 129)])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_plan_of_the_device_at_hand_is_persistent_and_right(executor, B, H, precision):
-    """What the planner does by itself, for the small GPU that the CPU passes for."""
+    """Plans of the planner itself, for the small GPU that the CPU passes for."""
     case, gpu = layer(3, B, H, 5, 7), runtime.current_executor().gpu
     plans = (forward_plan(gpu, B, H, precision, variant="persistent"),
              backward_plan(gpu, B, H, precision, V_out=7, V_in=5, variant="persistent"))
@@ -140,8 +140,8 @@ def test_launches_follow_each_other_on_the_same_counters(executor):
         assert_equal_bits(first, on_device(case, "fp32", plans, T_saved=size.T))
 
 
-def test_what_one_precision_leaves_behind_is_not_read_by_another(executor):
-    """All have buffers of the same size here, but what lies behind K, which nobody writes, lies elsewhere."""
+def test_data_of_one_precision_is_not_read_by_another(executor):
+    """All precisions have buffers of the same size here; the words behind K, which no block writes, lie elsewhere."""
     size = CUTS[2]
     first = {precision: on_device(size.case, precision, size.plans(precision)) for precision in PRECISIONS}
     for precision in reversed(PRECISIONS):
@@ -165,16 +165,16 @@ def test_batch_rows_do_not_interact(executor, precision):
         np.testing.assert_array_equal(np.delete(a, row, 0), np.delete(b, row, 0), name)
 
 
-# ---- What it costs --------------------------------------------------------------------------------------------------
+# Bytes, barriers and multiply-adds
 
-FITTING = {  # no padding: what is counted is what is needed
+FITTING = {  # sizes without padding, so that the counted bytes are the needed ones
     precision: Cut(T=3, B=32, H=128, V=5, M=64, groups=2, rows=16, units=32, units_back=64, splits=splits)
     for precision, splits in {"fp32": 2, "tf32": 2, "bf16": 1}.items()}
 
 
 @functools.cache
 def counted(size: Cut, precision: str) -> dict[str, tuple[host_cuda.LaunchCounts, dict[str, tuple[int, int]]]]:
-    """Direction -> what its launch did, and the bytes that it read from and wrote to each array, by name."""
+    """Direction -> counts of its launch, and the bytes that it read from and wrote to each array, by name."""
     results = {}
     with runtime.use(host_cuda.HostExecutor(count_bytes=True)) as executor:
         plans = size.plans(precision)

@@ -1,4 +1,4 @@
-"""The specification: against central differences, Keras, PyTorch and definitions, and what it promises of any input."""
+"""The specification against central differences, Keras, PyTorch and definitions, and its promises for any input."""
 
 import itertools
 import math
@@ -360,7 +360,7 @@ def test_sample_frequencies_are_the_softmax():
 @pytest.mark.parametrize("R", [1, 3])
 @pytest.mark.parametrize("layers, V", [(1, 7), (2, 7), (2, 100)])
 def test_generation_reads_prompts_as_the_model_does_and_draws_from_its_logits(R, layers, V):
-    """Characters written step by step are those that `sample` draws from the states of a whole-window forward pass."""
+    """`sample` draws the characters written step by step from the states of a whole-window forward pass, too."""
     T = 6
     case = random_case(T=T, B=R, V=V, H=5, layers=layers, scale=1.0)
     model = case.model()

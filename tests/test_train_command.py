@@ -1,4 +1,4 @@
-"""`train.py` as its users run it: what a run leaves behind, how it ends, and that a resumed one is the same run."""
+"""`train.py` as its users run it: the files that a run leaves, how it ends, and that a resumed run is the same run."""
 
 import importlib.util
 import json
@@ -187,7 +187,7 @@ def test_resumed_run_with_options_equals_uninterrupted_run(tmp_path, options, st
 
 
 def assert_part_of(part: Path, whole: Path) -> None:
-    """Assert that an unfinished run has written what the whole one wrote first."""
+    """Assert that the files of an unfinished run are beginnings of those of the whole run."""
     for name in ("metrics.jsonl", "samples.txt"):
         if (part / name).exists():
             begun, full = (folder.joinpath(name).read_bytes() for folder in (part, whole))
@@ -256,7 +256,8 @@ def test_killed_run_resumes_to_the_same_end(finished, folder):
         with running(SAVE_AT_EVERY_STEP, *options, *resume, cwd=folder) as process:
             wait_until(has_a_step(run_folder), process)
             lines = len(metrics_bytes(run_folder)) + rng.randrange(4)
-            wait_until(lambda: process.poll() is not None or len(metrics_bytes(run_folder)) >= lines, process)
+            wait_until(lambda wanted=lines: process.poll() is not None or len(metrics_bytes(run_folder)) >= wanted,
+                       process)
         assert process.returncode == -signal.SIGKILL
         load_checkpoint(run_folder / "last.safetensors")
     train("--resume", cwd=folder)
@@ -322,7 +323,7 @@ def test_infinite_first_step_leaves_the_initial_checkpoint(folder):
 # Bad input
 
 def refused(folder: Path, *arguments: object) -> str:
-    """Run a command that must be refused without leaving anything behind; what it said."""
+    """Run a command that must be refused without leaving anything behind; returns its message."""
     before = sorted(folder.rglob("*"))
     result = run("train.py", *arguments, cwd=folder)
     assert_refused(result.returncode, result.stdout, result.stderr)

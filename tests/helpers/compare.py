@@ -24,7 +24,7 @@ def assert_close(name: str, actual, exact, reference=None, *, dtype=None) -> Non
     dtype = np.dtype(dtype or (np.float64 if reference is None else np.float32))
     assert actual.shape == exact.shape, f"{name} has shape {actual.shape}, not {exact.shape}"
     assert actual.dtype == dtype, f"{name} has dtype {actual.dtype}, not {dtype}"
-    assert np.isfinite(exact).all(), f"{name}: what it is compared with is not finite"
+    assert np.isfinite(exact).all(), f"{name}: the exact value is not finite"
     if actual.size == 0:
         return
     if not np.isfinite(actual).all():

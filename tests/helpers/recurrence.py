@@ -1,4 +1,4 @@
-"""A layer's recurrence, both passes: random cases, and what kernels, CPU and specification make of them."""
+"""A layer's recurrence, both passes: random cases, and their results by kernels, CPU and specification."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.compare import assert_close
 
 
 class Layer(NamedTuple):
-    """What both passes take, as NumPy arrays; the floating ones in float32."""
+    """The inputs of both passes, as NumPy arrays; floating ones are float32."""
 
     P: np.ndarray
     ids_tb: np.ndarray

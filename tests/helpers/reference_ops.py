@@ -1,6 +1,6 @@
 """The specification as an op set: each op of `rnn.reference` writes its results into arrays of the caller.
 
-Arrays and copies are those of the CPU; sequences have the memory order of all other arrays.
+Arrays are made and copied by the functions of `rnn.cpu`, sequences in the same memory order as all arrays.
 """
 
 from __future__ import annotations
