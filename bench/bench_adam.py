@@ -14,7 +14,7 @@ from bench.implementations import (
     torch_candidates,
 )
 from bench.side_by_side import Benchmark
-from char_gru.rnn import reference as numpy_ops
+from char_gru.rnn import cpu
 from char_gru.rnn.model import BETA_1, BETA_2, EPSILON
 from char_gru.rnn.params import flat_size
 
@@ -85,7 +85,7 @@ def benchmark(name, work, ours, plain, pytorch):
         yield from torch_candidates(device, pytorch, products=False)
 
     def reference(inputs):
-        return ours(numpy_ops, in_float64(inputs)).results()
+        return ours(cpu, in_float64(inputs)).results()
 
     return Benchmark(name, work, inputs, reference, candidates, sizes=({"N": flat_size(tutorial.SIZES)},),
                      sweep=[{"N": 2**k} for k in (16, 18, 20, 24, 26)])

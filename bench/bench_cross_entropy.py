@@ -14,7 +14,7 @@ from bench.implementations import (
     torch_candidates,
 )
 from bench.side_by_side import Benchmark, one_at_a_time
-from char_gru.rnn import reference as numpy_ops
+from char_gru.rnn import cpu
 
 
 def inputs(T, B, V, H):
@@ -99,7 +99,7 @@ def benchmark(name, work, ours, plain, pytorch):
         yield from torch_candidates(device, pytorch)
 
     def reference(inputs):
-        return ours(numpy_ops, in_float64(inputs)).results()
+        return ours(cpu, in_float64(inputs)).results()
 
     base = {"T": tutorial.T, "B": tutorial.B, "V": tutorial.SIZES.V, "H": tutorial.SIZES.H}
     return Benchmark(name, work, inputs, reference, candidates, sizes=(base,),

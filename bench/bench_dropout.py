@@ -14,7 +14,7 @@ from bench.implementations import (
     torch_candidates,
 )
 from bench.side_by_side import Benchmark
-from char_gru.rnn import reference as numpy_ops
+from char_gru.rnn import cpu
 
 RATE, SEED, LAYER, STEP = 0.2, 1, 0, 3
 
@@ -61,7 +61,7 @@ def backward_candidates(device, **sizes):
 
 def benchmark(name, work, ours, candidates):
     def reference(inputs):
-        return ours(numpy_ops, in_float64(inputs)).results()
+        return ours(cpu, in_float64(inputs)).results()
 
     return Benchmark(name, lambda T, B, H: work(T * B * H), inputs, reference, candidates,
                      sizes=({"T": tutorial.T, "B": tutorial.B, "H": tutorial.SIZES.H},),

@@ -13,7 +13,7 @@ from bench.side_by_side import Benchmark, Candidate, Runnable, one_at_a_time
 from char_gru import kernels
 from char_gru.kernels import runtime
 from char_gru.kernels.generate import WEIGHTS, generation_plans
-from char_gru.rnn import reference as numpy_ops
+from char_gru.rnn import cpu
 from char_gru.rnn.config import Sizes
 from char_gru.rnn.params import initial_parameters, named_views
 
@@ -67,7 +67,7 @@ def ours(ops, inputs, **options):
 def reference(inputs):
     """Texts of the model as it is, and of one whose weights were rounded before."""
     rounded = {name: (bfloat16_bits(inputs[name]).astype(np.uint32) << 16).view(np.float32) for name in ROUNDED}
-    [as_it_is], [with_rounded] = (ours(numpy_ops, model).results().values() for model in (inputs, inputs | rounded))
+    [as_it_is], [with_rounded] = (ours(cpu, model).results().values() for model in (inputs, inputs | rounded))
     return {"fp32_tr": as_it_is, "bf16_tr": with_rounded}
 
 
@@ -79,7 +79,7 @@ def variants(R, V, H, weights):
 
 def candidates(device, T, R, V, E, H):
     if device.kind == "cpu":
-        yield Candidate(OURS, "fp32", functools.partial(ours, numpy_ops))
+        yield Candidate(OURS, "fp32", functools.partial(ours, cpu))
     else:
         for weights in (weights for weights in WEIGHTS if weights in device.precisions):
             for variant in variants(R, V, H, weights):

@@ -24,7 +24,7 @@ from bench.side_by_side import Benchmark, Candidate, one_at_a_time
 from char_gru import kernels
 from char_gru.kernels import runtime
 from char_gru.kernels.plan.recurrence import backward_plan, forward_plan
-from char_gru.rnn import reference as numpy_ops
+from char_gru.rnn import cpu
 
 E = tutorial.SIZES.E
 
@@ -141,11 +141,11 @@ def flashrnn_forward(library, inputs):
 
 def benchmark(direction, work):
     def reference(inputs):
-        return ours(direction, numpy_ops, in_float64(inputs)).results()
+        return ours(direction, cpu, in_float64(inputs)).results()
 
     def candidates(device, T, B, V, H):
         if device.kind == "cpu":
-            yield Candidate(OURS, "fp32", functools.partial(ours, direction, numpy_ops))
+            yield Candidate(OURS, "fp32", functools.partial(ours, direction, cpu))
         else:
             for precision in device.precisions:
                 gpu, ops = runtime.current_executor().gpu, kernels.op_set(precision)

@@ -14,7 +14,7 @@ from bench.implementations import (
     torch_candidates,
 )
 from bench.side_by_side import Benchmark, one_at_a_time
-from char_gru.rnn import reference as numpy_ops
+from char_gru.rnn import cpu
 
 
 def inputs(N, E, H):
@@ -82,7 +82,7 @@ def benchmark(name, work, ours, plain, pytorch):
         yield from torch_candidates(device, pytorch)
 
     def reference(inputs):
-        return ours(numpy_ops, in_float64(inputs)).results()
+        return ours(cpu, in_float64(inputs)).results()
 
     base = {"N": tutorial.SIZES.V, "E": tutorial.SIZES.E, "H": tutorial.SIZES.H}
     return Benchmark(name, work, inputs, reference, candidates, sizes=(base,),

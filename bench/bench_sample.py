@@ -14,7 +14,7 @@ from bench.implementations import (
     torch_candidates,
 )
 from bench.side_by_side import Benchmark, one_at_a_time
-from char_gru.rnn import reference as numpy_ops
+from char_gru.rnn import cpu
 
 
 def inputs(R, V):
@@ -29,7 +29,7 @@ def sample_of(ops, inputs):
 
 
 def reference(inputs):
-    return sample_of(numpy_ops, in_float64(inputs)).results()
+    return sample_of(cpu, in_float64(inputs)).results()
 
 
 def plain(library, inputs):

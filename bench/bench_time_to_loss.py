@@ -11,7 +11,7 @@ from bench.implementations import OURS
 from bench.peers import training_peers
 from bench.side_by_side import Benchmark, Candidate, Runnable
 from char_gru import kernels
-from char_gru.rnn import reference as numpy_ops
+from char_gru.rnn import cpu
 from char_gru.rnn.batches import Batch, ShuffledWindows
 from char_gru.rnn.config import Sizes
 from char_gru.rnn.corpus import load_corpus
@@ -81,7 +81,7 @@ def ours(ops, sizes, params, T, B):
 
 def candidates(device, **sizes):
     for precision in device.precisions:
-        ops = numpy_ops if device.kind == "cpu" else kernels.op_set(precision)
+        ops = cpu if device.kind == "cpu" else kernels.op_set(precision)
         yield Candidate(OURS if device.kind == "cpu" else f"{OURS} {precision}", precision,
                         functools.partial(learner, functools.partial(ours, ops)))
     for peer in training_peers(device, tutorial=True):

@@ -13,7 +13,7 @@ from bench.peers import training_peers
 from bench.side_by_side import Benchmark, Candidate, Runnable, one_at_a_time
 from bench.timing import peak_memory_mib
 from char_gru import kernels
-from char_gru.rnn import reference as numpy_ops
+from char_gru.rnn import cpu
 from char_gru.rnn.config import Sizes
 from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import initial_parameters, named_views
@@ -58,12 +58,12 @@ def ours(ops, inputs, **options):
 
 
 def reference(inputs):
-    return ours(numpy_ops, inputs).results()
+    return ours(cpu, inputs).results()
 
 
 def candidates(device, **sizes):
     if device.kind == "cpu":
-        yield Candidate(OURS, "fp32", functools.partial(ours, numpy_ops))
+        yield Candidate(OURS, "fp32", functools.partial(ours, cpu))
     else:
         for precision in device.precisions:
             ops = kernels.op_set(precision)

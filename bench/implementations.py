@@ -14,7 +14,7 @@ import numpy as np
 from bench.devices import Device, cores, cublas_matmul
 from bench.side_by_side import Arrays, Candidate, Runnable
 from char_gru import kernels
-from char_gru.rnn import reference
+from char_gru.rnn import cpu
 
 OURS = "char-gru"
 
@@ -49,7 +49,7 @@ def runnable(ops: Any, run: Callable[[], None], **outputs: Any) -> Runnable:
 def our_candidates(device: Device, make: Callable[[Any, Arrays], Runnable]) -> Iterator[Candidate]:
     """Ours in each precision; make(ops, inputs)."""
     for precision in device.precisions:
-        ops = reference if device.kind == "cpu" else kernels.op_set(precision)
+        ops = cpu if device.kind == "cpu" else kernels.op_set(precision)
         name = OURS if device.kind == "cpu" else f"{OURS} {precision}"
         yield Candidate(name, precision, functools.partial(make, ops))
 

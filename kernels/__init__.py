@@ -1,4 +1,4 @@
-"""The op set of the GPU: the functions of `rnn.reference`, each a launcher of CUDA kernels.
+"""The op set of the GPU: the functions of `char_gru.rnn.cpu`, each a launcher of CUDA kernels.
 
 Importing this package imports neither CuPy nor a driver; kernels compile at their first use. An op hides the module of
 its name (`kernels.adam` is the function); what else is in that module comes by `from kernels.adam import ...`.

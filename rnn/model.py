@@ -1,8 +1,9 @@
 """Forward and backward pass of the language model, written once on top of an op set.
 
-An op set is `rnn.reference` (NumPy, the CPU) or anything with the same functions, as `kernels.op_set` makes one. Nothing here asks which one it is
-given: parameters, buffers and states are the op set's arrays, all made when the model is, and a training step is a
-fixed sequence of ops on them with no decision on the host.
+An op set is `char_gru.rnn.cpu`, or what `char_gru.kernels.op_set` makes for a GPU: the same functions with the same
+parameters, which compute what `char_gru.rnn.reference` specifies. The model does not ask which op set it is given.
+Parameters, buffers and states are arrays of the op set, all made together with the model; a training step is a fixed
+sequence of ops on them, with no decision on the host.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from char_gru.rnn import reference
+from char_gru.rnn import cpu
 from char_gru.rnn.batches import Batch
 from char_gru.rnn.config import Sizes
 from char_gru.rnn.params import flat_size, initial_parameters, named_views
@@ -44,7 +45,7 @@ class LanguageModel:
 
     def __init__(self, sizes: Sizes, T: int, B: int, flat_params: np.ndarray | None = None, *, dropout: float = 0.0,
                  clip_norm: float = 0.0, carry_state: bool = False, seed: int = 0, dtype=np.float32,
-                 ops=reference, graph: bool = True) -> None:
+                 ops=cpu, graph: bool = True) -> None:
         if flat_params is None:
             flat_params = initial_parameters(sizes, "pytorch", seed)
         self.sizes, self.T, self.B, self.ops = sizes, T, B, ops

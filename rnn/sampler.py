@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from char_gru.rnn import reference
+from char_gru.rnn import cpu
 from char_gru.rnn.batches import validation_windows
 from char_gru.rnn.checkpoint import find_checkpoint, load_checkpoint
 from char_gru.rnn.config import Sizes, UserError, check_length, check_sampling
@@ -46,7 +46,7 @@ class Generator:
     op set; seed of the characters that `step` draws.
     """
 
-    def __init__(self, sizes: Sizes, vocabulary: Vocabulary, params: Mapping, ops=reference, seed: int = 0) -> None:
+    def __init__(self, sizes: Sizes, vocabulary: Vocabulary, params: Mapping, ops=cpu, seed: int = 0) -> None:
         self.sizes, self.vocabulary = sizes, vocabulary
         self._params, self._ops, self._rng = params, ops, _uniform_source(seed)
         dtype = params["W_emb"].dtype
@@ -180,7 +180,7 @@ class _Writer:
         self._saved = ops.generation_saved(rows, sizes.H, sizes.V, generator._P.dtype)
 
     def write(self, forced_tr: np.ndarray, uniforms_tr: np.ndarray) -> Callable[[], np.ndarray]:
-        """Launch T steps; shapes as for `rnn.reference.generate`. A call of the result waits for the ids (T, R)."""
+        """Launch T steps; shapes as for `rnn.cpu.generate`. A call of the result waits for the ids (T, R)."""
         ops, generator, T = self._generator._ops, self._generator, len(forced_tr)
         ops.copy_in(self._forced_tr[:T], forced_tr)
         ops.copy_in(self._uniforms_tr[:T], uniforms_tr)

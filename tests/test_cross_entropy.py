@@ -1,4 +1,4 @@
-"""Output layer and loss on the device against the reference."""
+"""Output layer and loss on the device against the specification."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from char_gru.kernels import runtime
 from char_gru.kernels.matmul import PRECISIONS
 from char_gru.rnn import reference
 from tests import host_cuda
-from tests.helpers.compare import assert_close, rounded
+from tests.helpers.compare import assert_close
 
 TILE_M, TILE_N, TILE_K = (launchers.TILE[name] for name in ("TILE_M", "TILE_N", "TILE_K"))
 SIZES = [  # T, B, H, V: one below, at and above each tile; V of one sweep and of several
@@ -34,16 +34,16 @@ def device_forward(h_tb, W_out, b_out, targets_tb, precision="fp32") -> tuple[np
     return runtime.to_host(loss), dlogits_tb[:T]
 
 
-def reference_forward(h_tb, W_out, b_out, targets_tb, dtype) -> tuple[np.ndarray, np.ndarray]:
-    loss, dlogits_tb = np.empty(1, dtype), np.empty((*targets_tb.shape, len(W_out)), dtype)
-    reference.cross_entropy_forward(*(x.astype(dtype) for x in (h_tb, W_out, b_out)), targets_tb, loss, dlogits_tb)
-    return loss, dlogits_tb
+def reference_forward(h_tb, W_out, b_out, targets_tb, dtype, precision) -> tuple[np.ndarray, np.ndarray]:
+    loss, dlogits_tb = reference.cross_entropy_forward(*(x.astype(dtype) for x in (h_tb, W_out, b_out)), targets_tb,
+                                                       precision)
+    return np.array([loss]), dlogits_tb
 
 
 def assert_forward_matches_reference(h_tb, W_out, b_out, targets_tb, precision="fp32") -> None:
-    actual = device_forward(h_tb, W_out, b_out, targets_tb, precision)
-    arguments = rounded(h_tb, precision), rounded(W_out, precision), b_out, targets_tb
-    exact, plain = (reference_forward(*arguments, dtype) for dtype in (np.float64, np.float32))
+    arguments = h_tb, W_out, b_out, targets_tb
+    actual = device_forward(*arguments, precision)
+    exact, plain = (reference_forward(*arguments, dtype, precision) for dtype in (np.float64, np.float32))
     for name, *results in zip(("loss", "dlogits_tb"), actual, exact, plain):
         assert_close(name, *results)
 
@@ -108,15 +108,8 @@ def test_cross_entropy_backward_matches_reference(executor, T, B, H, V, precisio
     shapes = {"dW_out": (V, H), "db_out": (V,)}
     actual = [runtime.empty(shape, np.float32) for shape in shapes.values()]
     launchers.cross_entropy_backward(*map(runtime.to_device, (dlogits_tb, h_tb)), *actual, precision=precision)
-
-    def gradients(dtype, precision):
-        results = [np.empty(shape, dtype) for shape in shapes.values()]
-        operands = (rounded(x, precision).astype(dtype) for x in (dlogits_tb, h_tb))
-        reference.cross_entropy_backward(*operands, *results)
-        return results
-
-    exact, plain = (gradients(dtype, precision) for dtype in (np.float64, np.float32))
-    exact[1], plain[1] = (gradients(dtype, "fp32")[1] for dtype in (np.float64, np.float32))  # db_out is no product
+    exact, plain = (reference.cross_entropy_backward(dlogits_tb.astype(dtype), h_tb.astype(dtype), precision)
+                    for dtype in (np.float64, np.float32))
     for name, result, *expected in zip(shapes, actual, exact, plain):
         assert_close(name, runtime.to_host(result), *expected)
 

@@ -8,9 +8,9 @@ from char_gru.kernels import runtime
 from char_gru.kernels.generate import generation_plan, generation_plans
 from char_gru.kernels.plan.generation import STATIC_SHARED_BYTES
 from char_gru.kernels.plan.gpus import GPU, GPUS
-from char_gru.rnn import reference
 from char_gru.rnn.params import named_views
 from tests import host_cuda
+from tests.helpers import reference_ops
 from tests.test_generate_kernels import (
     OPTIONS,
     assert_text_matches_reference,
@@ -80,7 +80,7 @@ def test_a_long_batched_text_is_that_of_the_reference(executor, monkeypatch):
     case = text_case(9, H=4, V=5, layers=1, scale=0.3)
     assert generation_plan(executor.gpu, 9, 5, 4, 1, variant="batched").blocks == 2
     np.testing.assert_array_equal(written_on_device(case, 2000, variant="batched")[0],
-                                  written(reference, np.copy, np.float32, case, 2000)[0])
+                                  written(reference_ops, np.copy, np.float32, case, 2000)[0])
 
 
 def test_batched_text_goes_on_where_it_stopped(executor):

@@ -12,13 +12,14 @@ from char_gru.kernels.generate_persistent import MAX_ROWS
 from char_gru.kernels.generate_persistent import VARIANTS as PERSISTENT
 from char_gru.kernels.plan.generation import STATIC_SHARED_BYTES
 from char_gru.kernels.plan.gpus import GPU
-from char_gru.rnn import reference
 from char_gru.rnn.params import named_views
+from char_gru.rnn.reference import rounded
 from char_gru.rnn.sampler import Generator
 from char_gru.rnn.vocabulary import Vocabulary
 from tests import host_cuda
+from tests.helpers import reference_ops
 from tests.helpers.cases import Case, random_case
-from tests.helpers.compare import assert_close, rounded
+from tests.helpers.compare import assert_close
 
 VARIANTS = ("stepwise", *PERSISTENT)
 OPTIONS = {"temperature": 0.8, "top_k": 5, "top_p": 0.95, "min_p": 0.01}
@@ -45,7 +46,7 @@ def written(ops, to_device, dtype, case: Case, T: int, rounded_to=None,
     first, forced_tr, uniforms_tr = prompts(T, R, V)
     params = named_views(case.flat_params.astype(dtype), case.sizes)
     P = np.empty((V, 3 * H), dtype)
-    reference.input_table_forward(params["W_emb"], params["W_ih.0"], params["b_ih.0"], P)
+    reference_ops.input_table_forward(params["W_emb"], params["W_ih.0"], params["b_ih.0"], P)
     if rounded_to:
         params |= {name: rounded(array, rounded_to).astype(dtype) for name, array in params.items() if name[0] == "W"}
     params = {name: to_device(array) for name, array in params.items()}
@@ -60,7 +61,7 @@ def written_on_device(case: Case, T: int, variant: str | None = None, **options)
 
 
 def assert_text_matches_reference(case: Case, T: int, *, variant=None, weights="fp32", **options) -> None:
-    exact, single = (written(reference, np.copy, dtype, case, T, weights if weights != "fp32" else None, **options)
+    exact, single = (written(reference_ops, np.copy, dtype, case, T, weights if weights != "fp32" else None, **options)
                      for dtype in (np.float64, np.float32))
     ids_tr, ids, h = written_on_device(case, T, variant=variant, weights=weights, **options)
     np.testing.assert_array_equal(ids_tr, exact[0])
@@ -159,7 +160,7 @@ def test_options_reach_the_drawing(executor, options, variant):
 def test_many_texts_are_those_of_the_reference(executor, seed, variant):
     case = random_case(T=1, B=8, E=3, H=10, V=40, seed=seed, scale=0.4)
     np.testing.assert_array_equal(written_on_device(case, 50, variant)[0],
-                                  written(reference, np.copy, np.float32, case, 50)[0])
+                                  written(reference_ops, np.copy, np.float32, case, 50)[0])
 
 
 @pytest.mark.parametrize("R, layers, variant", list(zip((2, 1, 1), (1, 2, 2), PERSISTENT)))
@@ -167,7 +168,7 @@ def test_a_long_text_is_that_of_the_reference(executor, R, layers, variant):
     """A barrier that is missing or misplaced shows after many steps."""
     case = text_case(R, H=9, V=5, layers=layers, scale=0.3)
     np.testing.assert_array_equal(written_on_device(case, 2000, variant)[0],
-                                  written(reference, np.copy, np.float32, case, 2000)[0])
+                                  written(reference_ops, np.copy, np.float32, case, 2000)[0])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -224,7 +225,7 @@ class Chunks:
         self.rng, self.made = np.random.default_rng(0), []
         case, P = text_case(3, H=7, V=9, layers=2), self.rng.standard_normal((9, 21))
         params = named_views(case.flat_params.astype(np.float32), case.sizes)
-        on_kernels, on_reference = (kernels, runtime.to_device, {"variant": "stepwise"}), (reference, np.copy, {})
+        on_kernels, on_reference = (kernels, runtime.to_device, {"variant": "stepwise"}), (reference_ops, np.copy, {})
         for ops, to_device, variant in (on_kernels, on_reference):
             arrays = [to_device(array) for array in
                       (P.astype(np.float32), case.h0.astype(np.float32), np.arange(1, 4, dtype=np.int32))]
@@ -290,7 +291,7 @@ def test_a_writer_on_a_gpu_that_cannot_hold_the_model_captures_once(captures, ex
     characters = "\nabcdefg"
     case, texts = text_case(1, H=7, V=len(characters) + 1, layers=1), []
     params = named_views(case.flat_params.astype(np.float32), case.sizes)
-    for ops, to_device in ((kernels, runtime.to_device), (reference, np.copy)):
+    for ops, to_device in ((kernels, runtime.to_device), (reference_ops, np.copy)):
         on_device = {name: to_device(array) for name, array in params.items()}
         texts.append(Generator(case.sizes, Vocabulary(characters), on_device, ops).generate(["ab"], 100, seed=1))
     assert texts[0] == texts[1] and len(captures) == 1

@@ -1,6 +1,4 @@
-"""The recurrence and back-propagation through time on the device, stepwise, against the reference."""
-
-from typing import NamedTuple
+"""The recurrence and back-propagation through time on the device, stepwise, against the specification."""
 
 import numpy as np
 import pytest
@@ -8,10 +6,16 @@ import pytest
 from char_gru.kernels import gru as launchers
 from char_gru.kernels import runtime
 from char_gru.kernels.matmul import PRECISIONS
-from char_gru.kernels.plan.recurrence import RecurrencePlan, backward_plan, forward_plan
-from char_gru.rnn import reference
 from tests import host_cuda
-from tests.helpers.compare import assert_close, rounded
+from tests.helpers.recurrence import (
+    Layer,
+    assert_equal_bits,
+    assert_matches_reference,
+    both_passes,
+    layer,
+    on_device,
+    stepwise,
+)
 
 UNITS = launchers.TILE_N // 3
 SIZES = [  # T, B, H, V: one below, at and above each tile, of rows, of units in either direction, of the sums
@@ -19,80 +23,6 @@ SIZES = [  # T, B, H, V: one below, at and above each tile, of rows, of units in
     (2, launchers.TILE_M - 1, UNITS - 1, 3), (2, launchers.TILE_M, UNITS, 9), (2, launchers.TILE_M + 1, UNITS + 1, 4),
     (3, 5, launchers.TILE_N - 1, 8), (2, 4, launchers.TILE_N, 6), (2, 3, launchers.TILE_N + 1, 11),
     (2, 3, 31, 5), (3, 4, 32, 6), (2, 5, 33, 7), (2, 3, 63, 4), (1, 2, 64, 3), (3, 2, 65, 4)]
-
-
-class Layer(NamedTuple):
-    """What both passes take, as NumPy arrays; the floating ones in float32."""
-
-    P: np.ndarray
-    ids_tb: np.ndarray
-    W_hh: np.ndarray
-    b_hh: np.ndarray
-    h0: np.ndarray
-    dy_tb: np.ndarray
-    W_y: np.ndarray | None = None
-
-
-def layer(T: int, B: int, H: int, V: int, M: int | None = None) -> Layer:
-    """A random case; with M, the gradient of each state comes through a matrix W_y of M rows."""
-    rng = np.random.default_rng(H)
-    shapes = {"P": (V, 3 * H), "W_hh": (3 * H, H), "b_hh": (3 * H,), "h0": (B, H), "dy_tb": (T, B, M or H)}
-    shapes |= {"W_y": (M, H)} if M else {}
-    arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-    arrays["W_hh"] /= np.float32(np.sqrt(H))
-    return Layer(**arrays, ids_tb=rng.integers(0, V, (T, B)).astype(np.int32))
-
-
-def mapped(function, case: Layer) -> Layer:
-    """The case with a function applied to each of its arrays."""
-    return Layer(*(None if array is None else function(array) for array in case))
-
-
-def both_passes(ops, case: Layer, saved, array=np.array, new=np.empty, plans=None, **options) -> dict:
-    """Every result of the two passes of `ops`, whose arrays `array(values)` and `new(shape, dtype)` make; `plans` are for
-    the kernels, one for each pass."""
-    (T, B), (V, H3), dtype = case.ids_tb.shape, case.P.shape, saved.h_tb.dtype
-    case = mapped(array, case)
-    shapes = {"dP": (V, H3), "dW_hh": (H3, H3 // 3), "db_hh": (H3,), "dh0": (B, H3 // 3)}
-    gradients = {name: new(shape, dtype) for name, shape in shapes.items()}
-    forward, backward = ({"plan": plan} for plan in plans) if plans else ({}, {})
-    ops.gru_forward(case.P, case.ids_tb, case.W_hh, case.b_hh, case.h0, saved, **options, **forward)
-    ops.gru_backward(case.dy_tb, case.W_y, case.ids_tb, case.W_hh, saved, *gradients.values(), **options, **backward)
-    return {"h_tb": saved.h_tb[:T + 1], "gates_tb": saved.gates_tb[:T], "a_n_tb": saved.a_n_tb[:T]} | gradients
-
-
-def stepwise(case: Layer, precision: str = "fp32") -> tuple[RecurrencePlan, RecurrencePlan]:
-    B, H = case.h0.shape
-    M = 0 if case.W_y is None else len(case.W_y)
-    gpu = runtime.current_executor().gpu
-    return (forward_plan(gpu, B, H, precision, variant="stepwise"),
-            backward_plan(gpu, B, H, precision, V_out=M, V_in=len(case.P), variant="stepwise"))
-
-
-def on_device(case: Layer, precision: str = "fp32", plans=None, T_saved: int | None = None) -> dict[str, np.ndarray]:
-    """Every result of both passes, stepwise unless there are plans."""
-    (T, B), H = case.ids_tb.shape, case.W_hh.shape[1]
-    saved = launchers.gru_saved(T_saved or T, B, H, precision=precision)
-    results = both_passes(launchers, case, saved, runtime.to_device, runtime.empty, plans or stepwise(case, precision),
-                          precision=precision)
-    return {name: runtime.to_host(result) for name, result in results.items()}
-
-
-def by_reference(case: Layer, dtype) -> dict[str, np.ndarray]:
-    (T, B), H = case.ids_tb.shape, case.W_hh.shape[1]
-    case = mapped(lambda x: x if x.dtype == np.int32 else x.astype(dtype), case)
-    return both_passes(reference, case, reference.gru_saved(T, B, H, dtype))
-
-
-def assert_matches_reference(case: Layer, actual: dict[str, np.ndarray]) -> None:
-    exact, plain = (by_reference(case, dtype) for dtype in (np.float64, np.float32))
-    for name, result in actual.items():
-        assert_close(name, result, exact[name], plain[name])
-
-
-def assert_equal_bits(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    for name, result in actual.items():
-        np.testing.assert_array_equal(result.view(np.uint32), expected[name].view(np.uint32), name)
 
 
 @pytest.mark.parametrize("T, B, H, V", SIZES)
@@ -108,29 +38,11 @@ def test_gradient_through_the_output_layer_matches_reference(executor, T, B, H, 
     assert_matches_reference(case, on_device(case))
 
 
-class RoundingNumPy:
-    """NumPy whose matrix products see their operands rounded to a precision."""
-
-    def __init__(self, precision: str):
-        self._precision = precision
-
-    def __getattr__(self, name):
-        return getattr(np, name)
-
-    def matmul(self, a, b, out):
-        return np.matmul(*(rounded(x, self._precision) for x in (a, b)), out=out)
-
-
 @pytest.mark.parametrize("precision", [precision for precision in PRECISIONS if precision != "fp32"])
 @pytest.mark.parametrize("T, B, H, V", SIZES[1:])
-def test_rounded_operands_err_like_the_reference_with_rounded_operands(executor, monkeypatch, T, B, H, V, precision):
+def test_rounded_operands_err_like_the_reference_with_rounded_operands(executor, T, B, H, V, precision):
     case = layer(T, B, H, V, M=6)
-    actual, exact = on_device(case, precision=precision), by_reference(case, np.float64)
-    with monkeypatch.context() as patch:
-        patch.setattr(reference, "np", RoundingNumPy(precision))
-        by_rounding = by_reference(case, np.float32)
-    for name, result in actual.items():
-        assert_close(name, result, exact[name], by_rounding[name])
+    assert_matches_reference(case, on_device(case, precision=precision), precision)
 
 
 def test_precisions_differ(executor):
@@ -146,7 +58,7 @@ def test_window_may_be_shorter_than_saved(executor):
 
 
 def test_saved_serves_window_after_window(executor):
-    """What one window leaves in `saved` does not reach the next one, which may be shorter or longer."""
+    """Data that one window leaves in `saved` does not reach the next window, which may be shorter or longer."""
     long, short = layer(4, 3, 49, 5), layer(2, 3, 49, 7)
     saved = launchers.gru_saved(4, 3, 49)
     for case in (long, short, long):

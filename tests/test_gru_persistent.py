@@ -1,4 +1,4 @@
-"""The persistent recurrence: equal to the reference and to the stepwise one, however its work is cut."""
+"""The persistent recurrence: equal to the specification and to the stepwise one, however its work is cut."""
 
 import functools
 import re
@@ -11,10 +11,9 @@ from char_gru.kernels import runtime
 from char_gru.kernels.gru_persistent import constants
 from char_gru.kernels.matmul import PRECISIONS
 from char_gru.kernels.plan.recurrence import RecurrencePlan, backward_plan, forward_plan, steps_of
-from char_gru.rnn import reference
 from tests import host_cuda
 from tests.helpers.compare import assert_close
-from tests.test_gru import Layer, RoundingNumPy, assert_equal_bits, by_reference, layer, on_device
+from tests.helpers.recurrence import Layer, assert_equal_bits, assert_matches_reference, by_reference, layer, on_device
 
 
 class Cut(NamedTuple):
@@ -36,7 +35,8 @@ class Cut(NamedTuple):
     def case(self) -> Layer:
         return layer(self.T, self.B, self.H, self.V, self.M)
 
-    def plans(self, precision: str, fold: bool = True, sums_on_chip: bool = True) -> tuple[RecurrencePlan, RecurrencePlan]:
+    def plans(self, precision: str, fold: bool = True,
+              sums_on_chip: bool = True) -> tuple[RecurrencePlan, RecurrencePlan]:
         gpu, M = runtime.current_executor().gpu, self.M or 0
         forward = forward_plan(gpu, self.B, self.H, precision, variant="stepwise")
         backward = backward_plan(gpu, self.B, self.H, precision, V_out=M, V_in=self.V, variant="stepwise")
@@ -68,43 +68,27 @@ CUTS = [
 ]
 
 
-def assert_matches_reference(case: Layer, actual: dict[str, np.ndarray], by_rounding: dict[str, np.ndarray]) -> None:
-    exact = by_reference(case, np.float64)
-    for name, result in actual.items():
-        assert_close(name, result, exact[name], by_rounding[name])
-
-
-def rounded_reference(case: Layer, precision: str, monkeypatch) -> dict[str, np.ndarray]:
-    """What the reference computes in float32 from rounded operands."""
-    with monkeypatch.context() as patch:
-        if precision != "fp32":
-            patch.setattr(reference, "np", RoundingNumPy(precision))
-        return by_reference(case, np.float32)
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("size", CUTS, ids=str)
-def test_persistent_gru_matches_reference(executor, monkeypatch, size, precision):
-    by_rounding = rounded_reference(size.case, precision, monkeypatch)
-    assert_matches_reference(size.case, on_device(size.case, precision, size.plans(precision)), by_rounding)
+def test_persistent_gru_matches_reference(executor, size, precision):
+    assert_matches_reference(size.case, on_device(size.case, precision, size.plans(precision)), precision)
 
 
 @pytest.mark.parametrize("options", [{"fold": False}, {"sums_on_chip": False}], ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_what_does_not_fit_on_chip_is_computed_elsewhere(executor, monkeypatch, precision, options):
+def test_what_does_not_fit_on_chip_is_computed_elsewhere(executor, precision, options):
     size = CUTS[2]
-    by_rounding = rounded_reference(size.case, precision, monkeypatch)
-    assert_matches_reference(size.case, on_device(size.case, precision, size.plans(precision, **options)), by_rounding)
+    assert_matches_reference(size.case, on_device(size.case, precision, size.plans(precision, **options)), precision)
 
 
 @pytest.mark.parametrize("B, H", [(2, 5), (33, 70), (65, 129)])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_plan_of_the_device_at_hand_is_persistent_and_right(executor, monkeypatch, B, H, precision):
+def test_plan_of_the_device_at_hand_is_persistent_and_right(executor, B, H, precision):
     """What the planner does by itself, for the small GPU that the CPU passes for."""
     case, gpu = layer(3, B, H, 5, 7), runtime.current_executor().gpu
     plans = (forward_plan(gpu, B, H, precision, variant="persistent"),
              backward_plan(gpu, B, H, precision, V_out=7, V_in=5, variant="persistent"))
-    assert_matches_reference(case, on_device(case, precision, plans), rounded_reference(case, precision, monkeypatch))
+    assert_matches_reference(case, on_device(case, precision, plans), precision)
     best = forward_plan(gpu, B, H, precision), backward_plan(gpu, B, H, precision, V_out=7, V_in=5)
     assert_equal_bits(on_device(case, precision, (None, None)), on_device(case, precision, best))
 
@@ -128,17 +112,18 @@ def test_persistent_gru_does_not_depend_on_the_order_of_threads(ordered_executor
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_thousand_steps_in_random_order(precision, seed, monkeypatch):
+def test_two_thousand_steps_in_random_order(precision, seed):
     """A barrier that is missing shows only now and then."""
     size = Cut(T=2000, B=17, H=6, V=3, M=2, groups=2, rows=16, units=4, units_back=6, splits=2)
     with runtime.use(host_cuda.HostExecutor(order="random", seed=seed)):
         results = on_device(size.case, precision, size.plans(precision))
-    assert_matches_reference(size.case, results, rounded_reference(size.case, precision, monkeypatch))
+    assert_matches_reference(size.case, results, precision)
 
 
 @pytest.mark.parametrize("sanitizer, size", [
     ("address,undefined", CUTS[2]),
-    ("thread", Cut(T=3, B=17, H=6, V=3, M=2, groups=2, rows=16, units=4, units_back=6, splits=2))], ids=["address", "thread"])
+    ("thread", Cut(T=3, B=17, H=6, V=3, M=2, groups=2, rows=16, units=4, units_back=6, splits=2)),
+], ids=["address", "thread"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_sanitizer_finds_nothing_in_persistent_gru(sanitizer, size, precision):
     report = host_cuda.run_sanitized(lambda: on_device(size.case, precision, size.plans(precision)), sanitizer)
@@ -222,13 +207,14 @@ def test_multiply_adds_are_those_of_the_products(precision):
 def test_a_step_moves_little_more_than_its_plan_needs(precision):
     """Bytes of all blocks, through L2 or from memory; the weights, once, are apart."""
     size = FITTING[precision]
-    T, B, H, V, M = size[:5]
+    T, B, H, _, M = size[:5]
     element = 2 if precision == "bf16" else 4
     state = T * B * H * 4
     for direction, (launch, arrays) in counted(size, precision).items():
         assert arrays["W_hh"] == (size.groups * 3 * H * H * 4, 0)
         read, written = arrays["exchange"]
-        # Of a group's rows, every block reads all of K that is its own. In fp32, four lanes read the same 16 bytes at once.
+        # Of the rows of its group, a block reads the whole of its own range of K. In fp32, four lanes read the same 16
+        # bytes at once.
         blocks = launch.grid[0] // size.groups // (1 if direction == "forward" else size.splits)
         gathered = blocks * state // 4 * element * (1 if direction == "forward" else 3)
         assert read == gathered * (4 if precision == "fp32" else 1)

@@ -1,4 +1,4 @@
-"""The input table, its gradients and the sums by id on the device, against the reference and NumPy."""
+"""The input table, its gradients and the sums by id on the device, against the specification and NumPy."""
 
 import numpy as np
 import pytest
@@ -14,29 +14,27 @@ def random(*shape: int) -> np.ndarray:
     return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
 
 
-def reference_table(op: str, results: dict[str, tuple[int, ...]], *inputs: np.ndarray) -> dict[str, np.ndarray]:
-    """What an op of the reference writes, in the inputs' dtype."""
-    arrays = {name: np.empty(shape, inputs[0].dtype) for name, shape in results.items()}
-    getattr(reference, op)(*inputs, *arrays.values())
-    return arrays
-
-
 def device_table(op: str, results: dict[str, tuple[int, ...]], *inputs: np.ndarray, **options) -> dict[str, np.ndarray]:
+    """The results, by name and of these shapes, of an op on the device."""
     arrays = {name: runtime.empty(shape, np.float32) for name, shape in results.items()}
     getattr(launchers, op)(*map(runtime.to_device, inputs), *arrays.values(), **options)
     return {name: runtime.to_host(array) for name, array in arrays.items()}
 
 
+@pytest.mark.parametrize("precision", matmul.PRECISIONS)
 @pytest.mark.parametrize("N, E, H", [(1, 1, 1), (7, 4, 5), (66, 17, 22)])
-def test_input_table_matches_reference(executor, N, E, H):
+def test_input_table_matches_reference(executor, N, E, H, precision):
     x, W_ih, b_ih, dP = random(N, E), random(3 * H, E), random(3 * H), random(N, 3 * H)
-    gradients = {"dx": (N, E), "dW_ih": (3 * H, E), "db_ih": (3 * H,)}
-    for op, results, inputs in (("input_table_forward", {"P": (N, 3 * H)}, (x, W_ih, b_ih)),
-                                ("input_table_backward", gradients, (dP, x, W_ih))):
-        exact = reference_table(op, results, *(array.astype(float) for array in inputs))
-        rounded = reference_table(op, results, *inputs)
-        for name, result in device_table(op, results, *inputs).items():
-            assert_close(name, result, exact[name], rounded[name])
+    [P] = device_table("input_table_forward", {"P": dP.shape}, x, W_ih, b_ih, precision=precision).values()
+    exact, single = (reference.input_table_forward(*(array.astype(dtype) for array in (x, W_ih, b_ih)), precision)
+                     for dtype in (np.float64, np.float32))
+    assert_close("P", P, exact, single)
+    shapes = {"dx": x.shape, "dW_ih": W_ih.shape, "db_ih": b_ih.shape}
+    actual = device_table("input_table_backward", shapes, dP, x, W_ih, precision=precision)
+    exact, single = (reference.input_table_backward(*(array.astype(dtype) for array in (dP, x, W_ih)), precision)
+                     for dtype in (np.float64, np.float32))
+    for name, *results in zip(shapes, actual.values(), exact, single):
+        assert_close(name, *results)
 
 
 @pytest.mark.parametrize("precision", matmul.PRECISIONS)

@@ -12,7 +12,7 @@ import pytest
 
 from char_gru import kernels
 from char_gru.kernels import arrays, runtime
-from char_gru.rnn import reference
+from char_gru.rnn import cpu
 
 
 def functions(module) -> dict[str, types.FunctionType]:
@@ -20,7 +20,7 @@ def functions(module) -> dict[str, types.FunctionType]:
             if inspect.isfunction(value) and not name.startswith("_") and value.__module__.startswith(module.__name__)}
 
 
-OPS = functions(reference)
+OPS = functions(cpu)
 
 
 def positional(op) -> list[tuple[str, object]]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from char_gru.kernels import runtime
-from tests.helpers.compare import rounded
+from char_gru.rnn.reference import rounded
 from tests.host_cuda import HostExecutor, compiler
 
 KERNELS = """

@@ -10,7 +10,7 @@ import pytest
 from char_gru import kernels
 from char_gru.kernels import runtime
 from char_gru.kernels.plan.gpus import GPUS
-from char_gru.rnn import reference, training
+from char_gru.rnn import cpu, training
 from char_gru.rnn.batches import Batch
 from char_gru.rnn.config import Sizes
 from char_gru.rnn.model import LanguageModel
@@ -187,7 +187,7 @@ def generators(ops, layers: int) -> list[Generator]:
     characters = "\n abcdefgh"
     case = random_case(E=4, H=10, V=len(characters) + 1, layers=layers, scale=1.0)
     made = []
-    for op_set in (ops, reference):
+    for op_set in (ops, cpu):
         params = {}
         for name, view in named_views(case.flat_params, case.sizes).items():
             params[name] = op_set.empty(view.shape)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from char_gru.kernels import runtime
-from tests.helpers.compare import rounded
+from char_gru.rnn.reference import rounded
 
 KERNEL = """
 #include "resident.cuh"

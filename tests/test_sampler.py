@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from char_gru.rnn import reference, sampler
+from char_gru.rnn import cpu, sampler
 from char_gru.rnn.config import Sizes, UserError
 from char_gru.rnn.params import initial_parameters, named_views
 from char_gru.rnn.sampler import CHUNK_NUMBERS, FIRST_CHUNK, LARGEST_CHUNK, SCORE_WINDOW, Generator
@@ -34,16 +34,16 @@ class Recorder:
         self.events, self.steps, self.uniforms = [], [], []
 
     def __getattr__(self, name):
-        return getattr(reference, name)
+        return getattr(cpu, name)
 
     def generate(self, params, P, h, ids, forced_tr, uniforms_tr, *others, **options):
         self.events.append(("launch", len(self.steps)))
         self.steps.append(len(forced_tr))
         self.uniforms.extend(uniforms_tr.copy())
-        reference.generate(params, P, h, ids, forced_tr, uniforms_tr, *others, **options)
+        cpu.generate(params, P, h, ids, forced_tr, uniforms_tr, *others, **options)
 
     def read(self, array):
-        chunk, content = len(self.steps) - 1, reference.read(array)
+        chunk, content = len(self.steps) - 1, cpu.read(array)
 
         def read():
             self.events.append(("read", chunk))

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from char_gru.rnn import reference
 from char_gru.rnn.config import Sizes
 from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import flat_size, named_views
+from tests.helpers import reference_ops
 
-GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
+MODELS = {
+    "one layer": {},
+    "one step": {"T": 1},
+    "one row": {"B": 1},
+    "one unit": {"H": 1, "scale": 2.0},
+    "two characters": {"V": 2},
+    "two layers": {"layers": 2},
+    "three layers": {"layers": 3, "T": 4},
+    "saturated gates": {"scale": 3.0},
+}
+"""Name -> arguments of `random_case`, for tests of whole models."""
 
 
 class Case(NamedTuple):
@@ -25,8 +33,8 @@ class Case(NamedTuple):
     targets_tb: np.ndarray
     h0: np.ndarray
 
-    def model(self, ops=reference, dtype=np.float64, **options) -> LanguageModel:
-        """The model on an op set, its state set to h0."""
+    def model(self, ops=reference_ops, dtype=np.float64, **options) -> LanguageModel:
+        """The model on an op set (default: the specification in float64), its state set to h0."""
         T, B = self.inputs_tb.shape
         model = LanguageModel(self.sizes, T, B, self.flat_params, ops=ops, dtype=dtype, **options)
         ops.copy_in(model.state, self.h0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 FACTOR = 4
-"""An implementation may err this many times what the float32 reference errs."""
+"""An implementation may err this many times as much as the specification in float32 does."""
 
 FLOOR = 4
 """On top of that, this many epsilons of its dtype, relative to the tensor's largest entry."""
@@ -14,8 +14,8 @@ FLOOR = 4
 def assert_close(name: str, actual, exact, reference=None, *, dtype=None) -> None:
     """Assert that `actual` is `exact` up to rounding.
 
-    exact: the value in float64. reference: the float32 reference's value of the same thing; the error it makes is the
-    measure of how much rounding the computation does. Without it only the floor is allowed. dtype: what `actual` must
+    exact: the value in float64. reference: the same value by the specification in float32; its error is the measure of
+    how much rounding the computation does. Without it only the floor is allowed. dtype: the dtype that `actual` must
     have (default: float64 if there is no reference, else float32).
 
     Raises: AssertionError that names the tensor, the worst index and both values.
@@ -37,16 +37,6 @@ def assert_close(name: str, actual, exact, reference=None, *, dtype=None) -> Non
     worst = np.unravel_index(error.argmax(), error.shape)
     assert error[worst] <= allowed, (f"{name}{_shown(worst)} is {actual[worst]!r}, not {exact[worst]!r}: "
                                      f"error {error[worst]:.3g}, allowed {allowed:.3g}")
-
-
-def rounded(x: np.ndarray, precision: str) -> np.ndarray:
-    """float32 operands as products of a precision see them: fp32 unchanged, tf32 or bf16."""
-    bits = x.astype(np.float32).view(np.uint32)
-    if precision == "tf32":  # to nearest, ties away from zero
-        bits = bits + 0x1000 & 0xFFFFE000
-    if precision == "bf16":  # to nearest, ties to even
-        bits = bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000
-    return bits.astype(np.uint32).view(np.float32)
 
 
 def _shown(index: tuple) -> str:
