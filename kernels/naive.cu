@@ -115,8 +115,8 @@ extern "C" __global__ void gru_forward_step(float *h_tb, float *gates_tb, float 
 }
 
 // Step t, from T - 1 down to -1, where the initial state lies.
-// Slow: a warp loads 32 neighbouring weights at once, but each row of the batch reads all of W_hh anew; a thread does 3H
-// multiply-adds one after the other; and there are T + 1 launches.
+// Slow: a warp loads 32 neighbouring weights at once, but each row of the batch reads all of W_hh anew; a thread does
+// 3H multiply-adds one after the other; and there are T + 1 launches.
 // Fast twins: gru.cu, in tiles; gru_backward_persistent.cu, one launch, W_hh on chip.
 extern "C" __global__ void gru_backward_step(float *da_tb, float *di_n_tb, float *dh0, float *dh_z_b,
                                              const float *dh_tb, const float *W_hh, const float *h_tb,
