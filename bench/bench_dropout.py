@@ -14,7 +14,7 @@ from bench.implementations import (
     torch_candidates,
 )
 from bench.side_by_side import Benchmark
-from char_gru.rnn import cpu
+from char_gru.rnn import reference
 
 RATE, SEED, LAYER, STEP = 0.2, 1, 0, 3
 
@@ -24,6 +24,15 @@ TOLERANCE = {"fp32": 2**-20}
 def inputs(T, B, H):
     keep_tb = np.random.default_rng(1).random((T, B, H), np.float32) >= RATE
     return random_inputs({"x_tb": (T, B, H)}) | {"keep_tb": keep_tb}
+
+
+def forward_by_reference(inputs):
+    _, y_tb = reference.dropout_forward(in_float64(inputs)["x_tb"], RATE, SEED, LAYER, STEP)
+    return {"y_tb": y_tb}
+
+
+def backward_by_reference(inputs):
+    return {"dx_tb": reference.dropout_backward(in_float64(inputs)["x_tb"], RATE, inputs["keep_tb"])}
 
 
 def forward_of(ops, inputs):
@@ -59,18 +68,15 @@ def backward_candidates(device, **sizes):
     yield from torch_candidates(device, torch_backward, products=False)
 
 
-def benchmark(name, work, ours, candidates):
-    def reference(inputs):
-        return ours(cpu, in_float64(inputs)).results()
-
-    return Benchmark(name, lambda T, B, H: work(T * B * H), inputs, reference, candidates,
+def benchmark(name, work, by_reference, candidates):
+    return Benchmark(name, lambda T, B, H: work(T * B * H), inputs, by_reference, candidates,
                      sizes=({"T": tutorial.T, "B": tutorial.B, "H": tutorial.SIZES.H},),
                      sweep=[{"T": tutorial.T, "B": B, "H": tutorial.SIZES.H} for B in (1, 16, 256, 1024)],
                      tolerances=TOLERANCE)
 
 
-FORWARD = benchmark("dropout_forward", floors.dropout_forward, forward_of, forward_candidates)
-BACKWARD = benchmark("dropout_backward", floors.dropout_backward, backward_of, backward_candidates)
+FORWARD = benchmark("dropout_forward", floors.dropout_forward, forward_by_reference, forward_candidates)
+BACKWARD = benchmark("dropout_backward", floors.dropout_backward, backward_by_reference, backward_candidates)
 
 
 @pytest.mark.side_by_side(FORWARD)

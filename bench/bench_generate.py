@@ -7,13 +7,13 @@ import pytest
 
 from bench import floors, tutorial
 from bench.bench_train_step import params_of
-from bench.implementations import OURS, bfloat16_bits, on
+from bench.implementations import OURS, on
 from bench.peers import writing_peers
 from bench.side_by_side import Benchmark, Candidate, Runnable, one_at_a_time
 from char_gru import kernels
 from char_gru.kernels import runtime
 from char_gru.kernels.generate import WEIGHTS, generation_plans
-from char_gru.rnn import cpu
+from char_gru.rnn import cpu, reference
 from char_gru.rnn.config import Sizes
 from char_gru.rnn.params import initial_parameters, named_views
 
@@ -23,9 +23,6 @@ PARAMETER_SCALE = np.float32(2)
 """Initial parameters as they are soon write one character for ever; verified texts should vary. With these, the two
 largest logits of a verified character at the default sizes lie 8e-6 apart or more, and rounding moves a logit by 2e-6
 at most: texts have to be equal."""
-
-ROUNDED = ("W_hh.0", "W_out")
-"""Parameters that bf16 weights are."""
 
 
 def inputs(T, R, V, E, H):
@@ -64,11 +61,14 @@ def ours(ops, inputs, **options):
     return texts(generate, inputs, options.get("weights", "fp32"))
 
 
-def reference(inputs):
-    """Texts of the model as it is, and of one whose weights were rounded before."""
-    rounded = {name: (bfloat16_bits(inputs[name]).astype(np.uint32) << 16).view(np.float32) for name in ROUNDED}
-    [as_it_is], [with_rounded] = (ours(cpu, model).results().values() for model in (inputs, inputs | rounded))
-    return {"fp32_tr": as_it_is, "bf16_tr": with_rounded}
+def by_reference(inputs):
+    """Texts of the model as it is, and with its weights rounded to bf16."""
+    sizes, params = params_of(inputs)
+    first_ids, shape = inputs["first_ids_tb"], (int(inputs["length_tb"]), len(inputs["first_ids_tb"]))
+    P = reference.input_table_forward(params["W_emb"], params["W_ih.0"], params["b_ih.0"])
+    h, forced_tr, uniforms_tr = np.zeros((1, shape[1], sizes.H), np.float32), np.full(shape, -1), np.zeros(shape)
+    return {f"{weights}_tr": reference.generate(params, P, h, first_ids, forced_tr, uniforms_tr, temperature=0.0,
+                                                weights=weights)[2] for weights in WEIGHTS}
 
 
 def variants(R, V, H, weights):
@@ -97,7 +97,7 @@ def of_peer(peer):
 BASE = {"T": 1000, "R": 1, "V": tutorial.SIZES.V, "E": tutorial.SIZES.E, "H": tutorial.SIZES.H}
 
 GENERATE = Benchmark(
-    "generate", lambda E, **sizes: floors.generate(**sizes), inputs, reference, candidates,
+    "generate", lambda E, **sizes: floors.generate(**sizes), inputs, by_reference, candidates,
     sizes=(BASE, *one_at_a_time(BASE, R=(5, 64))), sweep=one_at_a_time(BASE, R=(16, 256), H=(128, 512, 2048, 4096)),
     whole_job=True, tolerances=dict.fromkeys(WEIGHTS, 0.0))
 

@@ -14,7 +14,7 @@ from bench.implementations import (
     torch_candidates,
 )
 from bench.side_by_side import Benchmark, one_at_a_time
-from char_gru.rnn import cpu
+from char_gru.rnn import reference
 
 
 def inputs(R, V):
@@ -28,8 +28,9 @@ def sample_of(ops, inputs):
     return runnable(ops, lambda: ops.sample(logits, uniforms, ids), ids=ids)
 
 
-def reference(inputs):
-    return sample_of(cpu, in_float64(inputs)).results()
+def by_reference(inputs):
+    arrays = in_float64(inputs)
+    return {"ids": reference.sample(arrays["logits"], arrays["uniforms"])}
 
 
 def plain(library, inputs):
@@ -62,7 +63,7 @@ def candidates(device, **sizes):
 
 BASE = {"R": 64, "V": tutorial.SIZES.V}
 
-SAMPLE = Benchmark("sample", floors.sample, inputs, reference, candidates, sizes=(BASE,),
+SAMPLE = Benchmark("sample", floors.sample, inputs, by_reference, candidates, sizes=(BASE,),
                    sweep=one_at_a_time(BASE, R=(1, 1024), V=(256, 20_000)), tolerances={"fp32": 0.0})
 
 

@@ -27,7 +27,7 @@ from bench import (
 from bench.devices import Cpu, Gpu, Sample, queued_sample
 from bench.side_by_side import Benchmark, Candidate, Failed, Measured, Runnable, measure
 from char_gru.kernels import runtime
-from tests import compare
+from char_gru.rnn.reference import rounded
 
 ROOT = Path(__file__).parent.parent
 
@@ -455,7 +455,7 @@ def test_bfloat16_is_rounded_as_kernels_round_it():
     halfway = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0xBF817FFF], np.uint32).view(np.float32)
     values = np.concatenate([halfway, np.random.default_rng(0).standard_normal(100, np.float32)])
     bits = implementations.bfloat16_bits(values).astype(np.uint32) << 16
-    np.testing.assert_array_equal(bits.view(np.float32), compare.rounded(values, "bf16"))
+    np.testing.assert_array_equal(bits.view(np.float32), rounded(values, "bf16"))
 
 
 def test_pytorch_records_a_graph_once_and_then_replays_it():

@@ -1,4 +1,4 @@
-"""The op sets of the CPU and of the GPU are interchangeable."""
+"""The op sets of the CPU and of the GPU are interchangeable, and the specification has every op."""
 
 import collections
 import inspect
@@ -12,7 +12,8 @@ import pytest
 
 from char_gru import kernels
 from char_gru.kernels import arrays, runtime
-from char_gru.rnn import cpu
+from char_gru.rnn import cpu, reference
+from tests.helpers import reference_ops
 
 
 def functions(module) -> dict[str, types.FunctionType]:
@@ -21,6 +22,9 @@ def functions(module) -> dict[str, types.FunctionType]:
 
 
 OPS = functions(cpu)
+HOUSEKEEPING = {"empty", "empty_activations", "copy_in", "copy", "to_host", "read", "read_scalar", "peak_memory_mib",
+                "replayable", "gru_saved", "generation_saved"}
+"""Functions of an op set that compute nothing."""
 
 
 def positional(op) -> list[tuple[str, object]]:
@@ -42,9 +46,29 @@ def test_op_takes_the_same_arguments(name):
     assert all(parameter.default is not parameter.empty for parameter in extra)
 
 
-def test_reference_has_no_parameter_of_its_own():
+def test_the_cpu_has_no_parameter_of_its_own():
     assert not any(parameter.kind == parameter.KEYWORD_ONLY for op in OPS.values()
                    for parameter in inspect.signature(op).parameters.values())
+
+
+def test_reference_has_every_op_and_what_ops_are_made_of():
+    assert functions(reference).keys() - {"product", "rounded", "gru_cell", "gru_cell_backward"} == (
+        OPS.keys() - HOUSEKEEPING)
+
+
+@pytest.mark.parametrize("name", sorted(OPS.keys() - HOUSEKEEPING))
+def test_reference_takes_the_inputs_of_the_op_in_their_order(name):
+    """All but the arrays for its results and to work in; `gru_backward` is given the number of rows of dP instead."""
+    inputs = [parameter for parameter in positional(getattr(reference, name))
+              if parameter[0] not in ("precision", "weights", "N")]
+    remaining = iter(positional(OPS[name]))
+    assert all(parameter in remaining for parameter in inputs)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_reference_as_an_op_set_takes_the_same_arguments(name):
+    if name != "empty_activations":
+        assert positional(getattr(reference_ops, name)) == positional(OPS[name])
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32", "tf32", "bf16"])
@@ -184,7 +208,8 @@ class FakeDevice:
 @pytest.fixture
 def device(monkeypatch):
     device = FakeDevice()
-    cuda = types.SimpleNamespace(Event=lambda disable_timing: FakeEvent(device), Stream=lambda non_blocking: device.copying,
+    cuda = types.SimpleNamespace(Event=lambda disable_timing: FakeEvent(device),
+                                 Stream=lambda non_blocking: device.copying,
                                  get_current_stream=lambda: device.current)
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, empty=device.empty))
     monkeypatch.setitem(sys.modules, "cupyx", types.SimpleNamespace(empty_pinned=device.empty_pinned))

@@ -1,4 +1,4 @@
-"""The language model on the kernels: what it computes is what it computes on the reference."""
+"""The language model computes on the kernels what it computes on the specification."""
 
 import json
 import weakref
@@ -10,7 +10,7 @@ import pytest
 from char_gru import kernels
 from char_gru.kernels import runtime
 from char_gru.kernels.plan.gpus import GPUS
-from char_gru.rnn import cpu, training
+from char_gru.rnn import training
 from char_gru.rnn.batches import Batch
 from char_gru.rnn.config import Sizes
 from char_gru.rnn.model import LanguageModel
@@ -18,10 +18,11 @@ from char_gru.rnn.params import named_views
 from char_gru.rnn.sampler import Generator
 from char_gru.rnn.vocabulary import Vocabulary
 from tests import host_cuda
+from tests.helpers import reference_ops
 from tests.helpers.cases import Case, random_case
 from tests.helpers.commands import TINY, assert_equal_runs, make_text, train_here
 from tests.helpers.compare import assert_close
-from tests.test_golden import KERAS_FILES, TORCH_FILES, load
+from tests.helpers.golden import KERAS_FILES, TORCH_FILES, load
 
 
 @pytest.fixture
@@ -35,15 +36,15 @@ def gradients_of(case: Case):
 
 
 def results(case: Case, compute, ops, **options) -> tuple[dict, dict, dict]:
-    """`compute(model)` on the kernels, on the reference in float64 and on it in float32."""
+    """`compute(model)` on the kernels, on the specification in float64 and on it in float32."""
     on_reference = [compute(case.model(dtype=dtype, **options)) for dtype in (np.float64, np.float32)]
     return compute(case.model(ops, np.float32, **options)), *on_reference
 
 
 def assert_all_close(actual: dict, exact: dict, rounded: dict) -> None:
     assert actual.keys() == exact.keys()
-    for name in exact:
-        assert_close(name, np.asarray(actual[name], np.float32), exact[name], rounded[name])
+    for name, value in exact.items():
+        assert_close(name, np.asarray(actual[name], np.float32), value, rounded[name])
 
 
 @pytest.mark.parametrize("layers, dropout", [(1, 0.0), (2, 0.0), (3, 0.4)])
@@ -61,8 +62,8 @@ def test_large_vocabulary(ops):
 def test_gradients_in_other_precisions_err_by_their_rounding(executor, precision, epsilon):
     case = random_case(T=6, B=3, E=5, H=17, V=11, layers=2)
     actual, exact, _ = results(case, gradients_of(case), kernels.op_set(precision))
-    for name in exact:
-        error = np.abs(actual[name] - exact[name]).max() / np.abs(exact[name]).max()
+    for name, value in exact.items():
+        error = np.abs(actual[name] - value).max() / np.abs(value).max()
         assert 0 < error < 4 * epsilon, name
 
 
@@ -183,11 +184,11 @@ def test_gradient_that_is_not_finite_leaves_the_model_as_it_was(ops):
 
 
 def generators(ops, layers: int) -> list[Generator]:
-    """The same model on the kernels and on the reference."""
+    """The same model on the kernels and on the specification."""
     characters = "\n abcdefgh"
     case = random_case(E=4, H=10, V=len(characters) + 1, layers=layers, scale=1.0)
     made = []
-    for op_set in (ops, cpu):
+    for op_set in (ops, reference_ops):
         params = {}
         for name, view in named_views(case.flat_params, case.sizes).items():
             params[name] = op_set.empty(view.shape)
@@ -259,7 +260,7 @@ def test_run_without_graphs_writes_the_same_files(ops, tmp_path, monkeypatch):
 
 
 def test_a_training_step_is_as_few_launches_as_readme_says():
-    """At the tutorial's sizes on a large GPU; what is launched is recorded, and not run."""
+    """At the tutorial's sizes on a large GPU; launches are recorded, and not run."""
     class Recorder(host_cuda.HostExecutor):
         gpu = GPUS["h100"]
 
