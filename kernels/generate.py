@@ -29,12 +29,9 @@ def sample(logits, uniforms, ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0
     Raises: ValueError.
     Equals: rnn.reference.sample, but for numbers within rounding of where one character's share ends.
     """
-    R, V = _rows_and_characters(logits)
-    runtime.check("logits", logits, np.float32, (R, V))
-    runtime.check("uniforms", uniforms, np.float32, (R,))
-    runtime.check("ids", ids, np.int32, (R,))
+    R, V = check_sample(logits, uniforms, ids)
     runtime.launch("generate", "sample", R, THREADS,
-                   [ids, logits, uniforms, np.int32(V), *_options(V, temperature, top_k, top_p, min_p)],
+                   [ids, logits, uniforms, np.int32(V), *draw_options(V, temperature, top_k, top_p, min_p)],
                    constants=constants(R))
 
 
@@ -94,7 +91,7 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
     if weights not in WEIGHTS:
         raise ValueError(f"weights: expected {' or '.join(WEIGHTS)}, got {weights!r}")
     plan = generation_plan(runtime.current_executor().gpu, R, V, H, layers, weights, variant)
-    options = _options(V, temperature, top_k, top_p, min_p)
+    options = draw_options(V, temperature, top_k, top_p, min_p)
     if plan.variant == "stepwise":
         _generate_stepwise(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved, options, plan.constants)
         return
@@ -142,11 +139,17 @@ def _generate_stepwise(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved:
     steps(others)
 
 
-def _options(V: int, temperature: float, top_k: int, top_p: float, min_p: float) -> list:
+def draw_options(V: int, temperature: float, top_k: int, top_p: float, min_p: float) -> list:
+    """The numbers that kernels which draw take."""
     return [np.float32(temperature), np.int32(min(top_k, V)), np.float32(top_p), np.float32(min_p)]
 
 
-def _rows_and_characters(logits) -> tuple[int, int]:
+def check_sample(logits, uniforms, ids) -> tuple[int, int]:
+    """Rows and characters of the arrays of `sample`. Raises: ValueError."""
     if len(logits.shape) != 2 or logits.shape[1] < 2:
         raise ValueError(f"logits: expected (R, V) with V of at least 2, got {logits.shape}")
-    return logits.shape
+    R, V = logits.shape
+    runtime.check("logits", logits, np.float32, (R, V))
+    runtime.check("uniforms", uniforms, np.float32, (R,))
+    runtime.check("ids", ids, np.int32, (R,))
+    return R, V

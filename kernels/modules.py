@@ -35,6 +35,7 @@ MODULES: dict[str, tuple[dict[str, int], ...]] = {
     "matmul": tuple(tiled_constants(*operands, tile) for operands in OPERANDS for tile in TILES),
     "matmul_pipelined": tuple(pipelined_constants(*operands, tile) for operands in OPERANDS
                               for tile in PIPELINED_TILES[operands[0]]),
+    "naive": ({},),
 }
 """Stem of a .cu file -> the sets of constants that its launchers compile it with, each name -> value."""
 
