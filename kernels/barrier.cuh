@@ -1,12 +1,13 @@
 // Barrier among the blocks of one group, inside one cooperative launch.
 //
 // A counter in global memory, one per group, starts at zero and only grows during a launch: every block adds one per
-// barrier and waits until it reaches the target that follows from the step number. The comparison is modular.
+// barrier and waits until it reaches the target that follows from the number of barriers. The comparison is modular.
 //
-// Everything that any thread of the group wrote before the barrier is visible to every thread of the group after it: the
-// first __syncthreads() hands the block's writes to thread 0, whose release hands them to the group; the acquire and the
-// second __syncthreads() do the same on the other side. This does not hold for loads through the read-only cache: what
-// other blocks write during the launch must not be read through __ldg or a `const __restrict__` parameter.
+// Everything that any thread of the group wrote before the barrier is visible to every thread of the group after it:
+// the first __syncthreads() hands the block's writes to thread 0, whose release hands them to the group; the acquire
+// and the second __syncthreads() do the same on the other side. This does not hold for loads through the read-only
+// cache: an array that other blocks write during the launch must not be read through __ldg or a `const __restrict__`
+// parameter.
 // Source: PTX ISA, "Memory Consistency Model", release and acquire patterns.
 
 #include "ptx.cuh"
@@ -61,8 +62,8 @@ struct Group {
     }
 };
 
-// The same four, for kernels that count by themselves: `target` is the number of blocks in the group times the number of
-// barriers up to and including this one.
+// Arrive, wait, barrier and leave for kernels that count by themselves: `target` is the number of blocks in the group
+// times the number of barriers up to and including this one.
 __device__ __forceinline__ void group_arrive(unsigned *counter) { Group(counter, 0, 0, 0).arrive(); }
 
 __device__ __forceinline__ void group_wait(const unsigned *counter, unsigned target)

@@ -1,4 +1,4 @@
-"""The recurrence over a window, and back through time: launchers of gru.cu, or gru_persistent.py where the plan says."""
+"""The recurrence over a window and back through time: launchers of gru.cu, or gru_persistent.py where the plan says."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-// Back through time over a window in one launch, the weights on chip from the last step to the first.
+// Back through time over a window in one launch: W_hh stays on chip from the last step to the first.
 //
 //   dh_t = dy_t W_y + z_{t+1} dh_{t+1} + W_hh^T da_{t+1}      (dh0: the same without the first term)
 //   dn = dh_t (1 - z)       di_z = dn (h_{t-1} - n) z
@@ -6,28 +6,33 @@
 //   db = sum of da          dP[v] = sum of di over the positions of id v
 //
 // Arguments, float32 but for the integers and the bf16 copy:
-//   da_tb (T, B, 3H), and in bf16 da16_tb (T, B, 3H) bf16, which dW_hh then takes in its place; where V = 0, for those
-//   who sum by id themselves, di_n_tb (T, B, H), and da_tb in bf16, too; dh0 (B, H); dP_g (groups, V, 3H) and
-//   db_g (groups, 3H): sums over the rows of each group; dh_z_b (B, H): z dh of the step before
-//   exchange (2, row tiles, SPLITS WARPS K_STEPS, X_STEP) words, zero where k >= 3H; partials (row tiles, ranges, SPLITS,
-//   ROWS, UNITS); counters (groups, 1 + ranges, 2 COUNTER_WORDS) uint32, zero between launches
-//   dy_tb (T, B, N) with W_y (N, H); or, where N = 0, dy_tb (T, B, H), to which no product is left to do
+//   da_tb (T, B, 3H); in bf16 its copy da16_tb (T, B, 3H) instead, the operand of dW_hh. Where V = 0, another launch
+//   sums by id: it needs da_tb, in bf16 too, and di_n_tb (T, B, H)
+//   dh0 (B, H); dP_g (groups, V, 3H) and db_g (groups, 3H): sums over the rows of each group
+//   dh_z_b (B, H): z dh of the step done last
+//   exchange (2, row tiles, SPLITS WARPS K_STEPS, X_STEP) words, zero where k >= 3H
+//   partial_sums (row tiles, ranges, SPLITS, ROWS, UNITS)
+//   counters (groups, COUNTER_WORDS), range_counters (groups ranges, COUNTER_WORDS) uint32, zero before and after
+//   dy_tb (T, B, N) with W_y (N, H); or, where N = 0, dy_tb (T, B, H), which is added to dh as it is
 //   W_hh (3H, H); h_tb (T+1, B, H), gates_tb (T, B, 3H), a_n_tb (T, B, H) from the forward pass; ids_tb (T, B) int32
 //
-// Tiles of rows, groups, exchange and barriers are as in gru_forward_persistent.cu; here da is gathered, three times as
-// wide as h. So K = 3H may be split among SPLITS blocks: they share a range of UNITS units of dh, each gathers its part
-// of da, and after a barrier of their own each adds their sums, in ascending order, for FINISHED of the units, and takes
-// these through the gates. dy_t W_y is N more rows of K that are there before anybody waits; dh from the output layer
-// never exists in memory. While the others arrive, a block saves da and adds di to its sums by id, in shared memory, row
-// by row: a fixed order.
+// Tiles of rows, groups, exchange and barriers are as in gru_forward_persistent.cu, but blocks exchange da, which is
+// three times as wide as h. So K = 3H may be split among SPLITS blocks (split-K), which share a range of UNITS units of
+// dh. Each of them gathers its part of da and writes partial sums; after a barrier of the range, it adds the partial
+// sums of all splits, in ascending order, for FINISHED of the units, and takes these through the gates.
 //
-// Per step and block: 4 ROWS * 8 WARPS K_STEPS bytes from L2 for each row tile (3H / SPLITS elements for each row),
-// with more than one split 4 ROWS (UNITS + SPLITS FINISHED) bytes of partial sums written and read, 24 ROWS FINISHED
-// bytes read (28 where N = 0) and 28 written, 16 in bf16 (32 in both where V = 0).
-// At B 64, H 1024 on an H100: tf32, 2 groups of 16 ranges and 4 splits, gathers 96 KiB a block and step (unsplit, 384);
-// bf16, 4 groups of 32 ranges, unsplit, 96 KiB.
+// Two more results need no other launch. dy_t W_y is multiplied as N more rows of K, before a block waits for da: the
+// gradient of the output layer's input never exists in memory. And a block adds di to the sums by id in shared memory,
+// row by row, so that the order of each sum is fixed, while it waits for the other blocks.
 //
-// Variants: fp32, tf32, bf16; gru.cu for sizes and GPUs that this one does not fit. plan.py chooses.
+// Bytes per step and block: 4 ROWS * 8 WARPS K_STEPS from L2 for each row tile (3H / SPLITS elements for each row);
+// with more than one split 4 ROWS (UNITS + SPLITS FINISHED) of partial sums written and read; 24 ROWS FINISHED read (28
+// where N = 0) and 28 written, 16 in bf16 (32 in both where V = 0). At B 64, H 1024 on an H100: tf32, 2 groups of 16
+// ranges and 4 splits, gathers 96 KiB a block and step (unsplit, 384); bf16, 4 groups of 32 ranges, unsplit, 96 KiB.
+// Why not naive.cu's way: there every element of dh reads a row of da and a column of W_hh, 1.6 GB a step at these
+// sizes, and every step is a launch. Here W_hh, 12.6 MB, is read once per group and window.
+//
+// Variants: fp32, tf32, bf16; gru.cu for sizes and GPUs that this one does not fit. plan/recurrence.py chooses.
 // Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip".
 #include "barrier.cuh"
 #include "gru.cuh"
@@ -40,11 +45,11 @@
 
 constexpr int UNITS = COLUMNS;
 constexpr int FINISHED = ceil_div(UNITS, 2 * SPLITS) * 2;  // even: two bf16 of a word come from one block
-constexpr int SUM_COLUMNS = 3 * FINISHED;                  // of a sum by id: three gates of the finished units
-constexpr int ROWS_AT_A_TIME = 8;                          // rows of di that are on their way to the sums by id
+constexpr int SUM_COLUMNS = 3 * FINISHED;                  // of a sum by id: the three gates of the finished units
+constexpr int ROWS_AT_A_TIME = 8;                          // rows of di that a thread loads before it adds them
 using Elements = OwnElements<FINISHED>;
 
-// The fused output layer, dy_t W_y: N more rows of K, of which every warp multiplies `steps` steps. W_y stays on chip.
+// The fused output layer, dy_t W_y: N more rows of K, of which each warp multiplies `steps` steps. W_y stays on chip.
 struct FusedOutput {
     int N, steps, first_step;
     unsigned *weights;  // of this warp
@@ -61,7 +66,7 @@ struct FusedOutput {
         }
     }
 
-    // Adds this warp's share for the tile whose first row is b0; dy (B, N) is the step's.
+    // Adds this warp's share for the tile whose first row is b0; dy is dy_tb[t].
     __device__ __forceinline__ void add_to(ResidentSums &product, const float *__restrict__ dy, int b0, int B) const
     {
         for (int i = 0; i < steps; ++i) {
@@ -75,13 +80,13 @@ struct FusedOutput {
     }
 };
 
-// For the finished units, the sums of di over the positions of each id, in shared memory. A tile leaves its di and its
-// ids, to be added one step, or tile, later, while the blocks of the group arrive: row by row, in a fixed order.
+// For the finished units, the sums of di over the positions of each id, in shared memory. A tile leaves its di and ids
+// there. They are added when the next tile begins, while the block waits for the other blocks anyway.
 struct SumsById {
     float *di;     // (ROWS, 3, FINISHED): of one tile
     float *dP;     // (V, 3, FINISHED)
     int *ids;      // (ROWS,): of the rows of di
-    int rows = 0;  // of di that are still to be added
+    int rows = 0;  // of di that have not been added yet
 
     __device__ __forceinline__ SumsById(float *shared, int V)
         : di(shared), dP(di + ROWS * SUM_COLUMNS), ids(reinterpret_cast<int *>(dP + V * SUM_COLUMNS))
@@ -95,7 +100,7 @@ struct SumsById {
         return di[(row * 3 + gate) * FINISHED + unit];
     }
 
-    // All di and sums of ROWS_AT_A_TIME rows are loaded before any sum is stored.
+    // Row by row, a fixed order. All di and sums of ROWS_AT_A_TIME rows are loaded before any sum is stored.
     __device__ __forceinline__ void add_tile() const
     {
         for (int column = threadIdx.x; column < SUM_COLUMNS && rows > 0; column += THREADS)
@@ -113,8 +118,8 @@ struct SumsById {
             }
     }
 
-    // The group's sums, of dP and of db, for hidden units j0 and after, before j_end. `db` has this thread's sums; those
-    // of all rows are added row by row, in the memory of di.
+    // Writes the group's sums of dP and db for the hidden units from j0 on and before j_end. `db` holds the sums of
+    // this thread's elements; the threads put them into the memory of di, where they are added row by row.
     __device__ __forceinline__ void write(float *dP_of_group, float *db_of_group, const float (&db)[Elements::COUNT][3],
                                           int V, int H, int j0, int j_end) const
     {
@@ -156,9 +161,9 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
     Group group(counters, blockIdx.x / blocks, blockIdx.x % blocks, blocks);
     Group range(range_counters, blockIdx.x / SPLITS, split, SPLITS);
     const RowTiles tiles(B, groups, group.index);
-    const int j0 = group.block / SPLITS * UNITS, j_end = min(j0 + UNITS, H);
+    const int range_of_group = group.block / SPLITS, j0 = range_of_group * UNITS, j_end = min(j0 + UNITS, H);
     const Elements own = {B, j0 + split * FINISHED, j_end};
-    // Where da of a tile in step t lies for the product; the splits of K one after the other.
+    // da of a tile in step t, as the product reads it; one split of K after the other.
     const auto exchanged = [=](int t, int tile) { return exchange + (t % 2 * tiles.all + tile) * SPLITS * X_WORDS; };
 
     extern __shared__ __align__(16) unsigned shared[];
@@ -178,12 +183,12 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
     float db[Elements::COUNT][3] = {};
     __syncthreads();
 
-    for (int t = T - 1; t >= -1; --t)  // at -1 lies the initial state
+    for (int t = T - 1; t >= -1; --t)  // step -1 stands for the initial state: it only computes dh0
         for (int tile = tiles.first; tile < tiles.end; ++tile) {
             float r[Elements::COUNT], z[Elements::COUNT], n[Elements::COUNT], a_n[Elements::COUNT];
             float h_before[Elements::COUNT], dy[Elements::COUNT], dh[Elements::COUNT];
             own.each(tile, [&](int i, int b, int j) {
-                dh[i] = t + 1 < T ? dh_z_b[size_t(b) * H + j] : 0.0f;  // written by this thread
+                dh[i] = t + 1 < T ? dh_z_b[size_t(b) * H + j] : 0.0f;  // this thread wrote it
                 if (t < 0)
                     return;
                 const size_t row = size_t(t) * B + b;
@@ -203,14 +208,14 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
                 output.add_to(product, dy_tb + size_t(t) * B * N, tile * ROWS, B);
             if (t + 1 < T) {
                 if (tile == tiles.first)
-                    group.wait();  // da of step t + 1 of all blocks is there
+                    group.wait();  // all blocks have written da of step t + 1
                 weights.multiply(product, exchanged(t + 1, tile) + split * X_WORDS);
             }
             product.reduce_warps(sums);
-            float *partial_sums_of_range = partial_sums + (size_t(tile) * ranges + group.block / SPLITS) * SPLITS * ROWS * UNITS;
+            float *own_partial_sums = partial_sums + (size_t(tile) * ranges + range_of_group) * SPLITS * ROWS * UNITS;
             if (SPLITS > 1) {
                 for (int i = threadIdx.x; i < ROWS * UNITS; i += THREADS)
-                    partial_sums_of_range[split * ROWS * UNITS + i] = sum_of(sums, i / UNITS, i % UNITS);
+                    own_partial_sums[split * ROWS * UNITS + i] = sum_of(sums, i / UNITS, i % UNITS);
                 range.barrier();
             }
             own.each(tile, [&](int i, int, int j) {
@@ -220,11 +225,11 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
                 else
 #pragma unroll
                     for (int s = 0; s < SPLITS; ++s)
-                        sum += partial_sums_of_range[(s * ROWS + own.row(i)) * UNITS + j - j0];
+                        sum += own_partial_sums[(s * ROWS + own.row(i)) * UNITS + j - j0];
                 dh[i] += sum;
             });
 
-            GRUCellGradient gradient[Elements::COUNT] = {};  // undefined at first, it would take more registers
+            GRUCellGradient gradient[Elements::COUNT] = {};  // left undefined, it would take more registers
             if (t < 0) {
                 own.each(tile, [&](int i, int b, int j) { dh0[size_t(b) * H + j] = dh[i]; });
                 sums_by_id.rows = 0;
@@ -262,7 +267,8 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
                 }
             });
         }
-    sums_by_id.write(dP_g + size_t(group.index) * V * 3 * H, db_g + size_t(group.index) * 3 * H, db, V, H, own.j0, j_end);
+    const size_t first_column = size_t(group.index) * 3 * H;
+    sums_by_id.write(dP_g + first_column * V, db_g + first_column, db, V, H, own.j0, j_end);
     group.leave();
     if (SPLITS > 1)
         range.leave();
