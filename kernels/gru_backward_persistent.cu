@@ -99,7 +99,7 @@ struct GradientSums {
             dP[i] = 0.0f;
     }
 
-    // The place in `di` of element i of this thread.
+    // di of element i of this thread.
     __device__ __forceinline__ float &di_of(int i, int gate) const
     {
         return di[(Elements::row(i) * 3 + gate) * FINISHED + Elements::unit(i)];

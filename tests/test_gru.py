@@ -49,8 +49,8 @@ def mapped(function, case: Layer) -> Layer:
 
 
 def both_passes(ops, case: Layer, saved, array=np.array, new=np.empty, plans=None, **options) -> dict:
-    """Every result of the two passes of `ops`, whose arrays `array(values)` and `new(shape, dtype)` make; `plans` are for
-    the kernels, one for each pass."""
+    """Every result of the two passes of `ops`, whose arrays `array(values)` and `new(shape, dtype)` make; `plans` are
+    for the kernels, one for each pass."""
     (T, B), (V, H3), dtype = case.ids_tb.shape, case.P.shape, saved.h_tb.dtype
     case = mapped(array, case)
     shapes = {"dP": (V, H3), "dW_hh": (H3, H3 // 3), "db_hh": (H3,), "dh0": (B, H3 // 3)}
@@ -206,7 +206,8 @@ def test_gru_does_not_depend_on_the_order_of_threads(ordered_executor, precision
         assert_equal_bits(results, on_device(case, precision=precision))
 
 
-@pytest.mark.parametrize("sanitizer, sizes", [("address,undefined", (2, 33, 17, 3)), ("thread", (1, 2, 5, 1))])
+@pytest.mark.parametrize("sanitizer, sizes", [
+    ("address,undefined", (2, 33, 17, 3)), pytest.param("thread", (1, 2, 5, 1), marks=pytest.mark.slow)])
 def test_sanitizer_finds_nothing_in_gru(sanitizer, sizes):
     assert host_cuda.run_sanitized(lambda: on_device(layer(*sizes)), sanitizer) == ""
 
