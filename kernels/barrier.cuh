@@ -14,16 +14,16 @@
 
 constexpr int COUNTER_WORDS = 32;  // a counter has a line of L2 to itself
 
-// The blocks that wait for each other: `blocks` of them, of which this one is number `block`, share a counter.
+// A group of blocks that wait for each other: `blocks` blocks, of which this one is number `block`, share a counter.
 //
 // A barrier has two halves, arrive and wait, which all threads of all blocks of the group call in turns; what a block
 // does between them, it does while the other blocks arrive. After its last wait, every block leaves.
 struct Group {
     int index, block, blocks;
     unsigned *counter;    // COUNTER_WORDS of global memory, zero before and after: arrivals, then blocks that have left
-    unsigned target = 0;  // the counter once all blocks have arrived as often as this one: blocks times its arrivals
+    unsigned target = 0;  // arrivals once all blocks have arrived as often as this one
 
-    // Group `index` of those that share `counters`, an array of (groups, COUNTER_WORDS).
+    // `counters` (groups, COUNTER_WORDS) has the words of group `index` in that row.
     __device__ __forceinline__ Group(unsigned *counters, int index, int block, int blocks)
         : index(index), block(block), blocks(blocks), counter(counters + size_t(index) * COUNTER_WORDS)
     {

@@ -80,31 +80,38 @@ struct FusedOutput {
     }
 };
 
-// For the finished units, the sums of di over the positions of each id, in shared memory. A tile leaves its di and ids
-// there. They are added when the next tile begins, while the block waits for the other blocks anyway.
-struct SumsById {
-    float *di;     // (ROWS, 3, FINISHED): of one tile
-    float *dP;     // (V, 3, FINISHED)
-    int *ids;      // (ROWS,): of the rows of di
-    int rows = 0;  // of di that have not been added yet
+// db and dP of the finished units: sums of da over all positions, by element in registers, and of di over the positions
+// of each id, in shared memory. A tile leaves its di and ids in shared memory. They are added to dP when the next tile
+// begins, while the block waits for the other blocks anyway.
+struct GradientSums {
+    int V;
+    float *di;            // (ROWS, 3, FINISHED): of one tile
+    float *dP;            // (V, 3, FINISHED)
+    int *ids;             // (ROWS,): of the rows of di
+    int rows_to_add = 0;  // of di, to dP
+    int id;               // of row threadIdx.x of the tile that began last
+    float db[Elements::COUNT][3] = {};
 
-    __device__ __forceinline__ SumsById(float *shared, int V)
-        : di(shared), dP(di + ROWS * SUM_COLUMNS), ids(reinterpret_cast<int *>(dP + V * SUM_COLUMNS))
+    __device__ __forceinline__ GradientSums(float *shared, int V)
+        : V(V), di(shared), dP(di + ROWS * SUM_COLUMNS), ids(reinterpret_cast<int *>(dP + V * SUM_COLUMNS))
     {
         for (int i = threadIdx.x; i < V * SUM_COLUMNS; i += THREADS)
             dP[i] = 0.0f;
     }
 
-    __device__ __forceinline__ float &di_of(int row, int gate, int unit) const
+    // di of element i of this thread.
+    __device__ __forceinline__ float &di_of(int i, int gate) const
     {
-        return di[(row * 3 + gate) * FINISHED + unit];
+        return di[(Elements::row(i) * 3 + gate) * FINISHED + Elements::unit(i)];
     }
 
-    // Row by row, a fixed order. All di and sums of ROWS_AT_A_TIME rows are loaded before any sum is stored.
-    __device__ __forceinline__ void add_tile() const
+    // Loads the ids of a tile of `rows` rows, and adds di of the tile before it: row by row, a fixed order. All di and
+    // sums of ROWS_AT_A_TIME rows are loaded before any sum is stored.
+    __device__ __forceinline__ void begin_tile(const int *__restrict__ ids_of_tile, int rows)
     {
-        for (int column = threadIdx.x; column < SUM_COLUMNS && rows > 0; column += THREADS)
-            for (int row = 0; row < rows; row += ROWS_AT_A_TIME) {
+        id = V > 0 && int(threadIdx.x) < rows ? ids_of_tile[threadIdx.x] : 0;
+        for (int column = threadIdx.x; column < SUM_COLUMNS && rows_to_add > 0; column += THREADS)
+            for (int row = 0; row < rows_to_add; row += ROWS_AT_A_TIME) {
                 float value[ROWS_AT_A_TIME], *sum[ROWS_AT_A_TIME];
 #pragma unroll
                 for (int i = 0; i < ROWS_AT_A_TIME; ++i) {
@@ -113,15 +120,31 @@ struct SumsById {
                 }
 #pragma unroll
                 for (int i = 0; i < ROWS_AT_A_TIME; ++i)
-                    if (row + i < rows)
+                    if (row + i < rows_to_add)
                         *sum[i] += value[i];
             }
     }
 
-    // Writes the group's sums of dP and db for the hidden units from j0 on and before j_end. `db` holds the sums of
-    // this thread's elements; the threads put them into the memory of di, where they are added row by row.
-    __device__ __forceinline__ void write(float *dP_of_group, float *db_of_group, const float (&db)[Elements::COUNT][3],
-                                          int V, int H, int j0, int j_end) const
+    __device__ __forceinline__ void add(int i, const GRUCellGradient &gradient)
+    {
+#pragma unroll
+        for (int gate = 0; gate < 3; ++gate) {
+            db[i][gate] += gradient.da[gate];
+            di_of(i, gate) = gradient.di[gate];
+        }
+    }
+
+    // Keeps the ids for the next begin_tile. A barrier of the block has to stand between the two calls.
+    __device__ __forceinline__ void end_tile(int rows)
+    {
+        if (threadIdx.x < ROWS)
+            ids[threadIdx.x] = id;
+        rows_to_add = V > 0 ? rows : 0;
+    }
+
+    // Writes the group's dP and db for the hidden units from j0 on and before j_end. The threads put db of their
+    // elements into the memory of di, where it is added row by row.
+    __device__ __forceinline__ void write(float *dP_g, float *db_g, int group, int H, int j0, int j_end) const
     {
         __syncthreads();
 #pragma unroll
@@ -129,7 +152,7 @@ struct SumsById {
             if (Elements::row(i) < ROWS)
 #pragma unroll
                 for (int gate = 0; gate < 3; ++gate)
-                    di_of(Elements::row(i), gate, Elements::unit(i)) = db[i][gate];
+                    di_of(i, gate) = db[i][gate];
         __syncthreads();
         for (int i = threadIdx.x; i < (V + 1) * SUM_COLUMNS; i += THREADS) {
             const int v = i / SUM_COLUMNS, column = i % SUM_COLUMNS, j = j0 + column % FINISHED;
@@ -141,11 +164,39 @@ struct SumsById {
             else
                 for (int row = 0; row < ROWS; ++row)
                     sum += di[row * SUM_COLUMNS + column];
-            float *result = v < V ? dP_of_group + size_t(v) * 3 * H : db_of_group;
+            float *result = v < V ? dP_g + (size_t(group) * V + v) * 3 * H : db_g + size_t(group) * 3 * H;
             result[column / FINISHED * H + j] = sum;
         }
     }
 };
+
+// The forward pass's results for one element, and, where N = 0, the gradient that reaches it from outside.
+struct Saved {
+    float r, z, n, a_n, h_before, dy;
+};
+
+// Adds to dh the products of this thread's elements over all of K. `sums` holds this split's after reduce_warps; with
+// more than one split, the range exchanges them through partial_sums (SPLITS, ROWS, UNITS).
+__device__ __forceinline__ void add_products(float (&dh)[Elements::COUNT], const Elements &own, int tile,
+                                             const float *sums, float *partial_sums, Group &range)
+{
+    if (SPLITS > 1) {
+        for (int i = threadIdx.x; i < ROWS * UNITS; i += THREADS)
+            partial_sums[range.block * ROWS * UNITS + i] = sum_of(sums, i / UNITS, i % UNITS);
+        range.barrier();
+    }
+    own.each(tile, [&](int i, int, int) {
+        const int row = own.row(i), unit = range.block * FINISHED + own.unit(i);
+        float sum = 0.0f;
+        if (SPLITS == 1)
+            sum = sum_of(sums, row, unit);
+        else
+#pragma unroll
+            for (int s = 0; s < SPLITS; ++s)
+                sum += partial_sums[(s * ROWS + row) * UNITS + unit];
+        dh[i] += sum;
+    });
+}
 
 // One block: x counts the splits of the first range of the first group, then those of its second range, ...
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -161,7 +212,7 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
     Group group(counters, blockIdx.x / blocks, blockIdx.x % blocks, blocks);
     Group range(range_counters, blockIdx.x / SPLITS, split, SPLITS);
     const RowTiles tiles(B, groups, group.index);
-    const int range_of_group = group.block / SPLITS, j0 = range_of_group * UNITS, j_end = min(j0 + UNITS, H);
+    const int j0 = group.block / SPLITS * UNITS, j_end = min(j0 + UNITS, H);
     const Elements own = {B, j0 + split * FINISHED, j_end};
     // da of a tile in step t, as the product reads it; one split of K after the other.
     const auto exchanged = [=](int t, int tile) { return exchange + (t % 2 * tiles.all + tile) * SPLITS * X_WORDS; };
@@ -179,29 +230,24 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
         return column < UNITS && j < H && v < N ? W_y[size_t(v) * H + j] : 0.0f;
     });
     float *sums = reinterpret_cast<float *>(output_weights + WARPS * output.steps * WEIGHT_STEP);
-    SumsById sums_by_id(sums + SUMS, V);
-    float db[Elements::COUNT][3] = {};
+    GradientSums gradient_sums(sums + SUMS, V);
     __syncthreads();
 
     for (int t = T - 1; t >= -1; --t)  // step -1 stands for the initial state: it only computes dh0
         for (int tile = tiles.first; tile < tiles.end; ++tile) {
-            float r[Elements::COUNT], z[Elements::COUNT], n[Elements::COUNT], a_n[Elements::COUNT];
-            float h_before[Elements::COUNT], dy[Elements::COUNT], dh[Elements::COUNT];
+            Saved saved[Elements::COUNT];
+            float dh[Elements::COUNT];
             own.each(tile, [&](int i, int b, int j) {
                 dh[i] = t + 1 < T ? dh_z_b[size_t(b) * H + j] : 0.0f;  // this thread wrote it
                 if (t < 0)
                     return;
                 const size_t row = size_t(t) * B + b;
-                r[i] = gates_tb[row * 3 * H + j];
-                z[i] = gates_tb[row * 3 * H + H + j];
-                n[i] = gates_tb[row * 3 * H + 2 * H + j];
-                a_n[i] = a_n_tb[row * H + j];
-                h_before[i] = h_tb[row * H + j];
-                dy[i] = N == 0 ? dy_tb[row * H + j] : 0.0f;
+                const float *gates = gates_tb + row * 3 * H + j;
+                saved[i] = {gates[0], gates[H], gates[2 * H], a_n_tb[row * H + j], h_tb[row * H + j],
+                            N == 0 ? dy_tb[row * H + j] : 0.0f};
             });
-            const int id_b = tile * ROWS + threadIdx.x;
-            const int id = V > 0 && t >= 0 && threadIdx.x < ROWS && id_b < B ? ids_tb[size_t(t) * B + id_b] : 0;
-            sums_by_id.add_tile();
+            const int rows = min(ROWS, B - tile * ROWS);
+            gradient_sums.begin_tile(ids_tb + size_t(max(t, 0)) * B + tile * ROWS, t < 0 ? 0 : rows);
 
             ResidentSums product;
             if (t >= 0)
@@ -212,50 +258,33 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
                 weights.multiply(product, exchanged(t + 1, tile) + split * X_WORDS);
             }
             product.reduce_warps(sums);
-            float *own_partial_sums = partial_sums + (size_t(tile) * ranges + range_of_group) * SPLITS * ROWS * UNITS;
-            if (SPLITS > 1) {
-                for (int i = threadIdx.x; i < ROWS * UNITS; i += THREADS)
-                    own_partial_sums[split * ROWS * UNITS + i] = sum_of(sums, i / UNITS, i % UNITS);
-                range.barrier();
-            }
-            own.each(tile, [&](int i, int, int j) {
-                float sum = 0.0f;
-                if (SPLITS == 1)
-                    sum = sum_of(sums, own.row(i), j - j0);
-                else
-#pragma unroll
-                    for (int s = 0; s < SPLITS; ++s)
-                        sum += own_partial_sums[(s * ROWS + own.row(i)) * UNITS + j - j0];
-                dh[i] += sum;
-            });
+            const size_t range_of_tile = size_t(tile) * ranges + group.block / SPLITS;
+            add_products(dh, own, tile, sums, partial_sums + range_of_tile * SPLITS * ROWS * UNITS, range);
 
             GRUCellGradient gradient[Elements::COUNT] = {};  // left undefined, it would take more registers
             if (t < 0) {
                 own.each(tile, [&](int i, int b, int j) { dh0[size_t(b) * H + j] = dh[i]; });
-                sums_by_id.rows = 0;
+                gradient_sums.end_tile(0);
                 __syncthreads();  // before the next tile's sums overwrite this tile's
                 continue;
             }
             own.each(tile, [&](int i, int b, int j) {
-                dh[i] += dy[i];
-                gradient[i] = gru_cell_gradient(dh[i], r[i], z[i], n[i], a_n[i], h_before[i]);
+                const Saved &cell = saved[i];
+                dh[i] += cell.dy;
+                gradient[i] = gru_cell_gradient(dh[i], cell.r, cell.z, cell.n, cell.a_n, cell.h_before);
 #pragma unroll
-                for (int gate = 0; gate < 3; ++gate) {
+                for (int gate = 0; gate < 3; ++gate)
                     store_x(exchanged(t, tile), own.row(i), gate * H + j, gradient[i].da[gate]);
-                    db[i][gate] += gradient[i].da[gate];
-                    sums_by_id.di_of(own.row(i), gate, own.unit(i)) = gradient[i].di[gate];
-                }
+                gradient_sums.add(i, gradient[i]);
             });
-            if (threadIdx.x < ROWS)
-                sums_by_id.ids[threadIdx.x] = id;
-            sums_by_id.rows = V > 0 ? min(ROWS, B - tile * ROWS) : 0;
+            gradient_sums.end_tile(rows);
             if (tile + 1 < tiles.end)
                 __syncthreads();  // before the next tile's sums overwrite this tile's
             else
                 group.arrive();
             own.each(tile, [&](int i, int b, int j) {
                 const size_t row = size_t(t) * B + b;
-                dh_z_b[size_t(b) * H + j] = dh[i] * z[i];
+                dh_z_b[size_t(b) * H + j] = dh[i] * saved[i].z;
                 if (V == 0)
                     di_n_tb[row * H + j] = gradient[i].di[2];
 #pragma unroll
@@ -267,8 +296,7 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
                 }
             });
         }
-    const size_t first_column = size_t(group.index) * 3 * H;
-    sums_by_id.write(dP_g + first_column * V, db_g + first_column, db, V, H, own.j0, j_end);
+    gradient_sums.write(dP_g, db_g, group.index, H, own.j0, j_end);
     group.leave();
     if (SPLITS > 1)
         range.leave();

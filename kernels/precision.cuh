@@ -15,6 +15,7 @@
 // steps.
 // Source: Ootomo and Yokota, "Recovering Single Precision Accuracy from Tensor Cores While Surpassing the FP32
 // Theoretical Peak Performance".
+#include "common.cuh"
 #include "ptx.cuh"
 
 #ifndef PRECISION
@@ -52,9 +53,9 @@ __device__ __forceinline__ unsigned to_word(int k, Read read)
         return to_stored(read(k));
 }
 
-// One step on tensor cores: c (16 M, 8) += x (16 M, 8 PACK) w (8 PACK, 8), of a warp, in fragments (ptx.cuh). x is
-// given as XFragments, made once for all w that it is multiplied with; w as LANE_WORDS words of each lane, the elements
-// of column lane / 4 from lane_words.
+// One step of a warp on tensor cores: multiply_add computes c (16 M, 8) += x (16 M, 8 PACK) w (8 PACK, 8), in fragments
+// (ptx.cuh). x is given as XFragments, made once for all w that it is multiplied with; w as LANE_WORDS words of each
+// lane, which lane_word makes.
 #if PRECISION == 1 || PRECISION == 2
 constexpr int LANE_WORDS = 2;
 

@@ -120,8 +120,9 @@ struct ResidentWeights {
         __syncwarp();  // lanes read the words that other lanes stored
     }
 
-    // Adds this warp's share of x w, or the first `steps` of it; x is X_WORDS. Only where `steps` is a constant may the
-    // compiler mix the code of several steps: in 3xTF32 it would begin more of them than it has registers for.
+    // Adds this warp's share of x w, or the first `steps` steps of it; x is X_WORDS. A caller that gives `steps` at run
+    // time keeps the code of the steps apart: in 3xTF32 the compiler would else begin more steps at once than it has
+    // registers for.
     __device__ __forceinline__ void multiply(ResidentSums &sums, const unsigned *x, int steps = K_STEPS) const
     {
         constexpr int WITH_REGISTERS = ceil_div(REGISTER_STEPS, X_STEPS) * X_STEPS;

@@ -147,7 +147,8 @@ def test_gru_does_not_depend_on_the_order_of_threads(ordered_executor, ops, prec
 
 
 @each_variant(launchers)
-@pytest.mark.parametrize("sanitizer, sizes", [("address,undefined", (2, 33, 17, 3)), ("thread", (1, 2, 5, 1))])
+@pytest.mark.parametrize("sanitizer, sizes", [
+    ("address,undefined", (2, 33, 17, 3)), pytest.param("thread", (1, 2, 5, 1), marks=pytest.mark.slow)])
 def test_sanitizer_finds_nothing_in_gru(monkeypatch, ops, sanitizer, sizes):
     monkeypatch.setattr(naive, "THREADS", 32)  # a sanitizer is slow to start a thread
     assert host_cuda.run_sanitized(lambda: on_device(layer(*sizes), ops=ops), sanitizer) == ""
