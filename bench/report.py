@@ -49,10 +49,8 @@ KERNELS = (
      "sample", ""),
     ("generation", "persistent: all characters of a call in one launch, weights on chip, through L2 what does not fit; "
      "layers + 1 barriers per character", _WEIGHTS, "generate", "persistent"),
-    ("", "persistent-parts: every block sums all logits and draws the same character, so a barrier less; for one text",
-     _WEIGHTS, "generate", "persistent-parts"),
-    ("", "persistent-states: as that, each block with the whole output layer on chip; for small models", _WEIGHTS,
-     "generate", "persistent-states"),
+    ("", "persistent-all-draw: every block sums all logits and draws the same character, so a barrier less; for one "
+     "text", _WEIGHTS, "generate", "persistent-all-draw"),
     ("", "batched: as persistent, for one layer and nine or more texts; on tensor cores (sm_80 on), fp32 numbers as "
      "two tf32 parts, three products for one", _WEIGHTS, "generate", "batched"),
     ("", "stepwise: layers + 2 kernels per character, eight characters to a CUDA graph", _WEIGHTS, "generate",

@@ -147,7 +147,7 @@ def test_candidates_on_the_harness_compute_what_the_reference_does(executor, nam
     assert chosen
     if name in ("gru_forward", "gru_backward", "generate"):
         variants = {"stepwise", "persistent"} | (
-            {"persistent-parts", "persistent-states", "batched"} if name == "generate" else set())
+            {"persistent-all-draw", "batched"} if name == "generate" else set())
         assert variants == {variant.split()[1] for variant in chosen}
         assert {"fp32", "bf16"} <= {variant.split()[2] for variant in chosen}
     if BENCHMARKS[name].whole_job:

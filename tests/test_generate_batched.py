@@ -1,26 +1,16 @@
-"""Many rows of text written with tensor cores: that of the reference and of the other variants, however it is cut."""
+"""Many rows of text written with tensor cores: equal to the reference and to other variants, however work is cut."""
 
 import numpy as np
 import pytest
 
 from char_gru import kernels
 from char_gru.kernels import runtime
-from char_gru.kernels.generate import generation_plan, generation_plans
-from char_gru.kernels.plan.generation import STATIC_SHARED_BYTES
+from char_gru.kernels.plan.generation import STATIC_SHARED_BYTES, WEIGHTS, generation_plan, generation_plans
 from char_gru.kernels.plan.gpus import GPU, GPUS
 from char_gru.rnn.params import named_views
 from tests import host_cuda
 from tests.helpers import reference_ops
-from tests.test_generate_kernels import (
-    OPTIONS,
-    assert_text_matches_reference,
-    prompts,
-    text_case,
-    written,
-    written_on_device,
-)
-
-WEIGHTS = ("fp32", "bf16")
+from tests.helpers.texts import OPTIONS, assert_text_matches_reference, prompts, text_case, written, written_on_device
 
 
 def small_gpu(multiprocessors: int, shared_kib: int) -> GPU:
@@ -39,9 +29,10 @@ def test_sizes_below_at_and_above_a_fragment_and_a_block(executor, H, V):
     assert_text_matches_reference(text_case(17, H, V, layers=1, scale=0.3), T=3, **OPTIONS, variant="batched")
 
 
-# What a plan makes of so many multiprocessors and so much shared memory: groups, their rows, blocks, their units, rows
-# of a tile, steps of K in registers. One tile of a group and several, the last of fewer rows; one block and several,
-# the last of fewer units; fewer blocks than rows to draw; no step of K in registers, some, all; warps without a step.
+# `cut` is what a plan makes of so many multiprocessors and so much shared memory: groups, their rows, blocks, their
+# units, rows of a tile, steps of K in registers. One tile of a group and several, the last tile of fewer rows; one block
+# and several, the last block of fewer units; fewer blocks than rows to draw; no step of K in registers, some, all; warps
+# without a step.
 @pytest.mark.parametrize("multiprocessors, shared_kib, R, H, weights, cut", [
     (2, 64, 70, 20, "fp32", (2, 35, 1, 21, 16, 0)), (3, 28, 70, 20, "fp32", (1, 70, 3, 8, 32, 1)),
     (8, 64, 40, 66, "fp32", (2, 20, 4, 18, 32, 1)), (4, 64, 40, 66, "bf16", (2, 20, 2, 34, 16, 1)),
@@ -100,8 +91,8 @@ def test_batched_text_goes_on_where_it_stopped(executor):
                              variant="batched")
         assert not runtime.to_host(saved.counters).any()
         results.append([runtime.to_host(array) for array in (ids_tr, first, h)])
-    for whole, parts in zip(*results):
-        np.testing.assert_array_equal(whole, parts)
+    for whole, cut in zip(*results):
+        np.testing.assert_array_equal(whole, cut)
 
 
 def test_rows_do_not_interact(executor):
@@ -144,11 +135,11 @@ def test_two_barriers_per_character():
     with runtime.use(executor):
         written_on_device(text_case(33, H=20, V=5, layers=1), T, variant="batched")
     [text] = executor.launches
-    assert text.kernel == "write_text" and text.group_barriers == text.grid[0] * 2 * T
+    assert text.kernel == "generate_batched" and text.group_barriers == text.grid[0] * 2 * T
 
 
 @pytest.mark.parametrize("weights, products", [("fp32", 3), ("bf16", 2)])
-def test_multiply_adds_are_those_of_the_parts(weights, products):
+def test_multiply_adds_are_those_of_3xtf32(weights, products):
     executor, (T, R, H) = host_cuda.HostExecutor(), (2, 32, 64)  # no padding
     with runtime.use(executor):
         written_on_device(text_case(R, H, V=5, layers=1), T, variant="batched", weights=weights)
