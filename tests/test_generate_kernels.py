@@ -1,5 +1,6 @@
 """Writing text on the device against the reference: states, prompts, and the characters drawn."""
 
+import itertools
 import weakref
 
 import numpy as np
@@ -23,19 +24,29 @@ from char_gru.rnn.vocabulary import Vocabulary
 from tests import host_cuda
 from tests.helpers import reference_ops
 from tests.helpers.cases import random_case
-from tests.helpers.texts import OPTIONS, assert_text_matches_reference, prompts, text_case, written, written_on_device
+from tests.helpers.texts import (
+    OPTIONS,
+    assert_text_matches_reference,
+    prompts,
+    slow,
+    text_case,
+    written,
+    written_on_device,
+)
 
 VARIANTS = ("stepwise", *PERSISTENT)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("R, layers", [(1, 1), (1, 2), (2, 3), (3, 1), (MAX_ROWS, 2), (MAX_ROWS + 1, 1)])
+@pytest.mark.parametrize("R, layers", [
+    slow(1, 1), slow(1, 2), (2, 3), (3, 1), slow(MAX_ROWS, 2), slow(MAX_ROWS + 1, 1),
+])
 def test_text_and_states_match_reference(executor, R, layers, variant):
     assert_text_matches_reference(text_case(R, H=9, V=11, layers=layers), T=5, temperature=0.8, variant=variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("H, V", [(1, 2), (8, 7), (31, 66), (32, 8), (33, 9), (65, 66)])
+@pytest.mark.parametrize("H, V", [(1, 2), (8, 7), (31, 66), (32, 8), (33, 9), slow(65, 66)])
 def test_sizes_below_at_and_above_a_warp(executor, H, V, variant):
     assert_text_matches_reference(text_case(3, H, V, layers=1), T=3, **OPTIONS, variant=variant)
 
@@ -44,9 +55,10 @@ def test_sizes_below_at_and_above_a_warp(executor, H, V, variant):
 # overlaps the tile before it; a last group of fewer rows; a group of one block, more rows than blocks; several passes
 # of the rows; inputs of one, two and three stages, a ring that comes round; more logits than threads.
 @pytest.mark.parametrize("multiprocessors, R, H, V, layers, groups, blocks, units", [
-    (8, 1, 65, 3, 1, 1, 8, 9), (3, 3, 33, 9, 2, 1, 3, 14), (8, 17, 9, 11, 3, 2, 2, 8), (8, 19, 70, 3, 1, 2, 4, 18),
-    (24, 64, 20, 5, 2, 8, 3, 8), (3, 64, 20, 5, 2, 1, 3, 8), (8, 64, 130, 3, 1, 2, 4, 34),
-    (8, 40, 30, 300, 1, 2, 4, 8), (24, 1, 300, 5, 1, 1, 24, 13), (1, 2, 7, 700, 1, 1, 1, 8), (2, 2, 9, 260, 1, 1, 2, 8),
+    slow(8, 1, 65, 3, 1, 1, 8, 9), (3, 3, 33, 9, 2, 1, 3, 14), slow(8, 17, 9, 11, 3, 2, 2, 8),
+    slow(8, 19, 70, 3, 1, 2, 4, 18), slow(24, 64, 20, 5, 2, 8, 3, 8), slow(3, 64, 20, 5, 2, 1, 3, 8),
+    slow(8, 64, 130, 3, 1, 2, 4, 34), slow(8, 40, 30, 300, 1, 2, 4, 8), slow(24, 1, 300, 5, 1, 1, 24, 13),
+    slow(1, 2, 7, 700, 1, 1, 1, 8), (2, 2, 9, 260, 1, 1, 2, 8),
 ])
 def test_however_the_work_is_cut_the_text_is_the_same(executor, monkeypatch, multiprocessors, R, H, V, layers, groups,
                                                       blocks, units):
@@ -57,8 +69,8 @@ def test_however_the_work_is_cut_the_text_is_the_same(executor, monkeypatch, mul
 
 
 @pytest.mark.parametrize("R, layers, weights, variant", [
-    (1, 1, "fp32", "persistent"), (1, 1, "fp32", "persistent-all-draw"), (9, 2, "bf16", "persistent"),
-    (3, 2, "fp32", "persistent-all-draw"),
+    (1, 1, "fp32", "persistent"), slow(1, 1, "fp32", "persistent-all-draw"), slow(9, 2, "bf16", "persistent"),
+    slow(3, 2, "fp32", "persistent-all-draw"),
 ])
 def test_wherever_weights_lie_the_bits_are_the_same(executor, monkeypatch, R, layers, weights, variant):
     """All columns on chip, all but one chunk of 128, all but two chunks, none. The last chunk is not full."""
@@ -87,7 +99,7 @@ def test_more_logits_than_a_block_sums_at_once(executor, monkeypatch, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("R, layers", [(1, 1), (2, 3), (9, 1)])
+@pytest.mark.parametrize("R, layers", [slow(1, 1), (2, 3), slow(9, 1)])
 def test_weights_of_bf16_are_the_rounded_ones(executor, R, layers, variant):
     assert_text_matches_reference(text_case(R, H=19, V=11, layers=layers), T=5, weights="bf16", variant=variant)
 
@@ -100,6 +112,7 @@ def test_options_reach_the_drawing(executor, options, variant):
 
 @pytest.mark.parametrize("variant", PERSISTENT)
 @pytest.mark.parametrize("seed", range(2))
+@pytest.mark.slow
 def test_many_texts_are_those_of_the_reference(executor, seed, variant):
     case = random_case(T=1, B=8, E=3, H=10, V=40, seed=seed, scale=0.4)
     np.testing.assert_array_equal(written_on_device(case, 50, variant)[0],
@@ -107,11 +120,12 @@ def test_many_texts_are_those_of_the_reference(executor, seed, variant):
 
 
 @pytest.mark.parametrize("R, layers, variant", list(zip((2, 1), (1, 2), PERSISTENT)))
-def test_a_long_text_is_that_of_the_reference(executor, R, layers, variant):
+@pytest.mark.parametrize("T", [100, slow(2000)])
+def test_a_long_text_is_that_of_the_reference(executor, T, R, layers, variant):
     """A barrier that is missing or misplaced shows after many steps."""
     case = text_case(R, H=9, V=5, layers=layers, scale=0.3)
-    np.testing.assert_array_equal(written_on_device(case, 2000, variant)[0],
-                                  written(reference_ops, np.copy, np.float32, case, 2000)[0])
+    np.testing.assert_array_equal(written_on_device(case, T, variant)[0],
+                                  written(reference_ops, np.copy, np.float32, case, T)[0])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -144,7 +158,7 @@ def test_text_goes_on_where_it_stopped(executor, layers, variant):
         h, ids = runtime.to_device(case.h0.astype(np.float32)), runtime.to_device(first)
         ids_tr, saved = runtime.empty((4, 3), np.int32), kernels.generation_saved(3, 7, 9)
         forced_tr, uniforms_tr = runtime.to_device(forced_tr), runtime.to_device(uniforms_tr)
-        for a, b in zip(cuts, cuts[1:]):
+        for a, b in itertools.pairwise(cuts):
             kernels.generate(params, P, h, ids, forced_tr[a:b], uniforms_tr[a:b], ids_tr[a:b], saved, variant=variant)
         assert not runtime.to_host(saved.counters).any()
         results.append((runtime.to_host(ids_tr), runtime.to_host(h)))
@@ -205,19 +219,28 @@ def test_repeated_steps_read_what_is_in_the_arrays_now(captures):
     assert len(captures) == 1
 
 
-def test_steps_with_other_options_or_arrays_are_captured_anew(captures):
-    chunks, expected = Chunks(most=2 * GRAPH_STEPS), 0
+def test_steps_with_other_options_are_captured_anew(captures):
+    chunks = Chunks(most=2 * GRAPH_STEPS)
     for options in ({}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.2}):
+        before = len(captures)
         chunks.write(2 * GRAPH_STEPS, **options)
-        expected += 1
-        assert len(captures) == expected
-    ops, variant, params, arrays, text, saved = chunks.made[0]
-    places = [(params, name) for name in params if name not in ("W_emb", "W_ih.0", "b_ih.0")]  # which are in P
-    for kept, place in (*places, *((kept, i) for kept in (arrays, text) for i in range(3))):
-        kept[place] = runtime.to_device(ops.to_host(kept[place]))
-        chunks.write(2 * GRAPH_STEPS, **options)
-        expected += 1
-        assert len(captures) == expected
+        assert len(captures) == before + 1
+    assert len(chunks.made[0][-1].graphs) == 1
+
+
+@pytest.mark.parametrize("each", [6, slow(1)])
+def test_steps_with_another_array_are_captured_anew(captures, each):
+    """Another array in the place of each one that a step has, or of every sixth."""
+    chunks = Chunks(most=2 * GRAPH_STEPS)
+    chunks.write(2 * GRAPH_STEPS)
+    ops, _, params, arrays, text, saved = chunks.made[0]
+    kept = [(params, name) for name in params if name not in ("W_emb", "W_ih.0", "b_ih.0")]  # which are in P
+    kept += [(group, i) for group in (arrays, text) for i in range(3)]
+    for group, key in kept[::each]:
+        before = len(captures)
+        group[key] = runtime.to_device(ops.to_host(group[key]))
+        chunks.write(2 * GRAPH_STEPS)
+        assert len(captures) == before + 1
     assert len(saved.graphs) == 1
 
 
@@ -240,13 +263,16 @@ def test_a_writer_on_a_gpu_that_cannot_hold_the_model_captures_once(captures, ex
     assert texts[0] == texts[1] and len(captures) == 1
 
 
-@pytest.mark.parametrize("R, layers, variant", [*((3, 2, variant) for variant in VARIANTS), (17, 1, PERSISTENT[0])])
+@pytest.mark.parametrize("R, layers, variant", [
+    *((3, 2, variant) for variant in VARIANTS), slow(17, 1, PERSISTENT[0]),
+])
 def test_generation_does_not_depend_on_the_order_of_threads(ordered_executor, R, layers, variant):
     assert_text_matches_reference(text_case(R, H=11, V=13, layers=layers), T=4, **OPTIONS, variant=variant)
 
 
 @pytest.mark.parametrize("variant, layers", list(zip(VARIANTS, (2, 2, 3))))
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+@pytest.mark.slow
 def test_sanitizer_finds_nothing_in_generation(sanitizer, variant, layers):
     def run():
         written_on_device(text_case(2, H=9, V=10, layers=layers), 1 if variant == "stepwise" else 4, variant)
@@ -256,6 +282,7 @@ def test_sanitizer_finds_nothing_in_generation(sanitizer, variant, layers):
 
 @pytest.mark.parametrize("sanitizer, H, shared_kib, off_chip", [("address,undefined", 130, 60, 128),
                                                                 ("thread", 9, 6, 16)])
+@pytest.mark.slow
 def test_sanitizer_finds_nothing_in_weights_off_chip(sanitizer, H, shared_kib, off_chip):
     def run():
         executor = runtime.current_executor()
@@ -267,6 +294,7 @@ def test_sanitizer_finds_nothing_in_weights_off_chip(sanitizer, H, shared_kib, o
 
 
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+@pytest.mark.slow
 def test_sanitizer_finds_nothing_in_groups_and_passes(sanitizer):
     def run():
         plan = generation_plan(runtime.current_executor().gpu, 20, 7, 20, 1, "bf16", "persistent")

@@ -1,6 +1,7 @@
 """Texts for tests of generation: a model with prompts, what an op set writes with it, and the comparison of two."""
 
 import numpy as np
+import pytest
 
 from char_gru import kernels
 from char_gru.kernels import runtime
@@ -12,6 +13,11 @@ from tests.helpers.compare import assert_close
 
 OPTIONS = {"temperature": 0.8, "top_k": 5, "top_p": 0.95, "min_p": 0.01}
 """All options of drawing, each of which changes texts."""
+
+
+def slow(*values):
+    """A case of a parametrized test that takes a second or more, most of it to compile a kernel for the case."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def text_case(R: int, H: int, V: int, layers: int, scale: float = 0.7) -> Case:
