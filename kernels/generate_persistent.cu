@@ -23,12 +23,12 @@
 //   character.
 //     drawing      wait | the owner of a row sums its partial_logits, draws and publishes the character | arrive
 //     layer 0      W_hh h | wait | gates, publish | arrive
-//     the others   W_hh h | wait | W_ih times the states of the layer below, gates, publish | arrive
+//     layer 1...   W_hh h | wait | W_ih times the states of the layer below, gates, publish | arrive
 //   ALL_DRAW ("persistent-all-draw"): every block sums the partial_logits of all rows and draws all characters of its
 //   group. The same sums of the same numbers give the same bits in all blocks, so no block has to publish a character.
 //   `layers` barriers per character.
 //     layer 0      W_hh h | wait | sum partial_logits, draw, gates, publish | arrive
-//     the others   as above
+//     layer 1...   as above
 //   With one layer, W_hh multiplies the states that the wait is for, so the product follows the wait; these states are
 //   on their way while partial_logits are summed.
 // Bytes per step: reads through L2, 4 R H of states per block, product and round of its warps over the matrix, divided
@@ -243,7 +243,7 @@ struct Product {
         }
     }
 
-    // Stores the tile's sums but for its first `skip` rows, which are those of the tile before it too.
+    // Stores the tile's sums but for its first `skip` rows, which the tile before it has as well.
     __device__ __forceinline__ void store(float *out, int pitch, float (&sums)[TILE * ROWS], int skip) const
     {
         int first = 0, end = TILE * ROWS;
@@ -281,7 +281,7 @@ struct Block : Arguments {
     int first_unit = group.block * units, gates = 3 * units;  // gates of this block, in a layer
     int first_row = group.index * group_rows, rows = min(group_rows, R - first_row);
     int own_width = width - off_chip;  // columns of a matrix in shared memory
-    // Sums lie one row of text beside the other; the odd pitch spreads those of neighbouring units over the banks.
+    // In a and i, the rows of text of one gate are neighbours; the odd pitch spreads neighbouring gates over the banks.
     int padded_rows = round_up(group_rows, ROWS), pitch = padded_rows | 1;
     int logits_stride = round_up(V, 4);
 
@@ -295,7 +295,8 @@ struct Block : Arguments {
     float *own_biases = own_W_out + V * units;                            // (matrices, gates)
     float *a = own_biases + matrices * gates;                             // (gates, pitch): W_hh h
     float *i = a + gates * pitch;                                         // (gates, pitch) above layer 0: W_ih x
-    int *own_ids = reinterpret_cast<int *>(layers > 1 ? i + gates * pitch : i);  // (group_rows,)
+    // (group_rows,): the characters before a step; with owner-draws, the forced ones and the ones that this block draws.
+    int *own_ids = reinterpret_cast<int *>(layers > 1 ? i + gates * pitch : i);
 
     Product product{rows, width, off_chip, stage_rows, gates, ring};
 
