@@ -15,10 +15,12 @@
 //
 // step_first, step_upper, output_layer: a warp owns one unit (with its three gates) or one logit, for ROWS rows; its
 // lanes share the sum over the inputs. sample, next_character: a block owns a row.
-// Bytes per character: reads the weights once per ROWS rows, 12 H^2 in the first layer, 24 H^2 in those above, 4 H V in
-// the output layer; writes 8 R H per layer and 4 R V.
-// Variants: stepwise, here: a step in layers + 2 kernels, for any sizes. This is the plain way: the others do all steps
-// in one launch, generate_persistent.cu for few rows and generate_batched.cu for many. plan/generation.py chooses.
+// Why not the plain way, sample of naive.cu: there one thread reads all V logits of a row again for each character that
+// top_k or top_p keeps; here the 256 threads of a block share the row and rank all its characters at once.
+// Bytes per character: reads the weights once per ROWS rows, 12 H^2 in the first layer, 24 H^2 in each layer above, 4 H V
+// in the output layer; writes 8 R H per layer and 4 R V.
+// Variants: stepwise, here, the plain way of generate: a step in layers + 2 kernels, for any sizes. All steps in one
+// launch: generate_persistent.cu for few rows, generate_batched.cu for many. plan/generation.py chooses.
 // Source: generate.cuh.
 
 #include "generate.cuh"
@@ -30,8 +32,8 @@
 
 // ---- Recurrence and output layer ------------------------------------------------------------------------------------
 
-// sums[g][r] = W[g] . x[r], in all lanes of the warp. W[g] is one of N rows of a matrix, `stride` elements apart; x[r] is
-// row first + r of x (R, K), or its last row where first + r >= R.
+// sums[g][r] = W[g] . x[r], in all lanes of the warp. W[g] is one of N rows of a matrix, `stride` elements apart; x[r]
+// is row first + r of x (R, K), or its last row where first + r >= R.
 template <int N>
 __device__ __forceinline__ void dot_rows(float (&sums)[N][ROWS], const float *__restrict__ W, size_t stride,
                                          const float *__restrict__ x, int first, int R, int K)
@@ -89,7 +91,7 @@ __device__ __forceinline__ void copy_states(float *__restrict__ h_below, const f
         h_below[i] = x[i];
 }
 
-// Warps of the grid take the units of the first ROWS rows, then those of the next.
+// Warps of the grid take all units of the first ROWS rows, then all units of the next ROWS rows.
 __device__ __forceinline__ int unit_of_warp(int units) { return int(thread_in_grid() / WARP % units); }
 __device__ __forceinline__ int first_row_of_warp(int units) { return int(thread_in_grid() / WARP / units) * ROWS; }
 

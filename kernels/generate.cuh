@@ -200,8 +200,8 @@ __device__ __forceinline__ int draw_character(const float *__restrict__ logits, 
         last = p > 0.0f ? v : last;
         first = first == 0 && p > 0.0f && reached > uniform * total ? v : first;
     }
-    // Threads with larger ids have passed the number too, so the smallest id of all threads is drawn. Where no thread has
-    // passed it, because it is so close to 1 that rounding decides, the last id kept is drawn.
+    // Threads with larger ids have passed the number too, so the smallest id of all threads is drawn. Where no thread
+    // has passed it, because it is so close to 1 that rounding decides, the last id kept is drawn.
     const Key chosen = block_max(first > 0 ? Key(1) << 32 | (V - first) : Key(last), keys);
     return chosen >> 32 ? V - int(unsigned(chosen)) : max(int(chosen), 1);  // 1 where logits are not finite
 }

@@ -5,8 +5,8 @@
 // eight rows each, and multiplies without tensor cores. Here W_hh stays on chip, and a block reads 128 KiB of states.
 //
 // exchange (2, groups, row tiles, WARPS K_STEPS, X_STEP) words, zero where k >= H: the states before a step and after
-// it, in turns. partial_logits (blocks, group_rows, 4 ceil(V / 4)) float32: the sums of the logits over the units of each
-// block. counters (groups, COUNTER_WORDS) uint32, zero before and after.
+// it, in turns. partial_logits (blocks, group_rows, 4 ceil(V / 4)) float32: the sums of the logits over the units of
+// each block. counters (groups, COUNTER_WORDS) uint32, zero before and after.
 //
 // Groups never wait for each other: group g owns group_rows rows of text, in tiles of ROWS. A block owns UNITS units
 // for all rows of its group: on chip, their rows of W_hh (resident.cuh), their columns of P and W_out, their states.

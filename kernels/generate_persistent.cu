@@ -1,20 +1,21 @@
 // Generation, all steps of a call in one cooperative launch, with every weight on chip, or as many as fit. Formulas and
 // the arguments that it shares with the stepwise variant: generate.cu.
 //
-// Why not the plain way, generate.cu: at H 1024 it reads 12.6 MB of W_hh per character and has three launches, about 2 us
-// each. Here W_hh stays on chip, and a block waits once or twice per character for others and reads 4 KB of states.
+// Why not the plain way, generate.cu: at H 1024 it reads 12.6 MB of W_hh per character, in three launches of about 2 us
+// each. Here W_hh stays on chip; per character, a block reads 4 KB of states and waits once or twice for other blocks.
 //
-// states (2, layers, R, width) float32: the states before a step and after it, in turns, which blocks hand to each other;
-// width is H rounded up to a multiple of 8. partial_logits (2, blocks of all groups, group_rows, 4 ceil(V / 4)) float32:
-// the sums of the logits over the units of each block, in turns too. counters (groups, 32) uint32, zero before and after.
+// states (2, layers, R, width) float32: the states before a step and after it, in turns, which blocks hand to each
+// other; width is H rounded up to a multiple of 8. partial_logits (2, blocks of all groups, group_rows, 4 ceil(V / 4))
+// float32: the sums of the logits over the units of each block, in turns too. counters (groups, 32) uint32, zero before
+// and after.
 // weights (2 layers - 1, units of all blocks of a group, 3, width), float32 or bfloat16, and biases (2 layers - 1,
 // units of all blocks, 3) float32, as pack_weights writes them: matrix 2 l is W_hh of layer l, matrix 2 l - 1 its W_ih.
 // off_chip: so many columns of each of these matrices, a multiple of 128 or all, lie in no block's shared memory.
 //
 // Groups never wait for each other: group g owns group_rows rows of text. A block owns `units` units of every layer for
-// all rows of its group: in shared memory, their rows of W_hh and W_ih (but for the columns off chip), their columns of P
-// and W_out, and their states. A warp owns TILE rows of a matrix by ROWS rows of a product; its lanes share the sum over
-// k, four neighbours at a time.
+// all rows of its group: in shared memory, their rows of W_hh and W_ih (but for the columns off chip), their columns of
+// P and W_out, and their states. A warp owns TILE rows of a matrix by ROWS rows of a product; its lanes share the sum
+// over k, four neighbours at a time.
 // States pass through a ring of STAGES stages of stage_rows rows by 128 k, filled by asynchronous copies.
 //
 // Variants, by DRAWS; for a step of each, what a block does before, between and after its waits for the other blocks:
@@ -22,19 +23,19 @@
 //   character.
 //     drawing      wait | the owner of a row sums its partial_logits, draws and publishes the character | arrive
 //     layer 0      W_hh h | wait | gates, publish | arrive
-//     the others   W_hh h | wait | W_ih times the states of the layer below, gates, publish | arrive
+//     layer 1...   W_hh h | wait | W_ih times the states of the layer below, gates, publish | arrive
 //   ALL_DRAW ("persistent-all-draw"): every block sums the partial_logits of all rows and draws all characters of its
 //   group. The same sums of the same numbers give the same bits in all blocks, so no block has to publish a character.
 //   `layers` barriers per character.
 //     layer 0      W_hh h | wait | sum partial_logits, draw, gates, publish | arrive
-//     the others   as above
-//   With one layer, W_hh multiplies the states that this wait is for, so the product follows the wait; its states are on
-//   their way while partial_logits are summed.
+//     layer 1...   as above
+//   With one layer, W_hh multiplies the states that the wait is for, so the product follows the wait; these states are
+//   on their way while partial_logits are summed.
 // Bytes per step: reads through L2, 4 R H of states per block, product and round of its warps over the matrix, divided
-// by the groups, and, of partial_logits, 4 blocks R V by the owners, or, divided by the groups, in every block; weights
-// come from shared memory, or through L2, once per ROWS rows. The order of their sums does not depend on where they lie.
+// by the groups, and, of partial_logits, 4 blocks R V by the owners, or, divided by the groups, in every block. Weights
+// come from shared memory, or through L2, once per ROWS rows.
 // Bytes per launch: reads all weights.
-// Sums run in an order that the plan alone fixes.
+// Sums run in an order that the plan alone fixes; it does not depend on which weights are off chip.
 // Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip".
 
 #include "barrier.cuh"
@@ -79,8 +80,8 @@ __device__ __forceinline__ unsigned weights_word(const float *__restrict__ row, 
     return BF16 ? pack_bf16(weight(2 * word), weight(2 * word + 1)) : __float_as_uint(weight(word));
 }
 
-// One matrix W (3H, H) with its b (3H,), as generate_persistent reads it: weights (units of all blocks, 3, width), biases
-// (units of all blocks, 3). Units and inputs from H on are zero: their states stay zero, and add nothing.
+// One matrix W (3H, H) with its b (3H,), as generate_persistent reads it: weights (units of all blocks, 3, width),
+// biases (units of all blocks, 3). Units and inputs from H on are zero: their states stay zero, and add nothing.
 extern "C" __global__ void __launch_bounds__(THREADS)
 pack_weights(unsigned *__restrict__ weights, float *__restrict__ biases, const float *__restrict__ W,
              const float *__restrict__ b, int H, int width, int padded_units)
@@ -110,8 +111,8 @@ __device__ __forceinline__ void wait_for_oldest_stage() {}
 #endif
 
 // Adds up values[0 .. COUNT) over the lanes, each sum in one lane: values[i] becomes sum number first + i, valid where
-// first + i < end. Before the call, `first` is 0 and `end` is COUNT. A step halves the sums that a lane works on, so that
-// COUNT sums take about COUNT shuffles, not 5 COUNT.
+// first + i < end. Before the call, `first` is 0 and `end` is COUNT. A step halves the sums that a lane works on, so
+// that COUNT sums take about COUNT shuffles, not 5 COUNT.
 template <int COUNT, int DISTANCE, int N>
 __device__ __forceinline__ void scatter_sums(float (&values)[N], int &first, int &end)
 {
@@ -181,7 +182,7 @@ struct Product {
     }
 
     // All threads see `out`, and may begin the next product, when this returns. W (gates, width - off_chip), in shared
-    // memory, holds the columns of the matrix from off_chip on; W_all (gates, width), in global memory, holds all columns.
+    // memory, holds the columns of the matrix from off_chip on; W_all (gates, width), in global memory, holds them all.
     __device__ __forceinline__ void run(float *out, int pitch, const unsigned *W, const unsigned *W_all)
     {
         const int tiles_at_once = min(tiles(), WARPS), row_in_stage = warp() / tiles_at_once * ROWS;
@@ -242,7 +243,7 @@ struct Product {
         }
     }
 
-    // Stores the tile's sums but for its first `skip` rows, which are those of the tile before it too.
+    // Stores the tile's sums but for its first `skip` rows, which the tile before it has as well.
     __device__ __forceinline__ void store(float *out, int pitch, float (&sums)[TILE * ROWS], int skip) const
     {
         int first = 0, end = TILE * ROWS;
@@ -280,7 +281,7 @@ struct Block : Arguments {
     int first_unit = group.block * units, gates = 3 * units;  // gates of this block, in a layer
     int first_row = group.index * group_rows, rows = min(group_rows, R - first_row);
     int own_width = width - off_chip;  // columns of a matrix in shared memory
-    // Sums lie one row of text beside the other; the odd pitch spreads those of neighbouring units over the banks.
+    // In a and i, the rows of text of one gate are neighbours; the odd pitch spreads neighbouring gates over the banks.
     int padded_rows = round_up(group_rows, ROWS), pitch = padded_rows | 1;
     int logits_stride = round_up(V, 4);
 
@@ -294,7 +295,8 @@ struct Block : Arguments {
     float *own_biases = own_W_out + V * units;                            // (matrices, gates)
     float *a = own_biases + matrices * gates;                             // (gates, pitch): W_hh h
     float *i = a + gates * pitch;                                         // (gates, pitch) above layer 0: W_ih x
-    int *own_ids = reinterpret_cast<int *>(layers > 1 ? i + gates * pitch : i);  // (group_rows,)
+    // (group_rows,): the characters before a step; with owner-draws, the forced ones and the ones that this block draws.
+    int *own_ids = reinterpret_cast<int *>(layers > 1 ? i + gates * pitch : i);
 
     Product product{rows, width, off_chip, stage_rows, gates, ring};
 
@@ -357,8 +359,8 @@ struct Block : Arguments {
             own_ids[row] = forced_tr[size_t(t - 1) * R + first_row + row];
     }
 
-    // Draws the characters before step t that are not forced, this block's or all of the group's, into own_ids. The owner
-    // of a row publishes its character.
+    // Draws the characters before step t that are not forced, this block's or all of the group's, into own_ids. The
+    // owner of a row publishes its character.
     __device__ __forceinline__ void draw(int t)
     {
         const size_t before = size_t(t - 1) * R + first_row;
@@ -416,8 +418,8 @@ struct Block : Arguments {
                 group.arrive();
             }
 
-            // The product with W_hh is before the wait, but with one layer and all-draw after it; the product with W_ih is
-            // after the wait. Both are one loop because most of the machine code is the product, which is inlined.
+            // The product with W_hh is before the wait, but after it with one layer and all-draw; the product with W_ih
+            // is after the wait. Both are one loop, because the product, which is inlined, is most of the machine code.
             const bool W_hh_after = DRAWS == ALL_DRAW && layers == 1;
 #pragma unroll 1
             for (int after = 0; after <= 1; ++after) {
@@ -462,9 +464,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 generate_persistent(float *h, int *ids, int *ids_tr, float *states, float *partial_logits, unsigned *counters,
                     const unsigned *__restrict__ weights, const float *__restrict__ biases,
                     const float *__restrict__ P, const float *__restrict__ W_out, const float *__restrict__ b_out,
-                    const int *__restrict__ forced_tr, const float *__restrict__ uniforms_tr, int T, int R, int V, int H,
-                    int layers, int group_rows, int units, int stage_rows, int off_chip, float temperature, int top_k,
-                    float top_p, float min_p)
+                    const int *__restrict__ forced_tr, const float *__restrict__ uniforms_tr, int T, int R, int V,
+                    int H, int layers, int group_rows, int units, int stage_rows, int off_chip, float temperature,
+                    int top_k, float top_p, float min_p)
 {
     extern __shared__ __align__(16) float shared[];
     Block block{{h, ids, ids_tr, states, partial_logits, counters, weights, biases, P, W_out, b_out, forced_tr,

@@ -250,7 +250,7 @@ __device__ int last_kept(const Row &row, int top_k, float top_p)
 }
 
 // Slow: a thread reads all V logits again for each character that top_k or top_p keeps, and there are only R threads.
-// Fast twin: draw of generate.cuh, a block per row, which ranks all characters at once.
+// Fast twin: draw_character of generate.cuh, a block per row, which ranks all characters at once.
 extern "C" __global__ void sample(int *ids, const float *logits, const float *uniforms, int R, int V, float temperature,
                                   int top_k, float top_p, float min_p)
 {

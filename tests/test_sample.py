@@ -8,6 +8,7 @@ from char_gru.kernels.generate import sample
 from char_gru.kernels.plan.recurrence import THREADS
 from char_gru.rnn import reference
 from tests import host_cuda
+from tests.helpers.texts import slow
 
 LARGEST_UNIFORM = 1 - 2**-24
 OPTIONS = [
@@ -65,7 +66,7 @@ def test_kept_characters_are_drawn_by_the_middle_of_their_shares(executor, sampl
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 200, "top_p": 0.7},
-                                     {"top_p": 0.97, "min_p": 1e-3}], ids=str)
+                                     slow({"top_p": 0.97, "min_p": 1e-3})], ids=str)
 def test_large_vocabulary(executor, sample, options):
     assert_middles_are_drawn(sample, row_of_logits(20_001), rows=3, **options)
 
@@ -80,7 +81,7 @@ def test_the_smallest_and_the_largest_number_draw_the_first_and_the_last_kept(ex
         assert middle + share / 2 > 1 - 1e-6, "it is not the last, nor are all behind it as small as rounding"
 
 
-@pytest.mark.parametrize("impossible", [0, THREADS])
+@pytest.mark.parametrize("impossible", [0, slow(THREADS)])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_ties_and_certainties_are_drawn_as_the_reference_does(executor, sample, options, impossible):
     """So few characters that each thread has one, and more of them, that add nothing to any sum."""
@@ -137,6 +138,7 @@ def test_sample_does_not_depend_on_the_order_of_threads(ordered_executor, sample
 
 @pytest.mark.parametrize("V", [66, 300])
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+@pytest.mark.slow
 def test_sanitizer_finds_nothing_in_sample(sample, sanitizer, V):
     assert host_cuda.run_sanitized(lambda: drawn(sample, row_of_logits(V)[None], [0.6], **OPTIONS[-1]), sanitizer) == ""
 

@@ -56,7 +56,7 @@ REGISTERS_3XTF32 = {16: 68, 32: 76}  # of a thread, by the rows of a tile, as se
 
 
 class GenerationPlan(NamedTuple):
-    """How `generate` runs: the variant, why, and what its kernel has to know."""
+    """How `generate` runs: the variant, the reason for it, and the sizes that its kernel is compiled or called with."""
 
     variant: str
     reason: str
@@ -119,7 +119,7 @@ def tile_rows(R: int) -> int:
 
 
 def padded_width(H: int) -> int:
-    """Units of a layer with those that pad it, so that rows of bf16 are multiples of 16 bytes."""
+    """Units of a layer, padded so that rows of bf16 are multiples of 16 bytes."""
     return round_up(H, 8)
 
 
@@ -156,9 +156,9 @@ def _persistent_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
                       weights: str) -> Iterator[tuple[float, GenerationPlan]]:
     """Cycles and plan of both ways of drawing, cut alike. They may ask for more shared memory than the GPU has.
 
-    More groups read fewer states, each its own, but hold the weights as many times: of the numbers of groups that fit
-    and leave each MAX_ROWS rows, the largest whose blocks have the least to multiply; where none fits with all weights
-    on chip, the one that takes the fewest cycles by owner-draws.
+    With more groups, a block reads the states of fewer rows, but the weights are held more times. Of the numbers of
+    groups that fit and leave each group MAX_ROWS rows, the largest one whose warps have the least to multiply; where
+    none fits with all weights on chip, the one that takes the fewest cycles with owner-draws.
     """
     most = max(1, min(R // MAX_ROWS, gpu.multiprocessors))
     plans = [_persistent_plan(gpu, ceil_div(R, groups), R, V, H, layers, weights) for groups in range(1, most + 1)]
@@ -240,8 +240,8 @@ def _persistent_cycles(gpu: GPU, plan: GenerationPlan, V: int, H: int, layers: i
                        + ceil_div(plan.group_rows, plan.blocks) * (partial_logits + DRAW_CYCLES)),
         "persistent-all-draw": publishing + plan.group_rows * (partial_logits + DRAW_CYCLES),
     }
-    others = (layers - 1) * (max(BARRIER_CYCLES, W_hh) + W_hh)
-    return first_layer + drawing[plan.variant] + others + layers * CELL_CYCLES
+    layers_above = (layers - 1) * (max(BARRIER_CYCLES, W_hh) + W_hh)
+    return first_layer + drawing[plan.variant] + layers_above + layers * CELL_CYCLES
 
 
 def _product_cycles(gpu: GPU, plan: GenerationPlan, H: int) -> float:
@@ -265,8 +265,8 @@ def _product_cycles(gpu: GPU, plan: GenerationPlan, H: int) -> float:
 
 def _batched_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
                    weights: str) -> Iterator[tuple[float, GenerationPlan]]:
-    """Cycles and plan for each cut that fits. For one layer only: the weights of a second one would take the room of
-    the first one's."""
+    """Cycles and plan for each cut that fits. For one layer only: the weights of a second layer would take the room of
+    the first layer's."""
     if layers > 1 or R < FEWEST_ROWS or "tf32" not in rates_of(gpu).multiply:
         return
     bf16, k_steps = int(weights == "bf16"), steps_of(H, 1, "tf32")
