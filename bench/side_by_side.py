@@ -25,17 +25,11 @@ import numpy as np
 from bench.devices import Device, Sample
 from bench.floors import Work
 
-SIZES = ("tutorial", "default", "all")
-"""What a run can take: the first of each benchmark's sizes, some, or all."""
-
 PAUSE_SECONDS = {"cpu": 0.1, "cuda": 0.002}
 """Rest before each sample: the worker threads of BLAS libraries spin for a while after the product that woke them."""
 
 SAMPLE_SECONDS, JOB_SECONDS = {"cpu": 0.02, "cuda": 0.001}, 0.05
 """A sample of an op, and of a whole job, is at least as long: many times what clocks and events err."""
-
-ENERGY_SECONDS = 0.5
-"""The counter of a GPU moves about ten times a second."""
 
 MAX_CALLS, MAX_SETS = 1000, 64
 
@@ -68,10 +62,10 @@ class Candidate(NamedTuple):
 class Benchmark(NamedTuple):
     """An op with its candidates, and the sizes at which it is measured.
 
-    work, inputs and candidates are functions of the sizes by name, candidates of the device, too. reference gives from
-    the inputs what is verified; a candidate's results hold some or all of it. sizes are those of a default run, the
-    first the tutorial's, sweep what `--sizes all` adds, and cpu_sizes what the CPU takes in place of both. whole_job:
-    timed by the clock on the wall, not by events, and on one set of arrays.
+    work, inputs and candidates are functions of the sizes by name, candidates of the device, too. reference maps the
+    inputs to the expected results; a candidate's results are some or all of these. The first of the sizes are the
+    tutorial's; cpu_sizes, if there are any, take the place of all sizes on a CPU. whole_job: timed by the clock on the
+    wall, not by events, and on one set of arrays.
     """
 
     name: str
@@ -80,34 +74,23 @@ class Benchmark(NamedTuple):
     reference: Callable[[Arrays], Arrays]
     candidates: Callable[..., Iterable[Candidate]]
     sizes: Sequence[Mapping[str, int]]
-    sweep: Sequence[Mapping[str, int]] = ()
     cpu_sizes: Sequence[Mapping[str, int]] = ()
     whole_job: bool = False
     tolerances: Mapping[str, float] = TOLERANCES
 
-    def sizes_on(self, device: Device, which: str) -> list[Mapping[str, int]]:
-        """Those of SIZES that a run is to take, each once."""
-        if device.kind == "cpu" and self.cpu_sizes:
-            sizes = self.cpu_sizes
-        else:
-            sizes = [*self.sizes, *(self.sweep if which == "all" else ())]
-        sizes = [size for index, size in enumerate(sizes) if size not in sizes[:index]]
-        return sizes[:1] if which == "tutorial" else sizes
+    def sizes_on(self, device: Device) -> Sequence[Mapping[str, int]]:
+        """The sizes at which it is measured on a device."""
+        return self.cpu_sizes if device.kind == "cpu" and self.cpu_sizes else self.sizes
 
     def group(self, sizes: Mapping[str, int]) -> str:
         """The name of the benchmark at some sizes."""
         return " ".join([self.name, *(f"{axis}={size}" for axis, size in sizes.items())])
 
 
-def one_at_a_time(base: Mapping[str, int], **others: Sequence[int]) -> list[dict[str, int]]:
-    """Sizes that differ from the base along one axis."""
-    return [{**base, axis: size} for axis, sizes in others.items() for size in sizes]
-
-
 class Measured(NamedTuple):
-    """What was measured of one candidate: seconds of a call in each round, and what else there is to tell. Of a whole
-    job on a GPU that is `memory_mib`, taken from the making of the candidate to its verification, and `joules` of a
-    call, where the driver counts them."""
+    """What was measured of one candidate: seconds of a call in each round; whether the host was slower than the device
+    in some round; and notes: the candidate's own and, of a whole job on a GPU, `memory_mib`, the memory that it takes
+    from its making to its verification."""
 
     seconds: list[float]
     host_bound: bool
@@ -163,7 +146,7 @@ def prepare(benchmark: Benchmark, sizes: Mapping[str, int], candidate: Candidate
     notes, rotation = runnable.notes(), [runnable]
     if benchmark.whole_job:
         taken = device.memory_bytes(release=False) - before
-        notes |= ({"memory_mib": taken / 2**20} if taken else {}) | energy(device, runnable)
+        notes |= {"memory_mib": taken / 2**20} if taken else {}
         once, shortest = device.clock_sample([runnable.run]).seconds, JOB_SECONDS
     else:
         copies = copies_beyond_cache(benchmark.work(**sizes).bytes, device.cache_bytes)
@@ -200,17 +183,6 @@ def copies_beyond_cache(size: int, cache_bytes: int) -> int:
     """How many copies of an op's arrays, of so many bytes, to take in turn so that each has left the cache when it
     comes: between two calls on the same arrays, the others go through more than twice what the cache holds."""
     return min(math.ceil(2 * cache_bytes / size) + 1, MAX_SETS) if size < 2 * cache_bytes else 1
-
-
-def energy(device: Device, runnable: Runnable) -> dict[str, float]:
-    """Joules of a call, over at least ENERGY_SECONDS; nothing where the device does not count them."""
-    before, calls, seconds = device.joules(), 0, 0.0
-    if before is None:
-        return {}
-    while seconds < ENERGY_SECONDS:
-        seconds += device.clock_sample([runnable.run] * 4).seconds * 4
-        calls += 4
-    return {"joules": (device.joules() - before) / calls}
 
 
 def interleave(candidates: Mapping[str, Callable[[], Result]], rounds: int,
