@@ -7,11 +7,9 @@ from bench import floors, tutorial
 from bench.implementations import (
     in_float64,
     on,
-    our_candidates,
-    plain_candidates,
+    op_candidates,
     random_inputs,
     runnable,
-    torch_candidates,
 )
 from bench.side_by_side import Benchmark
 from char_gru.rnn import reference
@@ -88,18 +86,13 @@ def torch_adam(library, inputs):
     return library.runnable(run)
 
 
-def benchmark(name, work, by_reference, ours, plain, pytorch):
-    def candidates(device, **sizes):
-        yield next(our_candidates(device, ours))
-        yield from plain_candidates(device, plain, products=False)
-        yield from torch_candidates(device, pytorch, products=False)
+SIZES = ({"N": flat_size(tutorial.SIZES)},)
 
-    return Benchmark(name, work, inputs, by_reference, candidates, sizes=({"N": flat_size(tutorial.SIZES)},),
-                     sweep=[{"N": 2**k} for k in (16, 18, 20, 24, 26)])
+NORM = Benchmark("global_norm", floors.global_norm, inputs, norm_by_reference,
+                 op_candidates(norm_of, plain_norm, torch_norm, products=False), SIZES)
 
-
-NORM = benchmark("global_norm", floors.global_norm, norm_by_reference, norm_of, plain_norm, torch_norm)
-ADAM = benchmark("adam", floors.adam, adam_by_reference, adam_of, plain_adam, torch_adam)
+ADAM = Benchmark("adam", floors.adam, inputs, adam_by_reference,
+                 op_candidates(adam_of, plain_adam, torch_adam, products=False), SIZES)
 
 
 @pytest.mark.side_by_side(NORM)

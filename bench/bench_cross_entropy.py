@@ -7,13 +7,11 @@ from bench import floors, tutorial
 from bench.implementations import (
     in_float64,
     on,
-    our_candidates,
-    plain_candidates,
+    op_candidates,
     random_inputs,
     runnable,
-    torch_candidates,
 )
-from bench.side_by_side import Benchmark, one_at_a_time
+from bench.side_by_side import Benchmark
 from char_gru.rnn import reference
 
 
@@ -104,21 +102,13 @@ def torch_backward(library, inputs):
     return library.runnable(lambda: {"dW_out": dlogits_tb.T @ h_tb, "db_out": dlogits_tb.sum(0)})
 
 
-def benchmark(name, work, by_reference, ours, plain, pytorch):
-    def candidates(device, **sizes):
-        yield from our_candidates(device, ours)
-        yield from plain_candidates(device, plain)
-        yield from torch_candidates(device, pytorch)
+SIZES = ({"T": tutorial.T, "B": tutorial.B, "V": tutorial.SIZES.V, "H": tutorial.SIZES.H},)
 
-    base = {"T": tutorial.T, "B": tutorial.B, "V": tutorial.SIZES.V, "H": tutorial.SIZES.H}
-    return Benchmark(name, work, inputs, by_reference, candidates, sizes=(base,),
-                     sweep=one_at_a_time(base, B=(1, 16, 256, 1024), V=(256, 4096), H=(128, 512, 2048, 4096)))
+FORWARD = Benchmark("cross_entropy_forward", floors.cross_entropy_forward, inputs, forward_by_reference,
+                    op_candidates(forward_of, plain_forward, torch_forward), SIZES)
 
-
-FORWARD = benchmark("cross_entropy_forward", floors.cross_entropy_forward, forward_by_reference, forward_of,
-                    plain_forward, torch_forward)
-BACKWARD = benchmark("cross_entropy_backward", floors.cross_entropy_backward, backward_by_reference, backward_of,
-                     plain_backward, torch_backward)
+BACKWARD = Benchmark("cross_entropy_backward", floors.cross_entropy_backward, inputs, backward_by_reference,
+                     op_candidates(backward_of, plain_backward, torch_backward), SIZES)
 
 
 @pytest.mark.side_by_side(FORWARD)

@@ -11,20 +11,19 @@ import pytest
 
 from bench import floors, tutorial
 from bench.implementations import (
-    OURS,
     flashrnn_gru,
     in_float64,
     on,
+    our_candidates,
     plain_candidates,
     random_inputs,
     runnable,
     torch_candidates,
 )
-from bench.side_by_side import Benchmark, Candidate, one_at_a_time
-from char_gru import kernels
+from bench.side_by_side import Benchmark
 from char_gru.kernels import runtime
 from char_gru.kernels.plan.recurrence import backward_plan, forward_plan
-from char_gru.rnn import cpu, reference
+from char_gru.rnn import reference
 
 E = tutorial.SIZES.E
 
@@ -66,14 +65,16 @@ def ours(direction, ops, inputs, **options):
                                            *gradients.values(), **options), **gradients)
 
 
-def plans(direction, gpu, B, V, H, precision):
-    """The stepwise plan and, where it is another, the one that the GPU takes, by name."""
+def variants(direction, B, V, H, precision):
+    """The stepwise plan and, if it is another, the plan that the GPU takes by itself: options of the launcher, by
+    variant."""
+    gpu = runtime.current_executor().gpu
     if direction == "forward":
         chosen = forward_plan(gpu, B, H, precision)
     else:
         chosen = backward_plan(gpu, B, H, precision, V_out=V, V_in=V)
     stepwise = chosen._replace(variant="stepwise", fused_output_steps=0, sums_on_chip=False)
-    return {"stepwise": stepwise, chosen.variant: chosen}
+    return {plan.variant: {"plan": plan} for plan in (stepwise, chosen)}
 
 
 def plain_forward(library, inputs):
@@ -152,14 +153,8 @@ def flashrnn_forward(library, inputs):
 
 def benchmark(direction, work):
     def candidates(device, T, B, V, H):
-        if device.kind == "cpu":
-            yield Candidate(OURS, "fp32", functools.partial(ours, direction, cpu))
-        else:
-            for precision in device.precisions:
-                gpu, ops = runtime.current_executor().gpu, kernels.op_set(precision)
-                for variant, plan in plans(direction, gpu, B, V, H, precision).items():
-                    yield Candidate(f"{OURS} {variant} {precision}", precision,
-                                    functools.partial(ours, direction, ops, plan=plan))
+        yield from our_candidates(device, functools.partial(ours, direction),
+                                  variants=functools.partial(variants, direction, B, V, H))
         if direction == "forward":
             yield from plain_candidates(device, plain_forward)
             yield from torch_candidates(device, flashrnn_forward, name="FlashRNN", package="flashrnn",
@@ -169,8 +164,7 @@ def benchmark(direction, work):
 
     base = {"T": tutorial.T, "B": tutorial.B, "V": tutorial.SIZES.V, "H": tutorial.SIZES.H}
     return Benchmark(f"gru_{direction}", work, inputs, functools.partial(by_reference, direction), candidates,
-                     sizes=(base, *one_at_a_time(base, H=(256,))),
-                     sweep=one_at_a_time(base, H=(128, 512, 2048, 4096), B=(1, 16, 256, 1024), T=(10, 1000, 2000)))
+                     sizes=(base, base | {"H": 256}))
 
 
 FORWARD = benchmark("forward", floors.gru_forward)

@@ -1,19 +1,16 @@
 """The input products of all characters, and their gradients."""
 
-
 import pytest
 
 from bench import floors, tutorial
 from bench.implementations import (
     in_float64,
     on,
-    our_candidates,
-    plain_candidates,
+    op_candidates,
     random_inputs,
     runnable,
-    torch_candidates,
 )
-from bench.side_by_side import Benchmark, one_at_a_time
+from bench.side_by_side import Benchmark
 from char_gru.rnn import reference
 
 
@@ -86,21 +83,13 @@ def torch_backward(library, inputs):
     return library.runnable(run)
 
 
-def benchmark(name, work, by_reference, ours, plain, pytorch):
-    def candidates(device, **sizes):
-        yield from our_candidates(device, ours)
-        yield from plain_candidates(device, plain)
-        yield from torch_candidates(device, pytorch)
+SIZES = ({"N": tutorial.SIZES.V, "E": tutorial.SIZES.E, "H": tutorial.SIZES.H},)
 
-    base = {"N": tutorial.SIZES.V, "E": tutorial.SIZES.E, "H": tutorial.SIZES.H}
-    return Benchmark(name, work, inputs, by_reference, candidates, sizes=(base,),
-                     sweep=one_at_a_time(base, N=(256, 1024, 6400), H=(128, 512, 2048, 4096)))
+FORWARD = Benchmark("input_table_forward", floors.input_table_forward, inputs, forward_by_reference,
+                    op_candidates(forward_of, plain_forward, torch_forward), SIZES)
 
-
-FORWARD = benchmark("input_table_forward", floors.input_table_forward, forward_by_reference, forward_of, plain_forward,
-                    torch_forward)
-BACKWARD = benchmark("input_table_backward", floors.input_table_backward, backward_by_reference, backward_of,
-                     plain_backward, torch_backward)
+BACKWARD = Benchmark("input_table_backward", floors.input_table_backward, inputs, backward_by_reference,
+                     op_candidates(backward_of, plain_backward, torch_backward), SIZES)
 
 
 @pytest.mark.side_by_side(FORWARD)

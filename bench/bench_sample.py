@@ -7,13 +7,11 @@ from bench import floors, tutorial
 from bench.implementations import (
     in_float64,
     on,
-    our_candidates,
-    plain_candidates,
+    op_candidates,
     random_inputs,
     runnable,
-    torch_candidates,
 )
-from bench.side_by_side import Benchmark, one_at_a_time
+from bench.side_by_side import Benchmark
 from char_gru.rnn import reference
 
 
@@ -55,16 +53,9 @@ def pytorch(library, inputs):
     return library.runnable(run)
 
 
-def candidates(device, **sizes):
-    yield next(our_candidates(device, sample_of))
-    yield from plain_candidates(device, plain, products=False)
-    yield from torch_candidates(device, pytorch, products=False)
-
-
-BASE = {"R": 64, "V": tutorial.SIZES.V}
-
-SAMPLE = Benchmark("sample", floors.sample, inputs, by_reference, candidates, sizes=(BASE,),
-                   sweep=one_at_a_time(BASE, R=(1, 1024), V=(256, 20_000)), tolerances={"fp32": 0.0})
+SAMPLE = Benchmark("sample", floors.sample, inputs, by_reference,
+                   op_candidates(sample_of, plain, pytorch, products=False), sizes=({"R": 64, "V": tutorial.SIZES.V},),
+                   tolerances={"fp32": 0.0})
 
 
 @pytest.mark.side_by_side(SAMPLE)

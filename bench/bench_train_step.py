@@ -1,17 +1,14 @@
-"""One training step, data in host memory, loss left where it is; how long until a loss is reached; and the memory."""
+"""One training step: data in host memory, loss left on the device."""
 
 import functools
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bench import floors, tutorial
-from bench.implementations import OURS
+from bench.implementations import OURS, our_candidates
 from bench.peers import training_peers
-from bench.side_by_side import Benchmark, Candidate, Runnable, one_at_a_time
-from bench.timing import peak_memory_mib
+from bench.side_by_side import Benchmark, Candidate, Runnable
 from char_gru import kernels
 from char_gru.rnn import cpu
 from char_gru.rnn.config import Sizes
@@ -22,11 +19,6 @@ VERIFIED_STEPS = 4
 
 TOLERANCES = {"fp32": 3e-5, "tf32": 1e-3, "bf16": 1e-2}
 """Of the losses of the first steps."""
-
-TRAIN = Path(__file__).parent.parent / "train.py"
-
-RUN_BATCHES = 4
-"""Length of the measured run's text; the part kept for validation comes off it."""
 
 
 def inputs(T, B, V, E, H):
@@ -62,13 +54,11 @@ def reference(inputs):
 
 
 def candidates(device, **sizes):
-    if device.kind == "cpu":
-        yield Candidate(OURS, "fp32", functools.partial(ours, cpu))
-    else:
-        for precision in device.precisions:
-            ops = kernels.op_set(precision)
-            yield Candidate(f"{OURS} {precision}", precision, functools.partial(ours, ops))
-        yield Candidate(f"{OURS} no graph {precision}", precision, functools.partial(ours, ops, graph=False))
+    yield from our_candidates(device, ours)
+    if device.kind == "cuda":
+        precision = device.precisions[-1]
+        yield Candidate(f"{OURS} no graph {precision}", precision,
+                        functools.partial(ours, kernels.op_set(precision), graph=False))
     for peer in training_peers(device, tutorial=sizes == BASE):
         yield of_peer(peer)
 
@@ -82,9 +72,7 @@ BASE = {"T": tutorial.T, "B": tutorial.B, "V": tutorial.SIZES.V, "E": tutorial.S
 
 TRAIN_STEP = Benchmark(
     "train_step", floors.train_step, inputs, reference, candidates,
-    sizes=(BASE, *one_at_a_time(BASE, B=(16,), H=(256, 512))),
-    sweep=one_at_a_time(BASE, B=(1, 256, 1024), H=(128, 2048, 4096), T=(10, 1000, 2000)),
-    whole_job=True, tolerances=TOLERANCES)
+    sizes=(BASE, BASE | {"B": 16}, BASE | {"H": 256}, BASE | {"H": 512}), whole_job=True, tolerances=TOLERANCES)
 
 
 @pytest.mark.side_by_side(TRAIN_STEP)
@@ -92,11 +80,3 @@ def test_train_step(turn):
     """Forward, backward, Adam."""
     turn()
 
-
-def test_peak_memory(record_figure, tmp_path):
-    """MiB of one epoch of `train.py` with its default options on a short text: steps, validation, sample, files."""
-    text = tmp_path / "text"
-    text.write_text(tutorial.random_text(RUN_BATCHES * tutorial.B * (tutorial.T + 1)))
-    record_figure("train_memory", peak_memory_mib=peak_memory_mib(
-        [sys.executable, str(TRAIN), "--data", str(text), "--out", str(tmp_path / "run"), "--epochs", "1",
-         "--device", "cpu"]))

@@ -1,8 +1,8 @@
 """The suite's front end: `python -m pytest bench/` measures, prints and records, with pytest-benchmark's options.
 
-    python -m pytest bench/                                     # default sizes, on a GPU if there is one
+    python -m pytest bench/                                     # all sizes, on a GPU if there is one
     python -m pytest bench/ --device cpu --rounds 3             # a look; fewer than 5 rounds are not recorded
-    python -m pytest bench/bench_gru.py --sizes all             # the whole sweep
+    python -m pytest bench/bench_gru.py --tutorial              # only the tutorial's sizes
     python -m pytest bench/ -k 'adam and PyTorch' --benchmark-sort name --benchmark-json out.json
 
 A test is a candidate, a group the candidates of a benchmark at some sizes. The first test of a group measures all
@@ -19,14 +19,12 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 
 from bench import floors, timing
 from bench.devices import Cpu, Device, current_gpu
 from bench.implementations import OURS
 from bench.side_by_side import (
-    SIZES,
     Benchmark,
     Candidate,
     Clock,
@@ -61,8 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                       help="what to measure; auto takes an NVIDIA GPU if there is one")
     options.addoption("--rounds", type=int, default=7,
                       help=f"rounds of each benchmark; fewer than {RECORDED_ROUNDS} are printed and not recorded")
-    options.addoption("--sizes", choices=SIZES, default="default",
-                      help="tutorial: the first of each benchmark's sizes; all: the whole sweep")
+    options.addoption("--tutorial", action="store_true", help="only the first of each benchmark's sizes")
     options.addoption("--results", default=timing.RESULTS, type=timing.Path, help="folder of the recorded results")
 
 
@@ -78,7 +75,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     [benchmark] = marker.args
     device = _device(metafunc.config.getoption("device"))
     turns = [Turn(benchmark, sizes, candidate)
-             for sizes in benchmark.sizes_on(device, metafunc.config.getoption("sizes"))
+             for sizes in benchmark.sizes_on(device)[:1 if metafunc.config.getoption("tutorial") else None]
              for candidate in benchmark.candidates(device, **sizes)]
     metafunc.parametrize("turn", indirect=True, argvalues=[
         pytest.param(turn, id=f"{turn.group.removeprefix(benchmark.name + ' ')}-{turn.candidate.name}",
@@ -102,7 +99,6 @@ def turn(request: pytest.FixtureRequest, benchmark) -> Callable[[], None]:
         else:
             with _CLOCK.replay(outcome.seconds) as advance:
                 benchmark.pedantic(advance, rounds=len(outcome.seconds))
-        benchmark.extra_info.update(_figures(turn, outcome, group.ceilings))
 
     return measured_turn
 
@@ -161,18 +157,6 @@ def _turn_of(item: pytest.Item) -> Turn | None:
     return item.callspec.params.get("turn") if hasattr(item, "callspec") else None
 
 
-@pytest.fixture
-def record_figure(pytestconfig: pytest.Config) -> Callable[..., None]:
-    """A function of a name and figures that are no times: records them, where times would be."""
-    def record(name: str, **figures: float) -> None:
-        print(name, figures)
-        if pytestconfig.getoption("rounds") >= RECORDED_ROUNDS:
-            device = _device(pytestconfig.getoption("device"))
-            timing.record(name, timing.figure_entry(name, device, **figures), pytestconfig.getoption("results"))
-
-    return record
-
-
 @functools.cache
 def _device(kind: str) -> Device:
     """The device of an option.
@@ -192,11 +176,3 @@ def _device(kind: str) -> Device:
 def _ceilings(device: Device) -> floors.Ceilings:
     """Measured once, in the same run as what they are compared with."""
     return device.ceilings()
-
-
-def _figures(turn: Turn, outcome: Measured, ceilings: floors.Ceilings) -> dict[str, float]:
-    """What pytest-benchmark saves beside the seconds."""
-    work, seconds = turn.benchmark.work(**turn.sizes), float(np.median(outcome.seconds))
-    return {"GB/s": work.bytes / seconds / 1e9, "GFLOP/s": work.flop / seconds / 1e9,
-            "of floor": seconds / floors.floor_seconds(work, ceilings, turn.candidate.precision),
-            "host_bound": outcome.host_bound, **outcome.notes}

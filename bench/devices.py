@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from char_gru.kernels import runtime
 from char_gru.kernels.plan.gpus import precisions
 
 WAITS = (0.5e-3, 2e-3, 8e-3, 32e-3, 128e-3)
-"""Seconds that a GPU waits while the host queues calls."""
+"""Seconds that a GPU waits while the host queues calls: each is tried until one is long enough."""
 
 PROBES = Path(__file__).with_name("probes.cu")
 
@@ -58,33 +58,8 @@ class Sample(NamedTuple):
     host_bound: bool = False
 
 
-class Device(Protocol):
-    """What is measured. kind is cpu or cuda; cache_bytes is what its last cache holds; precisions are those that its
-    matrix products are measured in."""
-
-    kind: str
-    cache_bytes: int
-    precisions: tuple[str, ...]
-
-    def sample(self, calls: Sequence[Callable[[], object]]) -> Sample: ...
-
-    def clock_sample(self, calls: Sequence[Callable[[], object]]) -> Sample:
-        """By the clock on the wall, from nothing started to everything done: what somebody waits for."""
-
-    def synchronize(self) -> None:
-        """Waits until everything that was started is done."""
-
-    def ceilings(self) -> Ceilings: ...
-
-    def facts(self) -> dict[str, str]:
-        """What results depend on beside the machine that it is in."""
-
-    def memory_bytes(self, release: bool) -> int:
-        """Of the device in use, by whatever library, after giving back what nobody uses if asked to; 0 on the CPU."""
-
-
 class Cpu:
-    """The processor that NumPy runs on."""
+    """The processor that NumPy runs on: what its last cache holds, and the precisions of its matrix products."""
 
     kind, precisions = "cpu", ("fp32",)
 
@@ -95,6 +70,7 @@ class Cpu:
         return self.clock_sample(calls)
 
     def clock_sample(self, calls: Sequence[Callable[[], object]]) -> Sample:
+        """By the clock on the wall, from nothing started to everything done."""
         return clocked_sample(calls, self.synchronize)
 
     def synchronize(self) -> None:
@@ -112,9 +88,11 @@ class Cpu:
         return Ceilings(2 * COPIED_BYTES / min(copied, changed), {"fp32": 2 * PRODUCT_SIZE**3 / multiplied}, 0.0, 0.0)
 
     def facts(self) -> dict[str, str]:
+        """Facts that results depend on beside those of the machine."""
         return {}
 
     def memory_bytes(self, release: bool) -> int:
+        """Device memory in use: none."""
         return 0
 
 
@@ -128,28 +106,7 @@ def clocked_sample(calls: Sequence[Callable[[], object]], synchronize: Callable[
     return Sample((time.perf_counter() - started) / len(calls))
 
 
-class Driver(Protocol):
-    """What measuring a GPU takes beside running kernels."""
-
-    l2_bytes: int
-
-    def wait(self, seconds: float) -> None:
-        """Queue a kernel that takes so long."""
-
-    def record(self) -> Any:
-        """Queue an event."""
-
-    def passed(self, event: Any) -> bool: ...
-
-    def seconds(self, start: Any, end: Any) -> float:
-        """Between two events, after waiting for the second."""
-
-    def synchronize(self) -> None: ...
-
-    def memory_bytes(self, release: bool) -> int: ...
-
-
-def queued_sample(driver: Driver, calls: Sequence[Callable[[], object]]) -> Sample:
+def queued_sample(driver: CupyDriver, calls: Sequence[Callable[[], object]]) -> Sample:
     """One sample on a GPU, as the head of this file says."""
     for wait in WAITS:
         driver.wait(wait)
@@ -165,7 +122,7 @@ def queued_sample(driver: Driver, calls: Sequence[Callable[[], object]]) -> Samp
 
 
 class CupyDriver:
-    """CUDA events on the current stream, memory by CUDA."""
+    """CUDA events on the current stream, and the memory in use by whatever library."""
 
     def __init__(self) -> None:
         import cupy
@@ -174,9 +131,11 @@ class CupyDriver:
         self._wait = cupy.RawKernel(WAIT, "wait")
 
     def wait(self, seconds: float) -> None:
+        """Queue a kernel that takes so long."""
         self._wait((1,), (1,), (np.uint64(seconds * 1e9),))
 
     def record(self):
+        """Queue an event."""
         event = self._cuda.Event()
         event.record()
         return event
@@ -185,6 +144,7 @@ class CupyDriver:
         return event.done
 
     def seconds(self, start, end) -> float:
+        """Between two events, after waiting for the second."""
         end.synchronize()
         return self._cuda.get_elapsed_time(start, end) / 1e3
 
@@ -192,6 +152,7 @@ class CupyDriver:
         self._cuda.runtime.deviceSynchronize()
 
     def memory_bytes(self, release: bool) -> int:
+        """In use; with `release`, after giving back the memory that libraries hold and do not use."""
         if release:
             gc.collect()
             self._cupy.get_default_memory_pool().free_all_blocks()
@@ -206,7 +167,7 @@ class Gpu:
 
     kind = "cuda"
 
-    def __init__(self, executor: runtime.Executor, driver: Driver,
+    def __init__(self, executor: runtime.Executor, driver: CupyDriver,
                  products: Callable[[], dict[str, tuple[Callable[[], None], int]]], versions: dict[str, str]) -> None:
         self.cache_bytes, self.precisions = driver.l2_bytes, precisions(executor.gpu)
         self._executor, self._driver, self._products, self._versions = executor, driver, products, versions
@@ -250,8 +211,11 @@ class Gpu:
         self._executor.launch(source, kernel, (blocks, 1, 1), (256, 1, 1), args, 0, cooperative)
 
 
+Device = Cpu | Gpu
+
+
 def best(device: Device, call: Callable[[], object]) -> float:
-    """The shortest of some samples of a call: a ceiling is what can be reached."""
+    """The shortest of some samples of a call: a ceiling is a rate that was reached."""
     device.sample([call])
     return min(device.sample([call]).seconds for _ in range(CEILING_SAMPLES))
 

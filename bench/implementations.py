@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from char_gru import kernels
 from char_gru.rnn import cpu, reference
 
 OURS = "char-gru"
+
+BUILT_ON = {"flashrnn": "torch", "keras": "jax"}
 
 WARM_UP_CALLS = 3
 """Before PyTorch records a graph, as its documentation asks."""
@@ -45,12 +47,18 @@ def runnable(ops: Any, run: Callable[[], None], **outputs: Any) -> Runnable:
     return Runnable(run, results)
 
 
-def our_candidates(device: Device, make: Callable[[Any, Arrays], Runnable]) -> Iterator[Candidate]:
-    """Ours in each precision; make(ops, inputs)."""
-    for precision in device.precisions:
-        ops = cpu if device.kind == "cpu" else kernels.op_set(precision)
-        name = OURS if device.kind == "cpu" else f"{OURS} {precision}"
-        yield Candidate(name, precision, functools.partial(make, ops))
+def our_candidates(
+        device: Device, make: Callable[..., Runnable], products: bool = True,
+        variants: Callable[[str], Mapping[str, Mapping]] = lambda precision: {"": {}}) -> Iterator[Candidate]:
+    """Our op sets: make(ops, inputs, **options). On a GPU, each variant in each precision, an op without products in
+    fp32; variants(precision) gives the options of each variant by its name."""
+    if device.kind == "cpu":
+        yield Candidate(OURS, "fp32", functools.partial(make, cpu))
+        return
+    for precision in device.precisions if products else ("fp32",):
+        for variant, options in variants(precision).items():
+            yield Candidate(" ".join(filter(None, (OURS, variant, precision))), precision,
+                            functools.partial(make, kernels.op_set(precision), **options))
 
 
 class Plain:
@@ -154,6 +162,17 @@ def torch_candidates(device: Device, make: Callable[[Torch, Arrays], Runnable], 
                         lambda inputs, precision=precision: make(Torch(device, precision), inputs))
 
 
+def op_candidates(ours: Callable[..., Runnable], plain: Callable[[Plain, Arrays], Runnable],
+                  pytorch: Callable[[Torch, Arrays], Runnable], products: bool = True) -> Callable:
+    """The candidates of an op that has no variants, as a `Benchmark` wants them."""
+    def candidates(device: Device, **sizes: int) -> Iterator[Candidate]:
+        yield from our_candidates(device, ours, products)
+        yield from plain_candidates(device, plain, products)
+        yield from torch_candidates(device, pytorch, products)
+
+    return candidates
+
+
 def flashrnn_gru(library: Torch, gru):
     """A module with the parameters of a torch.nn.GRU and FlashRNN's kernels: (x_tb, h0) -> (h_tb, last), like the GRU.
 
@@ -190,24 +209,17 @@ def flashrnn_gru(library: Torch, gru):
 
 
 def installed(library: str, kind: str) -> bool:
-    """Whether a library is installed, with what it builds on, and for a GPU, whether it has one."""
+    """Whether a library is installed, with the one that it builds on, and for a GPU, whether it has one."""
     if importlib.util.find_spec(library) is None:
         return False
-    if library == "keras" and keras_backend() == "torch" and kind == "cpu" and installed("torch", "cuda"):
-        return False  # on PyTorch, Keras takes a GPU where there is one
-    if library in ("flashrnn", "keras"):
-        return installed("torch" if library == "flashrnn" else keras_backend(), kind)
+    if library in BUILT_ON:
+        return installed(BUILT_ON[library], kind)
     if kind == "cpu":
         return True
     if library == "torch":
         import torch
         return torch.cuda.is_available()
     return library == "jax" and imported_jax().default_backend() == "gpu"
-
-
-def keras_backend() -> str:
-    """What Keras computes with: JAX, or what KERAS_BACKEND names. Keras reads it when it is imported."""
-    return os.environ.setdefault("KERAS_BACKEND", "jax")
 
 
 def imported_jax():

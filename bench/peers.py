@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsFloat
 
 import numpy as np
 
 from bench.devices import Device
-from bench.implementations import Torch, flashrnn_gru, imported_jax, installed, keras_backend
+from bench.implementations import Torch, flashrnn_gru, imported_jax, installed
 from char_gru.rnn.config import Sizes
 from char_gru.rnn.model import BETA_1, BETA_2, EPSILON
 from char_gru.rnn.params import checkpoint_name
@@ -287,11 +288,10 @@ def jax_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: Device, pre
 
 
 def keras_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: Device, precision: str) -> Peer:
-    """Keras on JAX, or on the backend that KERAS_BACKEND names: the tutorial's layers, its Adam, `train_on_batch`, and
-    the tutorial's way of writing: a compiled model of one step, called once for each character."""
-    backend = keras_backend()
-    if backend == "jax":
-        jax = imported_jax()
+    """Keras on JAX: the tutorial's layers, its Adam, `train_on_batch`, and the tutorial's way of writing: a compiled
+    model of one step, called once for each character."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    jax = imported_jax()
     import keras
 
     layers = keras.layers
@@ -300,12 +300,7 @@ def keras_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: Device, p
     @contextlib.contextmanager
     def switched() -> Iterator[None]:
         """Inside the `with` block, Keras computes on this device and multiplies in this precision."""
-        with contextlib.ExitStack() as stack:
-            if backend == "jax":
-                stack.enter_context(jax.default_device(jax.devices(device.kind)[0]))
-                stack.enter_context(jax.default_matmul_precision(JAX_PRECISIONS[precision]))
-            if backend == "torch":
-                stack.enter_context(Torch(device, precision).switched())
+        with jax.default_device(jax.devices(device.kind)[0]), jax.default_matmul_precision(JAX_PRECISIONS[precision]):
             yield
 
     def gates_zrn(array: np.ndarray) -> np.ndarray:
@@ -340,11 +335,11 @@ def keras_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: Device, p
 
     @functools.cache
     def one_step(temperature: float):
-        """The model of one step, from ids (R, 1) and states (R, H) to those of the next character; and that compiled,
-        on JAX without `predict_on_batch`, around which a step takes nearly twice as long."""
+        """The model of one step, from ids (R, 1) and states (R, H) to ids and states of the next character; and its
+        compiled call, without `predict_on_batch`, with which a step takes nearly twice as long."""
         y_bt, h_next_b = gru(embedding(ids_bt), initial_state=h_b)
         step_model = keras.Model([ids_bt, h_b], [Draw(temperature)(output(y_bt[:, -1])), h_next_b])
-        return step_model, jax.jit(step_model.stateless_call) if backend == "jax" else step_model.predict_on_batch
+        return step_model, jax.jit(step_model.stateless_call)
 
     def train_step(inputs_tb: np.ndarray, targets_tb: np.ndarray, learning_rate: float) -> float:
         with switched():
@@ -359,10 +354,7 @@ def keras_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: Device, p
             trained, others = ([variable.value for variable in variables] for variables in
                                (step_model.trainable_variables, step_model.non_trainable_variables))
             for _ in range(length):
-                if backend == "jax":
-                    (ids, h), others = step(trained, others, [ids, h])
-                else:
-                    ids, h = step([ids, h])
+                (ids, h), others = step(trained, others, [ids, h])
                 ids_tr.append(ids)
         return np.concatenate([np.asarray(ids) for ids in ids_tr], axis=1).T
 

@@ -1,8 +1,9 @@
-"""Plots as SVG files that are the same for the same results, and that hold what they show as JSON."""
+"""Plots as SVG files: the same bytes for the same results, with the plotted numbers as JSON in their description."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,13 +19,10 @@ _SETTINGS = {"svg.hashsalt": "char-gru", "svg.fonttype": "none", "figure.constra
 
 
 class Panel(NamedTuple):
-    """One diagram, all times in milliseconds. bars: name -> (median, lowest, highest, floor), or lines: name -> points
-    (size, median), over the axis."""
+    """The diagram of one op, all times in milliseconds. bars: name -> (median, lowest, highest, floor)."""
 
     title: str
-    axis: str
     bars: dict[str, list[float]]
-    lines: dict[str, list[list[float]]]
 
 
 def against_floor(entry: dict) -> Panel:
@@ -34,29 +32,7 @@ def against_floor(entry: dict) -> Panel:
     bars = {name: [_milliseconds(seconds) for seconds in
                    (*spread(made["seconds"]), floor_seconds(work, ceilings, made["precision"]))]
             for name, made in entry["candidates"].items()}
-    return Panel(f"{entry['benchmark']} {sizes}", "", bars, {})
-
-
-def against_size(entries: Sequence[dict], axis: str) -> Panel | None:
-    """The candidates of a benchmark over one size, of entries that differ in it alone; None for fewer than two.
-
-    The floor is that of the fastest precision.
-    """
-    alike: dict[str, list[dict]] = {}
-    for entry in entries:
-        others = " ".join(f"{name}={size}" for name, size in entry["sizes"].items() if name != axis)
-        alike.setdefault(others, []).append(entry)
-    others, chosen = max(alike.items(), key=lambda item: len(item[1]), default=("", []))
-    if len(chosen) < 2:
-        return None
-    lines: dict[str, list[list[float]]] = {}
-    for entry in sorted(chosen, key=lambda entry: entry["sizes"][axis]):
-        for name, made in entry["candidates"].items():
-            lines.setdefault(name, []).append([entry["sizes"][axis], _milliseconds(spread(made["seconds"]).median)])
-        if "ceilings" in entry:
-            lines.setdefault("floor", []).append([entry["sizes"][axis], min(
-                floor for *_, floor in against_floor(entry).bars.values())])
-    return Panel(f"{entries[0]['benchmark']} {others}", axis, {}, lines)
+    return Panel(f"{entry['benchmark']} {sizes}", bars)
 
 
 def draw(path: Path, panels: Sequence[Panel]) -> None:
@@ -66,45 +42,35 @@ def draw(path: Path, panels: Sequence[Panel]) -> None:
     from matplotlib import pyplot
 
     columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
+    rows = math.ceil(len(panels) / columns)
     height = max(2.4, 0.8 + 0.22 * max(len(panel.bars) for panel in panels))
     with matplotlib.rc_context(_SETTINGS):
         figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, height * rows), squeeze=False)
         for diagram in axes.flat[len(panels):]:
             diagram.set_axis_off()
-        for diagram, panel in zip(axes.flat, panels):
-            _bars(diagram, panel) if panel.bars else _lines(diagram, panel)
-            diagram.set_title(panel.title, fontsize=8)
+        for diagram, panel in zip(axes.flat, panels, strict=False):
+            _bars(diagram, panel)
         figure.savefig(path, metadata={"Description": json.dumps(panels), "Date": None})
         pyplot.close(figure)
     path.write_text(re.sub(r" +$", "", path.read_text(), flags=re.MULTILINE))
 
 
-def drawn(path: Path) -> list[Panel] | None:
-    """What a file shows; None where there is none."""
-    if not path.exists():
-        return None
-    return [Panel(*panel) for panel in json.loads(ElementTree.parse(path).getroot().find(f".//{_DESCRIPTION}").text)]
+def drawn(path: Path) -> str | None:
+    """The JSON of the panels that a file shows; None where there is no file."""
+    return ElementTree.parse(path).getroot().find(f".//{_DESCRIPTION}").text if path.exists() else None
 
 
 def _bars(diagram, panel: Panel) -> None:
     names = list(panel.bars)
-    medians, lows, highs, floors = zip(*panel.bars.values())
-    whiskers = [[median - low for median, low in zip(medians, lows)],
-                [high - median for median, high in zip(medians, highs)]]
+    medians, lows, highs, floors = zip(*panel.bars.values(), strict=True)
+    whiskers = [[median - low for median, low in zip(medians, lows, strict=True)],
+                [high - median for median, high in zip(medians, highs, strict=True)]]
     diagram.barh(names, medians, xerr=whiskers, height=0.6, color=_colours(names), error_kw={"linewidth": 0.8})
     diagram.vlines(floors, [k - 0.4 for k in range(len(names))], [k + 0.4 for k in range(len(names))], "black",
                    linestyles="dotted")
     diagram.invert_yaxis()
+    diagram.set_title(panel.title, fontsize=8)
     diagram.set(xlim=(0, None), xlabel="ms; dotted: the floor")
-
-
-def _lines(diagram, panel: Panel) -> None:
-    for name, colour in zip(panel.lines, _colours(list(panel.lines))):
-        style = {"color": "black", "linestyle": "dotted"} if name == "floor" else {"color": colour, "marker": "o"}
-        diagram.plot(*zip(*panel.lines[name]), markersize=3, label=name, **style)
-    diagram.set(xscale="log", yscale="log", xlabel=panel.axis, ylabel="ms")
-    diagram.legend(fontsize=6)
 
 
 def _colours(names: Sequence[str]) -> list[str]:

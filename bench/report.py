@@ -1,8 +1,7 @@
 """Tables and plots, rendered from the recorded results: `python -m bench.report [--check]`.
 
 In each of PAGES, the text between `<!-- table: NAME -->` and `<!-- end -->` is replaced, by nothing where nothing was
-recorded; the page decides which tables it shows. Plots are bench/results/*.svg, of each device; the data that they show
-are kept in them as JSON.
+recorded. The plots are bench/results/*.svg, one for each device; each file also holds the plotted numbers as JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bench import plots
@@ -30,6 +29,34 @@ WHOLE_JOBS = ("train_step", "generate", "time_to_loss")
 
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(?:(?!<!-- table: ).)*?(<!-- end -->)", re.DOTALL)
 
+Figure = Callable[[Mapping[str, int], float, dict], float | None]
+"""What a column shows of a candidate: a function of the sizes, the median of its seconds, and what was recorded."""
+
+
+# RESULTS.md
+
+def device_sections(results: Path) -> str:
+    """For each device a heading, the circumstances of its runs, and its tables."""
+    return "\n\n".join(map(_device_section, _devices(results).values()))
+
+
+def _device_section(groups: dict) -> str:
+    entries = [entry for entry in groups.values() if "candidates" in entry]
+    runs: dict[str, list[str]] = {}  # circumstances -> the benchmarks that ran in them
+    for entry in entries:
+        runs.setdefault(_circumstances(entry), []).append(entry["benchmark"])
+    facts = entries[0]["machine"]
+    parts = [f"## {facts['gpu'] if 'gpu' in facts else _cpu(facts)}"]
+    parts += [f"{', '.join(dict.fromkeys(names))}: {run}" if len(runs) > 1 else run for run, names in runs.items()]
+    for title, table, shown in (
+            ("A training step", train_step_table, _of(groups, "train_step")),
+            ("Training until a loss is reached", time_to_loss_table, _of(groups, "time_to_loss")),
+            ("Writing text", generate_table, _of(groups, "generate")),
+            ("Each op by itself", ops_table, [entry for entry in entries if entry["benchmark"] not in WHOLE_JOBS])):
+        if shown:
+            parts += [f"### {title}", table(shown)]
+    return "\n\n".join(parts)
+
 
 def train_step_flop(T: int, B: int, V: int, E: int, H: int) -> int:
     """Floating-point operations of one step in the products with W_hh and W_out: forward, and twice that backward.
@@ -40,91 +67,85 @@ def train_step_flop(T: int, B: int, V: int, E: int, H: int) -> int:
     return 3 * 2 * T * B * (3 * H * H + H * V)
 
 
-def train_step_table(entry: dict, memory: dict | None = None) -> str:
-    """The recorded `train_step` at the tutorial's sizes as markdown, with the memory of a whole run if recorded."""
-    sizes = entry["sizes"]
-    characters, flop = sizes["T"] * sizes["B"], train_step_flop(**sizes)
-    more = ["memory_mib"] * any("memory_mib" in made for made in entry["candidates"].values())
-    rows = []
-    for name, made in entry["candidates"].items():
-        median, low, high = spread(made["seconds"])
-        rows.append([name, _figures(1e3 * median), f"{_figures(1e3 * low)} to {_figures(1e3 * high)}",
-                     f"{characters / median:,.0f}", _figures(flop / median / 1e9), _ratio(entry, name),
-                     *(_figures(made[note]) if note in made else "" for note in more)])
-    table = _table(["", "ms per step", "range", "characters/s", "GFLOP/s", "time against ours",
-                    *("MiB" for _ in more)], rows)
-    text = (f"{_circumstances(entry)}\n\n{table}\n\n"
-            f"{_figures(flop / 1e9)} GFLOP per step in recurrence and output layer.")
-    return text if memory is None else (
-        f"{text} A whole run of `train.py` takes {memory['peak_memory_mib']:,.0f} MiB at most.")
+def train_step_table(entries: Sequence[dict]) -> str:
+    """One training step at each of its sizes."""
+    return "Floating-point operations are those of recurrence and output layer.\n\n" + _jobs_table(entries, {
+        "characters/s": lambda sizes, seconds, made: sizes["T"] * sizes["B"] / seconds,
+        "GFLOP/s": lambda sizes, seconds, made: train_step_flop(**sizes) / seconds / 1e9,
+        "MiB": lambda sizes, seconds, made: made.get("memory_mib")})
+
+
+def time_to_loss_table(entries: Sequence[dict]) -> str:
+    """Training until the validation loss is low enough."""
+    return "The validation loss is that of `bench/bench_time_to_loss.py`.\n\n" + _jobs_table(
+        entries, {"steps": lambda sizes, seconds, made: made["steps"]})
 
 
 def generate_table(entries: Sequence[dict]) -> str:
-    """The recorded `generate` for each number of texts as markdown."""
-    rows = []
-    for entry in sorted(entries, key=lambda entry: entry["sizes"]["R"]):
-        number = entry["sizes"]["R"]
-        for name, made in entry["candidates"].items():
-            median, low, high = spread(made["seconds"])
-            rows.append([f"{number}", name, _figures(median), f"{_figures(low)} to {_figures(high)}",
-                         f"{number * entry['sizes']['T'] / median:,.0f}", _ratio(entry, name)])
-    table = _table(["texts", "", "s", "range", "characters/s", "time against ours"], rows)
-    return f"{_circumstances(entries[0])}\n\n{table}"
+    """R texts of T characters, for each R."""
+    return "R texts of T characters each.\n\n" + _jobs_table(entries, {
+        "characters/s": lambda sizes, seconds, made: sizes["T"] * sizes["R"] / seconds})
 
 
-def scaling_table(entries: Sequence[dict]) -> str:
-    """Milliseconds of a training step at every recorded size, a column for each candidate."""
-    names = list(dict.fromkeys(name for entry in entries for name in entry["candidates"]))
-    ordered = sorted(entries, key=lambda entry: tuple(entry["sizes"][axis] for axis in "HBT"))
-    rows = [[*(f"{entry['sizes'][axis]:,}" for axis in "HBT"),
-             *(_milliseconds(entry["candidates"].get(name)) for name in names)] for entry in ordered]
-    return "Milliseconds of a training step at other sizes:\n\n" + _table(["H", "B", "T", *names], rows)
+def _jobs_table(entries: Sequence[dict], figures: Mapping[str, Figure]) -> str:
+    """The candidates of a whole job at each of its sizes, smallest first, with one more column for each figure that
+    some candidate has."""
+    rows, cells = [], {name: [] for name in figures}
+    for entry in sorted(entries, key=lambda entry: [entry["sizes"][axis] for axis in sorted(entry["sizes"])]):
+        for index, (name, made) in enumerate(entry["candidates"].items()):
+            rows.append([_sizes(entry) if index == 0 else "", name, *_median_and_range(made), _ratio(entry, name)])
+            for column, figure in figures.items():
+                value = figure(entry["sizes"], spread(made["seconds"]).median, made)
+                cells[column].append("" if value is None else _figures(value))
+    shown = {column: values for column, values in cells.items() if any(values)}
+    return _table(["sizes", "", "ms", "range", "time against ours", *shown],
+                  [[*row, *values] for row, *values in zip(rows, *shown.values(), strict=True)])
 
 
 def ops_table(entries: Sequence[dict]) -> str:
-    """Every op at one of its sizes: time, rates, what share of the nearer ceiling that is, and of the floor."""
+    """Every op at each of its sizes: time, rates, the share of the nearer ceiling, and the time against the floor."""
     rows = []
     for entry in entries:
         work, ceilings = Work(**entry["work"]), Ceilings(**entry["ceilings"])
         for index, (name, made) in enumerate(entry["candidates"].items()):
-            median, low, high = spread(made["seconds"])
-            of_memory = work.bytes / median / ceilings.bytes_per_second
-            of_arithmetic = work.flop / median / ceilings.flop_per_second[made["precision"]]
+            seconds = spread(made["seconds"]).median
+            of_memory = work.bytes / seconds / ceilings.bytes_per_second
+            of_arithmetic = work.flop / seconds / ceilings.flop_per_second[made["precision"]]
             ceiling = (f"{of_memory:.0%} of memory" if of_memory >= of_arithmetic else
                        f"{of_arithmetic:.0%} of product")
-            floor = floor_seconds(work, ceilings, made["precision"])
+            median, low_to_high = _median_and_range(made)
             rows.append([f"{entry['benchmark']} ({_sizes(entry)})" if index == 0 else "", name,
-                         _figures(1e3 * median) + " †" * made["host_bound"],
-                         f"{_figures(1e3 * low)} to {_figures(1e3 * high)}", _figures(work.bytes / median / 1e9),
-                         _figures(work.flop / median / 1e9) if work.flop else "", ceiling, f"{median / floor:.1f}"])
+                         median + " †" * made["host_bound"], low_to_high, _figures(work.bytes / seconds / 1e9),
+                         _figures(work.flop / seconds / 1e9) if work.flop else "", ceiling,
+                         f"{seconds / floor_seconds(work, ceilings, made['precision']):.1f}"])
     table = _table(["op", "", "ms", "range", "GB/s", "GFLOP/s", "of the ceiling", "times the floor"], rows)
-    ceilings = Ceilings(**entries[0]["ceilings"])
-    rates = ", ".join(f"{_figures(rate / 1e9)} GFLOP/s in {precision}"
-                      for precision, rate in ceilings.flop_per_second.items())
-    text = (f"{_circumstances(entries[0])} Ceilings measured in the same run: memory "
-            f"{_figures(ceilings.bytes_per_second / 1e9)} GB/s, the library's large product {rates}")
-    if ceilings.launch_seconds:
-        text += (f"; {_figures(1e6 * ceilings.launch_seconds)} us from launch to launch, "
-                 f"{_figures(1e6 * ceilings.barrier_seconds)} us for a barrier among all blocks")
     slow = any(made["host_bound"] for entry in entries for made in entry["candidates"].values())
-    return f"Each op by itself. {text}.\n\n{table}" + "\n\n† launched more slowly than it runs." * slow
+    return table + "\n\n† launched more slowly than it runs." * slow
 
 
-def time_to_loss_table(entry: dict) -> str:
-    """Steps until the validation loss is reached, and their time."""
+def plots_table(results: Path) -> str:
+    """All plots, as RESULTS.md shows them."""
+    return "\n\n".join(f"![{path.stem}](results/{path.name})" for path in plots_of(results))
+
+
+def init_table(results: Path) -> str:
+    """Losses by epoch of the training runs whose metrics are kept as NAME.metrics.jsonl."""
     rows = []
-    for name, made in entry["candidates"].items():
-        median, low, high = spread(made["seconds"])
-        rows.append([name, f"{made['steps']:,}", _figures(median), f"{_figures(low)} to {_figures(high)}",
-                     _ratio(entry, name)])
-    table = _table(["", "steps", "s", "range", "time against ours"], rows)
-    return (f"Training until the validation loss is below that of `bench/bench_time_to_loss.py`, {_sizes(entry)}. "
-            f"{_circumstances(entry)}\n\n{table}")
+    for path in sorted(results.glob("*.metrics.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        rows.append([path.name.removesuffix(".metrics.jsonl"),
+                     *(f"{line['train_loss']:.4f} / {line['val_loss']:.4f}" for line in lines if "train_loss" in line)])
+    if not rows:
+        return ""
+    epochs = max(map(len, rows)) - 1
+    return _table(["training / validation", *(f"epoch {epoch + 1}" for epoch in range(epochs))], rows)
 
+
+# README.md and kernels/README.md
 
 def kernels_table(results: Path) -> str:
     """Every variant of every op, and the GPUs that results of it are recorded from."""
-    gpus = list(_machines(results, "cuda"))
+    gpus = _devices(results, "cuda").values()
     rows = []
     for op, variant in _ops_shown_once():
         ran = {entry["machine"]["gpu"] for groups in gpus for entry in _of(groups, variant.benchmark)
@@ -151,14 +172,9 @@ def _ops_shown_once() -> Iterator[tuple[str, Variant]]:
 
 
 def headline(results: Path) -> str:
-    """A sentence for each machine: one training step and one text, and the step against the other libraries."""
-    sentences = []
-    for kind in ("cuda", "cpu"):
-        for groups in _machines(results, kind):
-            step, texts = _tutorial(groups, "train_step"), _tutorial(groups, "generate")
-            if step and texts:
-                sentences.append(_headline(step, texts))
-    return "\n\n".join(sentences)
+    """A sentence for each device: one training step and one text, and the step against the other libraries."""
+    jobs = ([_tutorial(groups, name) for name in ("train_step", "generate")] for groups in _devices(results).values())
+    return "\n\n".join(_headline(step, texts) for step, texts in jobs if step and texts)
 
 
 def _headline(step: dict, texts: dict) -> str:
@@ -172,63 +188,9 @@ def _headline(step: dict, texts: dict) -> str:
             f"{texts['sizes']['T']:,} characters {_figures(written)} s.")
 
 
-def init_table(results: Path) -> str:
-    """Losses by epoch of the training runs whose metrics are kept as NAME.metrics.jsonl."""
-    rows = []
-    for path in sorted(results.glob("*.metrics.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        rows.append([path.name.removesuffix(".metrics.jsonl"),
-                     *(f"{line['train_loss']:.4f} / {line['val_loss']:.4f}" for line in lines if "train_loss" in line)])
-    if not rows:
-        return ""
-    epochs = max(map(len, rows)) - 1
-    return _table(["training / validation", *(f"epoch {epoch + 1}" for epoch in range(epochs))], rows)
-
-
-def _axes(entries: Sequence[dict]) -> dict[str, list[str]]:
-    """The axes of each benchmark."""
-    return {entry["benchmark"]: list(entry["sizes"]) for entry in entries}
-
-
-def plots_table(results: Path) -> str:
-    """All plots, as RESULTS.md shows them."""
-    return "\n\n".join(f"![{path.stem}](results/{path.name})" for path in plots_of(results))
-
-
-def _train_step(groups: dict) -> str:
-    entry = _tutorial(groups, "train_step")
-    return train_step_table(entry, groups.get("train_memory")) if entry else ""
-
-
-def _generate(groups: dict) -> str:
-    one = _tutorial(groups, "generate")
-    entries = [entry for entry in _of(groups, "generate") if one and entry["sizes"]["H"] == one["sizes"]["H"]]
-    return generate_table(entries) if entries else ""
-
-
-def _scaling(groups: dict) -> str:
-    entries = _of(groups, "train_step")
-    return scaling_table(entries) if len(entries) > 1 else ""
-
-
-def _ops(groups: dict) -> str:
-    entries = [entry for entry in groups.values()
-               if entry["tutorial"] and "candidates" in entry and entry["benchmark"] not in WHOLE_JOBS]
-    return ops_table(entries) if entries else ""
-
-
-def _time_to_loss(groups: dict) -> str:
-    return "\n\n".join(map(time_to_loss_table, _of(groups, "time_to_loss")))
-
-
-_OF_A_MACHINE = {"train-step": _train_step, "generate": _generate, "scaling": _scaling, "ops": _ops,
-                 "time-to-loss": _time_to_loss}
-
-TABLES: dict[str, Callable[[Path], str]] = {"headline": headline, "init": init_table, "kernels": kernels_table,
-                                            "files": files_table, "plots": plots_table} | {
-    f"{name}-{kind}": lambda results, render=render, kind=kind: "\n\n".join(
-        filter(None, map(render, _machines(results, kind))))
-    for name, render in _OF_A_MACHINE.items() for kind in ("cpu", "cuda")}
+TABLES: Mapping[str, Callable[[Path], str]] = {
+    "headline": headline, "kernels": kernels_table, "files": files_table, "devices": device_sections,
+    "plots": plots_table, "init": init_table}
 """The tables that a page can show, each a function of the folder of results."""
 
 
@@ -251,19 +213,12 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
 
 def plots_of(results: Path) -> dict[Path, list[plots.Panel]]:
-    """What there is to plot of each device: its ops at the tutorial's sizes, and what was measured at several sizes."""
-    drawn = {}
-    for kind in ("cpu", "cuda"):
-        for path in sorted(results.glob(f"{kind}-*.json")):
-            groups = json.loads(path.read_text())
-            timed = [entry for entry in groups.values() if "candidates" in entry]
-            ops = [plots.against_floor(entry) for entry in timed
-                   if entry["tutorial"] and entry["benchmark"] not in WHOLE_JOBS]
-            over_sizes = [plots.against_size(_of(groups, benchmark), axis)
-                          for benchmark, axes in _axes(timed).items() for axis in axes]
-            drawn |= {path.with_name(f"{path.stem}-{name}.svg"): panels
-                      for name, panels in (("ops", ops), ("sizes", list(filter(None, over_sizes)))) if panels}
-    return drawn
+    """The plot of each device: its ops, each at the first of its sizes."""
+    ops = {path.with_name(f"{path.stem}-ops.svg"): [
+        plots.against_floor(entry) for entry in groups.values()
+        if entry["tutorial"] and "candidates" in entry and entry["benchmark"] not in WHOLE_JOBS]
+        for path, groups in _devices(results).items()}
+    return {path: panels for path, panels in ops.items() if panels}
 
 
 def main(arguments: Sequence[str] | None = None, pages: Sequence[Path] = PAGES, results: Path = RESULTS) -> int:
@@ -273,7 +228,7 @@ def main(arguments: Sequence[str] | None = None, pages: Sequence[Path] = PAGES, 
     check, wanted = parser.parse_args(arguments).check, plots_of(results)
     texts = {page: filled(page.read_text(), results) for page in pages}
     old_pages = [page for page, text in texts.items() if page.read_text() != text]
-    old_plots = [path for path, panels in wanted.items() if plots.drawn(path) != panels]
+    old_plots = [path for path, panels in wanted.items() if plots.drawn(path) != json.dumps(panels)]
     surplus = sorted(set(results.glob("*.svg")) - wanted.keys())
     if check:
         differing = [path.name for path in (*old_pages, *old_plots, *surplus)]
@@ -289,9 +244,10 @@ def main(arguments: Sequence[str] | None = None, pages: Sequence[Path] = PAGES, 
     return 0
 
 
-def _machines(results: Path, kind: str) -> Iterator[dict]:
-    """The groups of each device of a kind."""
-    return (json.loads(path.read_text()) for path in sorted(results.glob(f"{kind}-*.json")))
+def _devices(results: Path, kind: str = "*") -> dict[Path, dict]:
+    """The file of each device, or of each of a kind, and the groups in it; GPUs first."""
+    paths = sorted(results.glob(f"{kind}-*.json"), key=lambda path: (path.name.startswith("cpu"), path.name))
+    return {path: json.loads(path.read_text()) for path in paths}
 
 
 def _of(groups: dict, benchmark: str) -> list[dict]:
@@ -322,12 +278,27 @@ def _sizes(entry: dict) -> str:
     return ", ".join(f"{axis} {size:,}" for axis, size in entry["sizes"].items())
 
 
-def _milliseconds(made: dict | None) -> str:
-    return _figures(1e3 * spread(made["seconds"]).median) if made else ""
+def _median_and_range(made: dict) -> tuple[str, str]:
+    """Of a candidate's rounds, in milliseconds."""
+    median, low, high = (_figures(1e3 * seconds) for seconds in spread(made["seconds"]))
+    return median, f"{low} to {high}"
 
 
 def _circumstances(entry: dict) -> str:
-    facts, rounds = entry["machine"], len(next(iter(entry["candidates"].values()))["seconds"])
+    """Where and when an entry was measured, and the ceilings of that run."""
+    facts, ceilings = entry["machine"], Ceilings(**entry["ceilings"])
+    rounds = len(next(iter(entry["candidates"].values()))["seconds"])
+    rates = ", ".join(f"{_figures(rate / 1e9)} GFLOP/s in {precision}"
+                      for precision, rate in ceilings.flop_per_second.items())
+    costs = (f"; {_figures(1e6 * ceilings.launch_seconds)} us from launch to launch, "
+             f"{_figures(1e6 * ceilings.barrier_seconds)} us for a barrier among all blocks") * ("gpu" in facts)
+    return (f"{_libraries(facts)}. {_count(rounds, 'interleaved round')}; {facts['date']}, commit {facts['commit']}. "
+            f"Ceilings: memory {_figures(ceilings.bytes_per_second / 1e9)} GB/s, the library's large product "
+            f"{rates}{costs}.")
+
+
+def _libraries(facts: dict) -> str:
+    """The machine, and the libraries that take part."""
     numpy = [facts["blas"]]
     if facts["blas_kernels"]:
         numpy += [f"kernels {facts['blas_kernels']}", _count(facts["blas_threads"], "thread")]
@@ -336,11 +307,14 @@ def _circumstances(entry: dict) -> str:
     if "gpu" in facts:
         gpu = [facts["gpu"], f"driver {facts['driver']}, CUDA {facts['cuda_runtime']}, CuPy {facts['cupy']}"]
     return ", ".join([
-        *gpu, facts["cpu"], f"{_count(facts['cores'], 'core')}; Python {facts['python']}",
+        *gpu, f"{_cpu(facts)}; Python {facts['python']}",
         _library("NumPy", facts["numpy"], numpy), _library("PyTorch", facts["torch"], torch),
         _library("JAX", facts["jax"], []), _library("Keras", facts["keras"], []),
-        *([_library("FlashRNN", facts["flashrnn"], [])] if gpu else []),
-    ]) + f". Median and range of {_count(rounds, 'interleaved round')}; {facts['date']}, {facts['commit']}."
+        *([_library("FlashRNN", facts["flashrnn"], [])] if gpu else [])])
+
+
+def _cpu(facts: dict) -> str:
+    return f"{facts['cpu']}, {_count(facts['cores'], 'core')}"
 
 
 def _library(name: str, version: str | None, details: list[str]) -> str:

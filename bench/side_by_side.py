@@ -25,9 +25,6 @@ import numpy as np
 from bench.devices import Device, Sample
 from bench.floors import Work
 
-SIZES = ("tutorial", "default", "all")
-"""What a run can take: the first of each benchmark's sizes, some, or all."""
-
 PAUSE_SECONDS = {"cpu": 0.1, "cuda": 0.002}
 """Rest before each sample: the worker threads of BLAS libraries spin for a while after the product that woke them."""
 
@@ -65,10 +62,10 @@ class Candidate(NamedTuple):
 class Benchmark(NamedTuple):
     """An op with its candidates, and the sizes at which it is measured.
 
-    work, inputs and candidates are functions of the sizes by name, candidates of the device, too. reference gives from
-    the inputs what is verified; a candidate's results hold some or all of it. sizes are those of a default run, the
-    first the tutorial's, sweep what `--sizes all` adds, and cpu_sizes what the CPU takes in place of both. whole_job:
-    timed by the clock on the wall, not by events, and on one set of arrays.
+    work, inputs and candidates are functions of the sizes by name, candidates of the device, too. reference maps the
+    inputs to the expected results; a candidate's results are some or all of these. The first of the sizes are the
+    tutorial's; cpu_sizes, if there are any, take the place of all sizes on a CPU. whole_job: timed by the clock on the
+    wall, not by events, and on one set of arrays.
     """
 
     name: str
@@ -77,33 +74,23 @@ class Benchmark(NamedTuple):
     reference: Callable[[Arrays], Arrays]
     candidates: Callable[..., Iterable[Candidate]]
     sizes: Sequence[Mapping[str, int]]
-    sweep: Sequence[Mapping[str, int]] = ()
     cpu_sizes: Sequence[Mapping[str, int]] = ()
     whole_job: bool = False
     tolerances: Mapping[str, float] = TOLERANCES
 
-    def sizes_on(self, device: Device, which: str) -> list[Mapping[str, int]]:
-        """Those of SIZES that a run is to take, each once."""
-        if device.kind == "cpu" and self.cpu_sizes:
-            sizes = self.cpu_sizes
-        else:
-            sizes = [*self.sizes, *(self.sweep if which == "all" else ())]
-        sizes = [size for index, size in enumerate(sizes) if size not in sizes[:index]]
-        return sizes[:1] if which == "tutorial" else sizes
+    def sizes_on(self, device: Device) -> Sequence[Mapping[str, int]]:
+        """The sizes at which it is measured on a device."""
+        return self.cpu_sizes if device.kind == "cpu" and self.cpu_sizes else self.sizes
 
     def group(self, sizes: Mapping[str, int]) -> str:
         """The name of the benchmark at some sizes."""
         return " ".join([self.name, *(f"{axis}={size}" for axis, size in sizes.items())])
 
 
-def one_at_a_time(base: Mapping[str, int], **others: Sequence[int]) -> list[dict[str, int]]:
-    """Sizes that differ from the base along one axis."""
-    return [{**base, axis: size} for axis, sizes in others.items() for size in sizes]
-
-
 class Measured(NamedTuple):
-    """What was measured of one candidate: seconds of a call in each round, and what else there is to tell. Of a whole
-    job on a GPU that is `memory_mib`, taken from the making of the candidate to its verification."""
+    """What was measured of one candidate: seconds of a call in each round; whether the host was slower than the device
+    in some round; and notes: the candidate's own and, of a whole job on a GPU, `memory_mib`, the memory that it takes
+    from its making to its verification."""
 
     seconds: list[float]
     host_bound: bool

@@ -1,4 +1,4 @@
-"""What is known of a measurement: its spread, memory, facts about the machine; and the files that keep the results."""
+"""The spread of measurements, facts about the machine that they depend on, and the files that keep the results."""
 
 from __future__ import annotations
 
@@ -37,23 +37,6 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.median(values), min(values), max(values))
 
 
-def peak_memory_mib(command: Sequence[str]) -> float:
-    """Largest resident memory that a command takes, in MiB; what it prints to stdout is dropped.
-
-    The command is started by a small process: Linux counts the memory of the process that starts another as the
-    other's own, and this one may be large.
-
-    Raises: subprocess.CalledProcessError if the command fails.
-    """
-    small_process = ("import resource, subprocess, sys\n"
-                     "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n"
-                     "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
-    done = subprocess.run([sys.executable, "-c", small_process, *command], check=True, stdout=subprocess.PIPE,
-                          text=True)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return int(done.stdout) * unit / 2**20
-
-
 def machine() -> dict:
     """Facts that a result depends on, as JSON values; the version of a library that is not installed is None."""
     blas = np.show_config("dicts")["Build Dependencies"]["blas"]
@@ -74,15 +57,10 @@ def entry(benchmark: Benchmark, sizes: Mapping[str, int], device: Device, ceilin
     candidates = {name: {"precision": precisions[name], "seconds": outcome.seconds, "host_bound": outcome.host_bound,
                          **outcome.notes}
                   for name, outcome in measured.items()}
-    tutorial = sizes == benchmark.sizes_on(device, "tutorial")[0]
+    tutorial = sizes == benchmark.sizes_on(device)[0]
     return {"benchmark": benchmark.name, "sizes": dict(sizes), "tutorial": tutorial,
             "machine": machine() | device.facts(), "work": benchmark.work(**sizes)._asdict(),
             "ceilings": ceilings._asdict(), "candidates": candidates}
-
-
-def figure_entry(name: str, device: Device, **figures: float) -> dict:
-    """Figures that are no times, of the tutorial's model, as JSON values."""
-    return {"benchmark": name, "sizes": {}, "tutorial": True, "machine": machine() | device.facts(), **figures}
 
 
 def record(group: str, entry: dict, folder: Path = RESULTS) -> None:

@@ -28,10 +28,11 @@ def entry(benchmark, sizes, seconds, tutorial=True, gpu=False, work=(10**9, 10**
 TRAIN_STEP = entry("train_step", {"T": 10, "B": 100, "V": 50, "E": 20, "H": 100},
                    {"char-gru": [0.5, 0.25, 1.0], "PyTorch": [1.0, 1.0, 2.5]})
 
-MEMORY = {"benchmark": "train_memory", "sizes": {}, "tutorial": True, "machine": MACHINE, "peak_memory_mib": 432.1}
-
 GENERATE = [entry("generate", {"T": 1000, "R": R, "V": 50, "E": 20, "H": 100}, seconds, R == 1) for R, seconds in (
     (64, {"char-gru": [4.0], "PyTorch": [2.0]}), (1, {"char-gru": [0.125], "PyTorch": [0.5]}))]
+
+MEMORY = {"benchmark": "train_memory", "sizes": {}, "tutorial": True, "machine": MACHINE, "peak_memory_mib": 432.1}
+"""A figure that older results hold and that no table shows."""
 
 ADAM = entry("adam", {"N": 10}, {"char-gru": [0.002, 0.003, 0.004], "NumPy": [0.02]})
 
@@ -39,25 +40,27 @@ GROUPS = {"train_step": TRAIN_STEP, "train_memory": MEMORY, "generate 64": GENER
           "adam": ADAM, "train_step 20": entry("train_step", TRAIN_STEP["sizes"] | {"B": 20},
                                                {"char-gru": [0.1], "JAX": [0.2]}, tutorial=False)}
 
-CIRCUMSTANCES = ("Some CPU, 2 cores; Python 3.11.7, NumPy 2.4.6 (openblas 0.3, kernels SkylakeX, 2 threads), "
-                 "PyTorch 2.13.0 (2 threads), JAX not installed and so left out, Keras not installed and so left out. "
-                 "Median and range of {}; 2026-01-02, 0123456789ab.")
+CIRCUMSTANCES = (
+    "Some CPU, 2 cores; Python 3.11.7, NumPy 2.4.6 (openblas 0.3, kernels SkylakeX, 2 threads), PyTorch 2.13.0 "
+    "(2 threads), JAX not installed and so left out, Keras not installed and so left out. 3 interleaved rounds; "
+    "2026-01-02, commit 0123456789ab. Ceilings: memory 1.00 GB/s, the library's large product 1,000 GFLOP/s in fp32, "
+    "1,000 GFLOP/s in tf32, 1,000 GFLOP/s in bf16.")
 
 TRAIN_STEP_ROWS = """\
-|  | ms per step | range | characters/s | GFLOP/s | time against ours |
-| --- | --- | --- | --- | --- | --- |
-| char-gru | 500 | 250 to 1,000 | 2,000 | 0.420 | 1.00 |
-| PyTorch | 1,000 | 1,000 to 2,500 | 1,000 | 0.210 | 2.50 |
-"""
+| sizes |  | ms | range | time against ours | characters/s | GFLOP/s |
+| --- | --- | --- | --- | --- | --- | --- |
+| T 10, B 20, V 50, E 20, H 100 | char-gru | 100 | 100 to 100 | 1.00 | 2,000 | 0.420 |
+|  | JAX | 200 | 200 to 200 | 2.00 | 1,000 | 0.210 |
+| T 10, B 100, V 50, E 20, H 100 | char-gru | 500 | 250 to 1,000 | 1.00 | 2,000 | 0.420 |
+|  | PyTorch | 1,000 | 1,000 to 2,500 | 2.50 | 1,000 | 0.210 |"""
 
 GENERATE_ROWS = """\
-| texts |  | s | range | characters/s | time against ours |
+| sizes |  | ms | range | time against ours | characters/s |
 | --- | --- | --- | --- | --- | --- |
-| 1 | char-gru | 0.125 | 0.125 to 0.125 | 8,000 | 1.00 |
-| 1 | PyTorch | 0.500 | 0.500 to 0.500 | 2,000 | 4.00 |
-| 64 | char-gru | 4.00 | 4.00 to 4.00 | 16,000 | 1.00 |
-| 64 | PyTorch | 2.00 | 2.00 to 2.00 | 32,000 | 0.50 |
-"""
+| T 1,000, R 1, V 50, E 20, H 100 | char-gru | 125 | 125 to 125 | 1.00 | 8,000 |
+|  | PyTorch | 500 | 500 to 500 | 4.00 | 2,000 |
+| T 1,000, R 64, V 50, E 20, H 100 | char-gru | 4,000 | 4,000 to 4,000 | 1.00 | 16,000 |
+|  | PyTorch | 2,000 | 2,000 to 2,000 | 0.50 | 32,000 |"""
 
 
 @pytest.fixture
@@ -71,7 +74,7 @@ def results(tmp_path):
 @pytest.fixture
 def readme(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text("before\n<!-- table: train-step-cpu -->\nold\n<!-- end -->\nafter\n")
+    path.write_text("before\n<!-- table: devices -->\nold\n<!-- end -->\nafter\n")
     return path
 
 
@@ -79,34 +82,31 @@ def test_flop_of_a_step_counts_both_products_three_times():
     assert report.train_step_flop(T=2, B=3, V=5, E=7, H=11) == 3 * 2 * 2 * 3 * 11 * (3 * 11 + 5)
 
 
-def test_train_step_table_has_median_range_rates_and_ratio_within_rounds():
-    table = report.train_step_table(TRAIN_STEP, MEMORY)
-    assert table.startswith(CIRCUMSTANCES.format("3 interleaved rounds") + "\n\n" + TRAIN_STEP_ROWS)
-    assert "0.210 GFLOP per step" in table and "takes 432 MiB" in table
+def test_train_step_has_median_range_rates_and_ratio_within_rounds_at_every_size():
+    table = report.train_step_table([TRAIN_STEP, GROUPS["train_step 20"]])
+    assert table.split("\n\n")[1] == TRAIN_STEP_ROWS
 
 
-def test_generate_table_has_a_row_for_each_number_of_texts_and_candidate():
-    assert report.generate_table(GENERATE) == (
-        CIRCUMSTANCES.format("1 interleaved round") + "\n\n" + GENERATE_ROWS.rstrip())
+def test_writing_has_a_row_for_each_number_of_texts_and_candidate():
+    assert report.generate_table(GENERATE).split("\n\n")[1] == GENERATE_ROWS
+
+
+def rows_of(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if line.startswith("|")]
 
 
 def test_step_on_a_gpu_is_compared_within_its_precision_and_shows_memory():
     seconds = {"char-gru tf32": [1.0], "char-gru bf16": [0.5], "PyTorch tf32": [3.0], "PyTorch bf16": [2.0]}
-    table = report.train_step_table(entry("train_step", TRAIN_STEP["sizes"], seconds, gpu=True, memory_mib=10.0))
-    assert table.startswith("NVIDIA X, driver for CUDA 13.0, CUDA 13.0, CuPy 14.2, Some CPU")
-    assert "Keras not installed and so left out, FlashRNN 1.0." in table
-    rows = {cells[1]: cells for line in table.splitlines() if (cells := [cell.strip() for cell in line.split("|")])[1:]}
-    assert {name: rows[name][6:8] for name in seconds} == {
-        "char-gru tf32": ["1.00", "10.0"], "char-gru bf16": ["1.00", "10.0"], "PyTorch tf32": ["3.00", "10.0"],
-        "PyTorch bf16": ["4.00", "10.0"]}
+    table = report.train_step_table([entry("train_step", TRAIN_STEP["sizes"], seconds, gpu=True, memory_mib=10.0)])
+    assert {row[2]: (row[5], row[8]) for row in rows_of(table)[2:]} == {
+        "char-gru tf32": ("1.00", "10.0"), "char-gru bf16": ("1.00", "10.0"), "PyTorch tf32": ("3.00", "10.0"),
+        "PyTorch bf16": ("4.00", "10.0")}
 
 
 def test_op_is_held_against_the_nearer_ceiling_and_the_floor():
-    table = report.ops_table([ADAM]).splitlines()
-    assert table[-2:] == [
+    assert report.ops_table([ADAM]).splitlines()[-2:] == [
         "| adam (N 10) | char-gru | 3.00 | 2.00 to 4.00 | 0.333 | 333 | 33% of memory | 3.0 |",
         "|  | NumPy | 20.0 | 20.0 to 20.0 | 0.0500 | 50.0 | 5% of memory | 20.0 |"]
-    assert "memory 1.00 GB/s, the library's large product 1,000 GFLOP/s in fp32" in table[0]
 
 
 def test_floor_of_a_gpu_has_launches_and_barriers_and_slow_launching_is_marked():
@@ -114,18 +114,36 @@ def test_floor_of_a_gpu_has_launches_and_barriers_and_slow_launching_is_marked()
     on_gpu["candidates"]["char-gru fp32"]["host_bound"] = True
     table = report.ops_table([on_gpu])
     assert "| 1.01 † |" in table and "| 1.0 |" in table and "† launched more slowly" in table
-    assert "10.0 us from launch to launch, 1.00 us for a barrier" in table
-
-
-def test_scaling_table_has_a_row_for_each_size_and_a_column_for_each_candidate(results):
-    assert report.TABLES["scaling-cpu"](results).splitlines()[2:] == [
-        "| H | B | T | char-gru | PyTorch | JAX |", "| --- | --- | --- | --- | --- | --- |",
-        "| 100 | 20 | 10 | 100 |  | 200 |", "| 100 | 100 | 10 | 500 | 1,000 |  |"]
 
 
 def test_time_to_loss_has_steps_and_seconds():
     learnt = entry("time_to_loss", {"T": 5}, {"char-gru": [2.0], "JAX": [3.0]}, steps=120)
-    assert report.time_to_loss_table(learnt).splitlines()[-1] == "| JAX | 120 | 3.00 | 3.00 to 3.00 | 1.50 |"
+    assert report.time_to_loss_table([learnt]).splitlines()[-1] == "|  | JAX | 3,000 | 3,000 to 3,000 | 1.50 | 120 |"
+
+
+def test_device_has_a_heading_its_circumstances_and_a_table_of_each_kind(results):
+    (results / "cpu-some-cpu.json").write_text(json.dumps({"train_step": TRAIN_STEP, "adam": ADAM}))
+    assert report.device_sections(results) == "\n\n".join([
+        "## Some CPU, 2 cores", CIRCUMSTANCES, "### A training step", report.train_step_table([TRAIN_STEP]),
+        "### Each op by itself", report.ops_table([ADAM])])
+
+
+def test_gpu_comes_first_with_its_driver_and_what_launches_and_barriers_cost(results):
+    on_gpu = entry("adam", {"N": 10}, {"char-gru fp32": [0.001]}, gpu=True)
+    (results / "cuda-nvidia-x.json").write_text(json.dumps({"adam": on_gpu}))
+    sections = report.device_sections(results)
+    assert sections.startswith("## NVIDIA X\n\nNVIDIA X, driver for CUDA 13.0, CUDA 13.0, CuPy 14.2, Some CPU, 2 core")
+    assert "Keras not installed and so left out, FlashRNN 1.0. 1 interleaved round;" in sections
+    assert "10.0 us from launch to launch, 1.00 us for a barrier among all blocks." in sections
+    assert sections.index("## NVIDIA X") < sections.index("## Some CPU")
+
+
+def test_runs_of_different_circumstances_are_told_apart(results):
+    later = ADAM | {"machine": MACHINE | {"commit": "ba9876543210"}}
+    (results / "cpu-some-cpu.json").write_text(json.dumps({"train_step": TRAIN_STEP, "adam": later}))
+    parts = report.device_sections(results).split("\n\n")
+    assert parts[1:3] == [f"train_step: {CIRCUMSTANCES}",
+                          f"adam: {CIRCUMSTANCES.replace('0123456789ab', 'ba9876543210')}"]
 
 
 def test_kernel_has_run_on_a_gpu_only_if_results_say_so(results):
@@ -156,12 +174,11 @@ def test_init_table_has_the_losses_of_each_epoch(results):
 
 
 def test_only_the_text_between_markers_is_replaced(results):
-    text = ("a\n<!-- table: generate-cpu -->\nold\n\nold\n<!-- end -->\nb\n"
-            "<!-- table: train-step-cpu -->\n<!-- end -->\nc <!-- end -->\n")
+    text = ("a\n<!-- table: devices -->\nold\n\nold\n<!-- end -->\nb\n"
+            "<!-- table: headline -->\n<!-- end -->\nc <!-- end -->\n")
     filled = report.filled(text, results)
-    assert filled == (f"a\n<!-- table: generate-cpu -->\n{report.generate_table(GENERATE)}\n<!-- end -->\nb\n"
-                      f"<!-- table: train-step-cpu -->\n{report.train_step_table(TRAIN_STEP, MEMORY)}\n<!-- end -->\n"
-                      "c <!-- end -->\n")
+    assert filled == (f"a\n<!-- table: devices -->\n{report.device_sections(results)}\n<!-- end -->\nb\n"
+                      f"<!-- table: headline -->\n{report.headline(results)}\n<!-- end -->\nc <!-- end -->\n")
     assert report.filled(filled, results) == filled
     assert report.filled("no table\n", results) == "no table\n"
 
@@ -175,8 +192,8 @@ def test_table_without_results_is_empty(results):
 
 @pytest.mark.parametrize("text, complaint", [
     ("<!-- table: nonsense -->\n<!-- end -->\n", "no table nonsense"),
-    ("<!-- table: generate-cpu -->\n", "no <!-- end -->"),
-    ("<!-- table: generate-cpu -->\n<!-- table: train-step-cpu -->\n<!-- end -->\n", "no <!-- end -->"),
+    ("<!-- table: headline -->\n", "no <!-- end -->"),
+    ("<!-- table: headline -->\n<!-- table: devices -->\n<!-- end -->\n", "no <!-- end -->"),
 ])
 def test_marker_that_cannot_be_filled_is_refused(results, text, complaint):
     with pytest.raises(ValueError, match=complaint):
@@ -202,22 +219,13 @@ def test_check_fails_after_new_results(readme, results):
 
 # Plots
 
-def test_plots_show_each_op_and_the_step_over_what_differs(results):
-    drawn = report.plots_of(results)
-    assert {path.name for path in drawn} == {"cpu-some-cpu-ops.svg", "cpu-some-cpu-sizes.svg"}
-    [adam] = drawn[results / "cpu-some-cpu-ops.svg"]
-    assert adam == ("adam N=10", "", {"char-gru": [3.0, 2.0, 4.0, 1.0], "NumPy": [20.0, 20.0, 20.0, 1.0]}, {})
-    over_B, over_R = drawn[results / "cpu-some-cpu-sizes.svg"]
-    assert over_R[:2] == ("generate T=1000 V=50 E=20 H=100", "R")
-    assert over_B == ("train_step T=10 V=50 E=20 H=100", "B", {},
-                      {"char-gru": [[20, 100.0], [100, 500.0]], "JAX": [[20, 200.0]], "PyTorch": [[100, 1000.0]],
-                       "floor": [[20, 1.0], [100, 1.0]]})
+def test_plot_shows_each_op_against_its_floor(results):
+    assert report.plots_of(results) == {results / "cpu-some-cpu-ops.svg": [
+        ("adam N=10", {"char-gru": [3.0, 2.0, 4.0, 1.0], "NumPy": [20.0, 20.0, 20.0, 1.0]})]}
 
 
 def test_results_page_shows_every_plot(results):
-    assert report.plots_table(results).splitlines()[::2] == [
-        "![cpu-some-cpu-ops](results/cpu-some-cpu-ops.svg)",
-        "![cpu-some-cpu-sizes](results/cpu-some-cpu-sizes.svg)"]
+    assert report.plots_table(results) == "![cpu-some-cpu-ops](results/cpu-some-cpu-ops.svg)"
 
 
 def test_equal_results_give_equal_files(results, readme):
@@ -226,7 +234,7 @@ def test_equal_results_give_equal_files(results, readme):
     for path in results.glob("*.svg"):
         path.unlink()
     report.main([], [readme], results)
-    assert first == {path.name: path.read_bytes() for path in results.glob("*.svg")} and len(first) == 2
+    assert first == {path.name: path.read_bytes() for path in results.glob("*.svg")} and len(first) == 1
 
 
 def test_check_fails_for_plots_that_are_missing_old_or_surplus(results, readme, capsys):
