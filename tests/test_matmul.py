@@ -121,7 +121,8 @@ def test_multistage_matmul_matches_numpy(executor, precision, operand_bytes, lay
 @pytest.mark.parametrize("precision, operand_bytes", launchers.OPERANDS[1:])
 def test_multistage_matmul_in_large_tiles_matches_numpy(executor, precision, operand_bytes):
     A, B = random(264, 35), random(35, 136)
-    C = product(A, B, transpose_a=True, precision=precision, operand_bytes=operand_bytes, variant="multistage", tile=256)
+    C = product(A, B, transpose_a=True, precision=precision, operand_bytes=operand_bytes, variant="multistage",
+                tile=256)
     assert_product(C, A, B, 0, precision)
 
 
@@ -209,7 +210,8 @@ def all_kernels(precision: str) -> list[np.ndarray]:
     return [product(A, B, random(66), precision=precision), product(A, B, precision=precision, transpose_b=True),
             product(A, B, precision=precision, transpose_a=True),
             product(random(3, 523), random(523, 5), random(5), precision=precision), runtime.to_host(sums),
-            *(product(random(8, 72), random(72, 136), precision=name, operand_bytes=size, variant="multistage", **layout)
+            *(product(random(8, 72), random(72, 136), precision=name, operand_bytes=size, variant="multistage",
+                      **layout)
               for name, size in launchers.OPERANDS if name == precision for layout in LAYOUTS.values())]
 
 
