@@ -12,7 +12,7 @@ from bench.peers import writing_peers
 from bench.side_by_side import Benchmark, Candidate, Runnable
 from char_gru import kernels
 from char_gru.kernels import runtime
-from char_gru.kernels.generate import WEIGHTS, generation_plans
+from char_gru.kernels.plan.generation import WEIGHTS, generation_plans
 from char_gru.rnn import cpu, reference
 from char_gru.rnn.config import Sizes
 from char_gru.rnn.params import initial_parameters, named_views

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from char_gru.kernels.generate import GenerationPlan, generation_plan
 from char_gru.kernels.modules import modules_for
+from char_gru.kernels.plan.generation import GenerationPlan, generation_plan
 from char_gru.kernels.plan.gpus import GPU, GPUS, precisions
 from char_gru.kernels.plan.recurrence import PACK, RecurrencePlan, backward_plan, forward_plan
 from char_gru.kernels.runtime import (

@@ -16,9 +16,8 @@ def global_norm(grads, norm) -> None:
     Raises: ValueError.
     Equals: sqrt(sum(grads**2)).
     """
+    check_global_norm(grads, norm)
     N = grads.size
-    runtime.check("grads", grads, np.float32, (N,))
-    runtime.check("norm", norm, np.float32, (1,))
     blocks = min(-(-N // (4 * THREADS)), MAX_BLOCKS)
     sums = scratch("global_norm", (MAX_BLOCKS,))
     runtime.launch("adam", "square_sums", blocks, THREADS, [sums, grads, np.uint64(N)], constants={})
@@ -35,11 +34,27 @@ def adam(params, grads, m, v, norm, step_size, clip_norm=0.0, beta_1=0.9, beta_2
     Raises: ValueError.
     Equals: params - step_size * m / (sqrt(v) + epsilon), with the new m and v.
     """
+    check_adam(params, grads, m, v, norm, step_size)
     N = params.size
+    runtime.launch("adam", "adam", -(-N // (4 * THREADS)), THREADS,
+                   [params, m, v, grads, norm, step_size, *adam_scalars(clip_norm, beta_1, beta_2, epsilon),
+                    np.uint64(N)], constants={})
+
+
+def check_global_norm(grads, norm) -> None:
+    """The arguments of `global_norm`. Raises: ValueError."""
+    runtime.check("grads", grads, np.float32, (grads.size,))
+    runtime.check("norm", norm, np.float32, (1,))
+
+
+def check_adam(params, grads, m, v, norm, step_size) -> None:
+    """The arrays of `adam`. Raises: ValueError."""
     for name, array in (("params", params), ("grads", grads), ("m", m), ("v", v)):
-        runtime.check(name, array, np.float32, (N,))
+        runtime.check(name, array, np.float32, (params.size,))
     runtime.check("norm", norm, np.float32, (1,))
     runtime.check("step_size", step_size, np.float32, (1,))
-    scalars = map(np.float32, (clip_norm, beta_1, 1 - beta_1, beta_2, 1 - beta_2, epsilon))
-    runtime.launch("adam", "adam", -(-N // (4 * THREADS)), THREADS,
-                   [params, m, v, grads, norm, step_size, *scalars, np.uint64(N)], constants={})
+
+
+def adam_scalars(clip_norm: float, beta_1: float, beta_2: float, epsilon: float) -> list:
+    """The numbers that the kernel takes: each 1 - beta is rounded once."""
+    return [np.float32(scalar) for scalar in (clip_norm, beta_1, 1 - beta_1, beta_2, 1 - beta_2, epsilon)]

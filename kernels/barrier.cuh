@@ -1,28 +1,29 @@
 // Barrier among the blocks of one group, inside one cooperative launch.
 //
 // A counter in global memory, one per group, starts at zero and only grows during a launch: every block adds one per
-// barrier and waits until it reaches the target that follows from the step number. The comparison is modular.
+// barrier and waits until it reaches the target that follows from the number of barriers. The comparison is modular.
 //
-// Everything that any thread of the group wrote before the barrier is visible to every thread of the group after it: the
-// first __syncthreads() hands the block's writes to thread 0, whose release hands them to the group; the acquire and the
-// second __syncthreads() do the same on the other side. This does not hold for loads through the read-only cache: what
-// other blocks write during the launch must not be read through __ldg or a `const __restrict__` parameter.
+// Everything that any thread of the group wrote before the barrier is visible to every thread of the group after it:
+// the first __syncthreads() hands the block's writes to thread 0, whose release hands them to the group; the acquire
+// and the second __syncthreads() do the same on the other side. This does not hold for loads through the read-only
+// cache: an array that other blocks write during the launch must not be read through __ldg or a `const __restrict__`
+// parameter.
 // Source: PTX ISA, "Memory Consistency Model", release and acquire patterns.
 
 #include "ptx.cuh"
 
 constexpr int COUNTER_WORDS = 32;  // a counter has a line of L2 to itself
 
-// The blocks that wait for each other: `blocks` of them, of which this one is number `block`, share a counter.
+// A group of blocks that wait for each other: `blocks` blocks, of which this one is number `block`, share a counter.
 //
 // A barrier has two halves, arrive and wait, which all threads of all blocks of the group call in turns; what a block
 // does between them, it does while the other blocks arrive. After its last wait, every block leaves.
 struct Group {
     int index, block, blocks;
     unsigned *counter;    // COUNTER_WORDS of global memory, zero before and after: arrivals, then blocks that have left
-    unsigned target = 0;  // the counter once all blocks have arrived as often as this one: blocks times its arrivals
+    unsigned target = 0;  // arrivals once all blocks have arrived as often as this one
 
-    // Group `index` of those that share `counters`, an array of (groups, COUNTER_WORDS).
+    // `counters` (groups, COUNTER_WORDS) has the words of group `index` in that row.
     __device__ __forceinline__ Group(unsigned *counters, int index, int block, int blocks)
         : index(index), block(block), blocks(blocks), counter(counters + size_t(index) * COUNTER_WORDS)
     {
@@ -61,8 +62,8 @@ struct Group {
     }
 };
 
-// The same four, for kernels that count by themselves: `target` is the number of blocks in the group times the number of
-// barriers up to and including this one.
+// Arrive, wait, barrier and leave for kernels that count by themselves: `target` is the number of blocks in the group
+// times the number of barriers up to and including this one.
 __device__ __forceinline__ void group_arrive(unsigned *counter) { Group(counter, 0, 0, 0).arrive(); }
 
 __device__ __forceinline__ void group_wait(const unsigned *counter, unsigned target)

@@ -1,4 +1,4 @@
-// The blocks of generation and of the persistent recurrence, which all have as many threads.
+// The size of a block, the same in generation and in the persistent recurrence.
 #include "common.cuh"
 
 constexpr int WARPS = 8, THREADS = WARPS * WARP;

@@ -20,14 +20,9 @@ def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, *, p
     Equals: loss = mean(log(sum(exp(logits))) - logits[target]),
     dlogits_tb = (softmax(logits) - onehot(target)) / (T*B).
     """
-    T, B, H = h_tb.shape
-    V, module = len(W_out), constants(precision) | TILE
-    runtime.check("h_tb", h_tb, np.float32, (T, B, H))
-    runtime.check("W_out", W_out, np.float32, (V, H))
-    runtime.check("b_out", b_out, np.float32, (V,))
-    runtime.check("targets_tb", targets_tb, np.int32, (T, B))
-    runtime.check("loss", loss, np.float32, (1,))
-    runtime.check("dlogits_tb", dlogits_tb, np.float32, (T, B, V))
+    check_cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb)
+    (T, B, H), V = h_tb.shape, len(W_out)
+    module = constants(precision) | TILE
     losses = scratch("cross_entropy_forward", (T * B,))
     runtime.launch("cross_entropy", "cross_entropy_forward", -(-T * B // TILE["TILE_M"]), TILE_THREADS,
                    [dlogits_tb, losses, h_tb, W_out, b_out, targets_tb, np.int32(T * B), np.int32(V), np.int32(H)],
@@ -43,11 +38,28 @@ def cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out, *, precision="fp32"
     Raises: ValueError.
     Equals: dlogits^T h and dlogits, summed over positions.
     """
+    check_cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out)
+    (T, B, V), H = dlogits_tb.shape, h_tb.shape[2]
+    dlogits = dlogits_tb.reshape(T * B, V)
+    matmul(dlogits, h_tb.reshape(T * B, H), dW_out, transpose_a=True, precision=precision)
+    column_sums(dlogits, db_out)
+
+
+def check_cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb) -> None:
+    """The arrays of `cross_entropy_forward`. Raises: ValueError."""
+    (T, B, H), V = h_tb.shape, len(W_out)
+    runtime.check("h_tb", h_tb, np.float32, (T, B, H))
+    runtime.check("W_out", W_out, np.float32, (V, H))
+    runtime.check("b_out", b_out, np.float32, (V,))
+    runtime.check("targets_tb", targets_tb, np.int32, (T, B))
+    runtime.check("loss", loss, np.float32, (1,))
+    runtime.check("dlogits_tb", dlogits_tb, np.float32, (T, B, V))
+
+
+def check_cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out) -> None:
+    """The arrays of `cross_entropy_backward`. Raises: ValueError."""
     (T, B, V), H = dlogits_tb.shape, h_tb.shape[2]
     runtime.check("dlogits_tb", dlogits_tb, np.float32, (T, B, V))
     runtime.check("h_tb", h_tb, np.float32, (T, B, H))
     runtime.check("dW_out", dW_out, np.float32, (V, H))
     runtime.check("db_out", db_out, np.float32, (V,))
-    dlogits = dlogits_tb.reshape(T * B, V)
-    matmul(dlogits, h_tb.reshape(T * B, H), dW_out, transpose_a=True, precision=precision)
-    column_sums(dlogits, db_out)

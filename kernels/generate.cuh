@@ -1,7 +1,7 @@
-// What the variants of generation share: how they take weights, one unit of the recurrence, and drawing a character.
+// What the variants of generation share: rounding a weight, and drawing a character.
 //
 // Constant from the launcher: BF16, 1 where weights are rounded to bfloat16, else 0.
-// The functions that draw are for all threads of a block together.
+// draw_character and the functions that it calls with a Row are for all threads of a block together.
 // Source: Holtzman et al., "The Curious Case of Neural Text Degeneration" (top-p); Nguyen et al., "Turning Up the Heat"
 // (min-p).
 #include "block.cuh"
@@ -13,17 +13,8 @@
 constexpr int DIGIT_BITS = 3;
 static_assert(WARPS == 1 << DIGIT_BITS, "cut_by_digits needs a warp for each value of a digit");
 
-// A weight of W_hh, W_ih or W_out as it is multiplied; P is not rounded.
+// A weight of W_hh, W_ih or W_out as the kernels multiply it. P is not rounded.
 __device__ __forceinline__ float rounded(float weight) { return BF16 ? from_bf16(to_bf16(weight)) : weight; }
-
-// One unit of one row; i and a as the head of generate.cu names them.
-__device__ __forceinline__ float gru_unit(float i_r, float i_z, float i_n, float a_r, float a_z, float a_n, float h)
-{
-    const float r = sigmoid(i_r + a_r);
-    const float z = sigmoid(i_z + a_z);
-    const float n = tanhf(i_n + r * a_n);
-    return n + z * (h - n);
-}
 
 struct Options {
     float temperature;
@@ -31,11 +22,11 @@ struct Options {
     float top_p, min_p;
 };
 
-// The rank of a character as a number, the larger the more likely; of equal logits, the one with the smaller id has the
-// larger key. No two characters have the same.
+// Orders the characters of a row: the more likely one has the larger key; of two with equal logits, the one with the
+// smaller id. No two characters of a row have equal keys.
 using Key = unsigned long long;
 
-// The characters of one row.
+// One row of text: the logits of its next character.
 struct Row {
     const float *logits;
     int V, id_bits;
@@ -72,7 +63,7 @@ __device__ __forceinline__ Key block_max(Key key, Key *scratch)
     return key;
 }
 
-// Sum of the weights of the characters whose key is at least `cut`, by one warp. The order of the sum does not depend
+// Sum of weight(v) over the characters v whose key is at least `cut`, by one warp. The order of the sum does not depend
 // on the cut, so a larger cut never has a larger sum, whatever the rounding.
 template <class Weight>
 __device__ __forceinline__ float weight_from(Key cut, const Row &row, Weight weight)
@@ -84,8 +75,8 @@ __device__ __forceinline__ float weight_from(Key cut, const Row &row, Weight wei
     return warp_sum(sum);
 }
 
-// The largest cut from which on the characters weigh at least `wanted`; 0 if all together weigh less. The cut is found
-// digit by digit, the highest first, where each warp weighs one of the values that a digit may have.
+// The largest cut at which weight_from is at least `wanted`; 0 if all characters together weigh less. The cut is found
+// digit by digit, the highest digit first: each warp weighs one of the values that the digit may have.
 template <class Weight>
 __device__ __forceinline__ Key cut_by_digits(const Row &row, float wanted, Weight weight, float *scratch)
 {
@@ -100,20 +91,21 @@ __device__ __forceinline__ Key cut_by_digits(const Row &row, float wanted, Weigh
         while (digit > 0 && !(scratch[digit] >= wanted))
             --digit;
         cut |= Key(digit) << shift;
-        __syncthreads();  // the next digit's sums go to the same place
+        __syncthreads();  // the sums of the next digit go to the same scratch
     }
     return cut;
 }
 
-// find_cut where each thread has a character of its own, or none: it stays if few enough are more likely, and weigh
-// little enough. Their sum has the same order for all characters, so a less likely one never has less before it.
+// As find_cut, where each thread has at most one character. A character stays if few enough characters are more likely
+// than it, and if their probabilities add up to little enough. That sum has the same order for all characters, so it is
+// never smaller for a less likely character.
 __device__ __forceinline__ Key cut_by_ranks(const Row &row, const Options &options, Key *keys, float *sums)
 {
     const int v = 1 + threadIdx.x;
     const Key key = v < row.V ? row.key(v) : 0;
     int rank = 0;
     float p_before = 0.0f;
-    for (int first = 1; first < row.V && v - lane() < row.V; first += WARP) {  // not in warps that have no character
+    for (int first = 1; first < row.V && v - lane() < row.V; first += WARP) {  // not in warps without a character
         const int u = first + lane();
         const Key key_u = u < row.V ? row.key(u) : 0;
         const float p_u = u < row.V ? row.p(u) : 0.0f;
@@ -131,8 +123,8 @@ __device__ __forceinline__ Key cut_by_ranks(const Row &row, const Options &optio
     return ~block_max(stays ? ~key : 0, keys);
 }
 
-// The smallest key that top_k and top_p leave, by all threads of the block. Ranks take V steps and 3 barriers; digits
-// take 26 barriers and more for each of the two, but far fewer steps where a thread has many characters.
+// The smallest key that top_k and top_p leave. Ranks take V steps and 3 barriers. Digits take 26 barriers or more for
+// top_k and as many for top_p, but far fewer steps where a thread has many characters.
 __device__ __forceinline__ Key find_cut(const Row &row, const Options &options, Key *keys, float *sums)
 {
     if (options.top_k == 0 && options.top_p >= 1.0f)
@@ -145,12 +137,12 @@ __device__ __forceinline__ Key find_cut(const Row &row, const Options &options, 
     if (options.top_p < 1.0f) {
         const auto p_of_top_k = [&](int v) { return row.key(v) >= cut ? row.p(v) : 0.0f; };
         const float wanted = options.top_p * weight_from(0, row, p_of_top_k);
-        cut = cut_by_digits(row, wanted, p_of_top_k, sums);  // never a smaller one
+        cut = cut_by_digits(row, wanted, p_of_top_k, sums);  // never smaller than that of top_k
     }
     return cut;
 }
 
-// Sum of the values of the threads before this one, and in `total` that of all threads.
+// The sum of the values of all threads before this one; `total` becomes the sum of the values of all threads.
 __device__ __forceinline__ float block_scan(float value, float *scratch, float &total)
 {
     float through = value;
@@ -173,9 +165,9 @@ __device__ __forceinline__ float block_scan(float value, float *scratch, float &
     return warps_before + before;
 }
 
-// The character drawn from one row of logits (V,), in all threads of the block. A barrier has to stand between two
-// draws.
-__device__ __forceinline__ int draw(const float *__restrict__ logits, float uniform, int V, const Options &options)
+// The id drawn from one row of logits (V,), in all threads of the block. A barrier has to stand between two calls.
+__device__ __forceinline__ int draw_character(const float *__restrict__ logits, float uniform, int V,
+                                              const Options &options)
 {
     __shared__ Key keys[WARPS];
     __shared__ float sums[WARPS];
@@ -195,21 +187,21 @@ __device__ __forceinline__ int draw(const float *__restrict__ logits, float unif
         return row.key(v) >= cut && p >= options.min_p ? p : 0.0f;
     };
 
-    // Each thread takes neighbouring ids, so that the order of the threads is that of the ids.
+    // Each thread takes neighbouring ids, so that a sum in the order of the threads is one in the order of the ids.
     const int each = ceil_div(V - 1, THREADS), begin = min(1 + int(threadIdx.x) * each, V), end = min(begin + each, V);
     float sum = 0.0f;
     for (int v = begin; v < end; ++v)
         sum += p_kept(v);
     float total, reached = block_scan(sum, sums, total);
-    int first = 0, last = 0;  // ids: the first one that passes the uniform number, the last one kept; 0 for none
+    int first = 0, last = 0;  // ids: the first that passes the uniform number, the last that is kept; 0 where none is
     for (int v = begin; v < end; ++v) {
         const float p = p_kept(v);
         reached += p;
         last = p > 0.0f ? v : last;
         first = first == 0 && p > 0.0f && reached > uniform * total ? v : first;
     }
-    // Threads behind the right one have passed the number too: the smallest id wins. Where there is none, because the
-    // number is so close to 1 that rounding decides, the last one kept is drawn.
+    // Threads with larger ids have passed the number too, so the smallest id of all threads is drawn. Where no thread
+    // has passed it, because it is so close to 1 that rounding decides, the last id kept is drawn.
     const Key chosen = block_max(first > 0 ? Key(1) << 32 | (V - first) : Key(last), keys);
     return chosen >> 32 ? V - int(unsigned(chosen)) : max(int(chosen), 1);  // 1 where logits are not finite
 }

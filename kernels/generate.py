@@ -1,93 +1,45 @@
-"""Drawing characters, and writing text with a model: the choice among all variants, and launchers of generate.cu."""
+"""Drawing characters, and writing text with a model: launchers of generate.cu, and the way to the other variants."""
 
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from char_gru.kernels import runtime
 from char_gru.kernels.arrays import copy
-from char_gru.kernels.generate_batched import FEWEST_ROWS, batched_plans, generate_batched
-from char_gru.kernels.generate_persistent import constants, generate_persistent, persistent_plans, tile_rows
-from char_gru.kernels.plan.generation import DRAW, GenerationPlan, kib, weights_rate
-from char_gru.kernels.plan.gpus import rates_of
-from char_gru.kernels.plan.recurrence import LAUNCH_US, THREADS, WARPS
+from char_gru.kernels.generate_batched import generate_batched
+from char_gru.kernels.generate_persistent import generate_persistent
+from char_gru.kernels.plan.generation import WEIGHTS, constants, generation_plan
+from char_gru.kernels.plan.recurrence import THREADS, WARPS
+from char_gru.kernels.sizes import ceil_div
 
 GRAPH_STEPS = 8  # of one launch: its cost is little beside 8 characters, and the sampler's chunks are multiples of 8
-WEIGHTS = ("fp32", "bf16")
-
-
-def generation_plan(gpu: runtime.GPU, R: int, V: int, H: int, layers: int, weights: str = "fp32",
-                    variant: str | None = None) -> GenerationPlan:
-    """The quickest of `generation_plans`, or that of a variant.
-
-    Raises: ValueError for a variant that is not among them.
-    """
-    plans = generation_plans(gpu, R, V, H, layers, weights)
-    for plan in plans:
-        if variant in (None, plan.variant):
-            return plan
-    expected = " or ".join(plan.variant for plan in plans)
-    raise ValueError(f"variant: expected {expected}, got {variant!r}: {plans[-1].reason}")
-
-
-@functools.lru_cache
-def generation_plans(gpu: runtime.GPU, R: int, V: int, H: int, layers: int,
-                     weights: str = "fp32") -> tuple[GenerationPlan, ...]:
-    """The best plan of each variant that a GPU can run with these sizes, the quickest first, as predicted: the
-    persistent ones and batched, in one launch, and stepwise, for any sizes."""
-    persistent = list(persistent_plans(gpu, R, V, H, layers, weights))
-    batched = sorted(batched_plans(gpu, R, V, H, layers, weights), key=operator.itemgetter(0))[:1]
-    stepwise = (_stepwise_cycles(gpu, R, V, H, layers),
-                GenerationPlan("stepwise", "for any sizes", constants(R, weights)))
-    fitting = sorted([(cycles, plan) for cycles, plan in (*persistent, *batched, stepwise) if plan.fits(gpu)],
-                     key=operator.itemgetter(0))
-    megahertz = rates_of(gpu).gigahertz * 1000
-    notes = ["predicted: " + ", ".join(f"{plan.variant} {cycles / megahertz:.1f} us" for cycles, plan in fitting)
-             + " a character"]
-    notes += [f"{plan.variant} would take {kib(plan.shared_bytes)} of shared memory a block"
-              for _, plan in persistent if not plan.fits(gpu)]
-    if layers > 1 and R >= FEWEST_ROWS:
-        notes.append("batched is for one layer")
-    return tuple(plan._replace(reason="; ".join([plan.reason, *notes])) for _, plan in fitting)
-
-
-def _stepwise_cycles(gpu: runtime.GPU, R: int, V: int, H: int, layers: int) -> float:
-    """Of a character: a launch for each layer and two for drawing; and the weights for each tile of rows, multiplied
-    as they come through L2."""
-    rates, weights, rows = rates_of(gpu), ((2 * layers - 1) * 3 * H + V) * H, tile_rows(R)
-    launches = (layers + 2) * LAUNCH_US * 1000 * rates.gigahertz
-    product = -(-R // rows) * weights * max(4 / weights_rate(gpu), rows / rates.multiply["fp32"])
-    return launches + product / gpu.multiprocessors + DRAW
 
 
 def sample(logits, uniforms, ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> None:
     """Draw one character per row by inverse CDF; `[UNK]`, id 0, is never drawn.
 
     The logits are divided by the temperature (0 takes the most likely character, the first of several). Then only
-    these characters stay: the top_k most likely (0: all; equal ones in the order of their ids); of those, the fewest
-    most likely ones whose share reaches top_p; of those, the ones at least min_p times as likely as the most likely.
+    these characters stay: the top_k most likely (0: all; equally likely ones in the order of their ids); of them, the
+    fewest most likely ones whose share reaches top_p; of them, the ones at least min_p times as likely as the most
+    likely one.
     The character drawn is the first whose cumulative share, in the order of ids, exceeds the row's uniform number.
 
     Shapes: logits (R, V), V at least 2; uniforms (R,), in [0, 1); result ids (R,), int32.
     Raises: ValueError.
     Equals: rnn.reference.sample, but for numbers within rounding of where one character's share ends.
     """
-    R, V = _rows_and_characters(logits)
-    runtime.check("logits", logits, np.float32, (R, V))
-    runtime.check("uniforms", uniforms, np.float32, (R,))
-    runtime.check("ids", ids, np.int32, (R,))
+    R, V = check_sample(logits, uniforms, ids)
     runtime.launch("generate", "sample", R, THREADS,
-                   [ids, logits, uniforms, np.int32(V), *_options(V, temperature, top_k, top_p, min_p)],
+                   [ids, logits, uniforms, np.int32(V), *draw_options(V, temperature, top_k, top_p, min_p)],
                    constants=constants(R))
 
 
 class GenerationSaved(NamedTuple):
     """Room for `generate` to work in: h_new_r (2, R, H), new states on their way to the next layer; logits_r (R, V);
-    counters (R, 32), of the barriers of up to R groups, zero between two launches; t (1,) and t_before (1,), the number
-    of a step, and what it is before the first, -1; graphs, GRAPH_STEPS steps that can be repeated, by all that is fixed
-    in them: those of the last call that had so many."""
+    counters (R, 32), of the barriers of up to R groups, zero between two launches; t (1,), the number of the step that
+    runs; t_before (1,), its value before the first step, -1; graphs, a graph of GRAPH_STEPS steps by everything that is
+    fixed in it: that of the last call with as many steps."""
 
     h_new_r: Any
     logits_r: Any
@@ -112,8 +64,8 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
     forced_tr is not negative (that is how prompts are read), else one drawn as `sample` says.
 
     weights: bf16 rounds W_hh, W_ih above layer 0 and W_out, and nothing else, so that larger models fit on chip.
-    variant: one that `generation_plans` gives; None takes the first. Calls that continue each other leave the same
-    bits as one call.
+    variant: one that `kernels.plan.generation.generation_plans` gives; None takes the first. Calls that continue each
+    other leave the same bits as one call.
 
     Shapes: params name -> array, as `rnn.params.named_views` gives them; P (V, 3H), the input table of layer 0;
     h (layers, R, H), moved on in place; ids (R,) int32, the characters before the first step, replaced by the last
@@ -139,7 +91,7 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
     if weights not in WEIGHTS:
         raise ValueError(f"weights: expected {' or '.join(WEIGHTS)}, got {weights!r}")
     plan = generation_plan(runtime.current_executor().gpu, R, V, H, layers, weights, variant)
-    options = _options(V, temperature, top_k, top_p, min_p)
+    options = draw_options(V, temperature, top_k, top_p, min_p)
     if plan.variant == "stepwise":
         _generate_stepwise(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved, options, plan.constants)
         return
@@ -154,9 +106,9 @@ def _generate_stepwise(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved:
     step = []  # its launches: kernel, blocks, arguments
 
     def of_warps(kernel: str, outputs: int, args: list) -> None:
-        """A kernel of which a warp owns one of the `outputs` of ROWS rows."""
-        warps = outputs * -(-R // module["ROWS"])
-        step.append((kernel, -(-warps // WARPS), args))
+        """A kernel whose warps own one of so many outputs each, for ROWS rows."""
+        warps = outputs * ceil_div(R, module["ROWS"])
+        step.append((kernel, ceil_div(warps, WARPS), args))
 
     for layer, h_layer in enumerate(h_of_layer):
         recurrence = [params[f"W_hh.{layer}"], params[f"b_hh.{layer}"], np.int32(R), np.int32(H)]
@@ -187,11 +139,17 @@ def _generate_stepwise(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved:
     steps(others)
 
 
-def _options(V: int, temperature: float, top_k: int, top_p: float, min_p: float) -> list:
+def draw_options(V: int, temperature: float, top_k: int, top_p: float, min_p: float) -> list:
+    """The numbers that kernels which draw take."""
     return [np.float32(temperature), np.int32(min(top_k, V)), np.float32(top_p), np.float32(min_p)]
 
 
-def _rows_and_characters(logits) -> tuple[int, int]:
+def check_sample(logits, uniforms, ids) -> tuple[int, int]:
+    """Rows and characters of the arrays of `sample`. Raises: ValueError."""
     if len(logits.shape) != 2 or logits.shape[1] < 2:
         raise ValueError(f"logits: expected (R, V) with V of at least 2, got {logits.shape}")
-    return logits.shape
+    R, V = logits.shape
+    runtime.check("logits", logits, np.float32, (R, V))
+    runtime.check("uniforms", uniforms, np.float32, (R,))
+    runtime.check("ids", ids, np.int32, (R,))
+    return R, V

@@ -1,58 +1,59 @@
 // Generation, all steps of a call in one cooperative launch, with every weight on chip, or as many as fit. Formulas and
 // the arguments that it shares with the stepwise variant: generate.cu.
 //
-// states (2, layers, R, width) float32: what the blocks tell each other, the states before a step and after it in
-// turns; width is H rounded up to a multiple of 8. partial_logits (2, blocks of all groups, group_rows, 4 ceil(V / 4))
-// float32: what the units of each block add to the logits, in turns too. counters (groups, 32) uint32, zero before and
-// after.
-// weights (2 layers - 1, units of all blocks of a group, 3, width), float32 or bfloat16, and biases (2 layers - 1,
-// units of all blocks, 3) float32, as `pack` writes them: matrix 2 l is W_hh of layer l, matrix 2 l - 1 its W_ih.
-// columns_off_chip: so many columns of each of these, a multiple of 128 or all, lie in no block's shared memory.
+// Why not the plain way, generate.cu: at H 1024 it reads 12.6 MB of W_hh per character, in three launches of about 2 us
+// each. Here W_hh stays on chip; per character, a block reads 4 KB of states and waits once or twice for other blocks.
 //
-// Groups never wait for each other: group g owns group_rows rows of text. A block owns `units` units of every layer
-// for all rows of its group: in shared memory, their rows of W_hh and W_ih (but for the columns off chip), their
-// columns of P, their states, and of W_out what drawing needs. A warp owns TILE rows of a matrix by ROWS rows of a
-// product; its lanes share the sum over k, four neighbours at a time.
+// states (2, layers, R, width) float32: the states before a step and after it, in turns, which blocks hand to each
+// other; width is H rounded up to a multiple of 8. partial_logits (2, blocks of all groups, group_rows, 4 ceil(V / 4))
+// float32: the sums of the logits over the units of each block, in turns too. counters (groups, 32) uint32, zero before
+// and after.
+// weights (2 layers - 1, units of all blocks of a group, 3, width), float32 or bfloat16, and biases (2 layers - 1,
+// units of all blocks, 3) float32, as pack_weights writes them: matrix 2 l is W_hh of layer l, matrix 2 l - 1 its W_ih.
+// off_chip: so many columns of each of these matrices, a multiple of 128 or all, lie in no block's shared memory.
+//
+// Groups never wait for each other: group g owns group_rows rows of text. A block owns `units` units of every layer for
+// all rows of its group: in shared memory, their rows of W_hh and W_ih (but for the columns off chip), their columns of
+// P and W_out, and their states. A warp owns TILE rows of a matrix by ROWS rows of a product; its lanes share the sum
+// over k, four neighbours at a time.
 // States pass through a ring of STAGES stages of stage_rows rows by 128 k, filled by asynchronous copies.
 //
-// Variants, by who DRAWS and from what; for a step of each, what happens while others are waited for:
-//   OWNER: a block holds its units' columns of W_out and publishes their part of the logits with their states. The
-//   blocks of a group take its rows in turns for drawing: layers + 1 barriers per character.
-//     drawing      wait | the owner of a row sums its parts, draws and publishes the character | arrive
+// Variants, by DRAWS; for a step of each, what a block does before, between and after its waits for the other blocks:
+//   OWNER_DRAWS ("persistent"): the blocks of a group own its rows in turns for drawing. layers + 1 barriers per
+//   character.
+//     drawing      wait | the owner of a row sums its partial_logits, draws and publishes the character | arrive
 //     layer 0      W_hh h | wait | gates, publish | arrive
-//     the others   W_hh h | wait | W_ih times the states of the layer below, gates, publish | arrive
-//   EVERY_BLOCK_FROM_PARTS: every block sums all parts and draws all characters of its group. The same sums of the same
-//   numbers give the same bits in all blocks, so nobody has to be told: `layers` barriers per character.
-//     layer 0      W_hh h | wait | sum the parts, draw, gates, publish | arrive
-//     the others   as above
-//   EVERY_BLOCK_FROM_STATES: the same, where every block holds all of W_out, and computes all logits from the states
-//   that W_hh takes anyway. No parts are published, and nothing is off chip.
-//     layer 0      W_hh h | wait | W_out times the states of the last layer, draw, gates, publish | arrive
-//     the others   as above
-// With one layer, W_hh takes the states that are waited for: where every block draws, it multiplies them after the
-// wait, in one product with W_out or, from parts, with states on their way while parts are summed.
+//     layer 1...   W_hh h | wait | W_ih times the states of the layer below, gates, publish | arrive
+//   ALL_DRAW ("persistent-all-draw"): every block sums the partial_logits of all rows and draws all characters of its
+//   group. The same sums of the same numbers give the same bits in all blocks, so no block has to publish a character.
+//   `layers` barriers per character.
+//     layer 0      W_hh h | wait | sum partial_logits, draw, gates, publish | arrive
+//     layer 1...   as above
+//   With one layer, W_hh multiplies the states that the wait is for, so the product follows the wait; these states are
+//   on their way while partial_logits are summed.
 // Bytes per step: reads through L2, 4 R H of states per block, product and round of its warps over the matrix, divided
-// by the groups, and, of partial logits, 4 blocks R V by owners, or in every block, divided by the groups; weights come
-// from shared memory, or through L2, once per ROWS rows. The order of their sums does not depend on where they lie.
-// Bytes per launch: reads all weights, and 4 V H of W_out in every block where it draws from states.
-// Sums run in an order that the plan alone fixes.
+// by the groups, and, of partial_logits, 4 blocks R V by the owners, or, divided by the groups, in every block. Weights
+// come from shared memory, or through L2, once per ROWS rows.
+// Bytes per launch: reads all weights.
+// Sums run in an order that the plan alone fixes; it does not depend on which weights are off chip.
 // Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip".
 
 #include "barrier.cuh"
 #include "generate.cuh"
 #include "generate_logits.cuh"
+#include "gru.cuh"
 #include "ptx.cuh"
 
-#if !defined(ROWS) || !defined(UNITS) || !defined(STAGES) || !defined(DRAWS)
-#error "generate_persistent.cu needs ROWS and UNITS, of a warp's tile, STAGES, of the ring, and DRAWS, who draws"
+#if !defined(ROWS) || !defined(TILE_UNITS) || !defined(STAGES) || !defined(DRAWS)
+#error "the launcher defines ROWS and TILE_UNITS, of a warp's tile, STAGES, of the ring, and DRAWS, the way of drawing"
 #endif
 
-constexpr int OWNER = 0, EVERY_BLOCK_FROM_PARTS = 1, EVERY_BLOCK_FROM_STATES = 2;  // DRAWS
+constexpr int OWNER_DRAWS = 0, ALL_DRAW = 1;  // DRAWS
 
-constexpr int TILE = 3 * UNITS;  // rows of a matrix that a warp multiplies: gates, or logits
-constexpr int CHUNK = 4 * WARP;  // k of a stage: each lane takes four
+constexpr int TILE = 3 * TILE_UNITS;  // rows of a matrix that a warp multiplies: the gates of its units
+constexpr int CHUNK = 4 * WARP;       // k of a stage: each lane takes four
 static_assert(STAGES >= 2, "one stage is filled while another is read");
-static_assert(DRAWS == OWNER || DRAWS == EVERY_BLOCK_FROM_PARTS || DRAWS == EVERY_BLOCK_FROM_STATES);
+static_assert(DRAWS == OWNER_DRAWS || DRAWS == ALL_DRAW);
 
 // How many 32-bit words `count` weights take.
 __device__ constexpr int words(int count) { return BF16 ? count / 2 : count; }
@@ -79,16 +80,16 @@ __device__ __forceinline__ unsigned weights_word(const float *__restrict__ row, 
     return BF16 ? pack_bf16(weight(2 * word), weight(2 * word + 1)) : __float_as_uint(weight(word));
 }
 
-// One matrix as write_text reads it: weights (units of all blocks, 3, width), biases (units of all blocks, 3). Units
-// and inputs from H on are zero: their states stay zero, and add nothing.
+// One matrix W (3H, H) with its b (3H,), as generate_persistent reads it: weights (units of all blocks, 3, width),
+// biases (units of all blocks, 3). Units and inputs from H on are zero: their states stay zero, and add nothing.
 extern "C" __global__ void __launch_bounds__(THREADS)
-pack(unsigned *__restrict__ weights, float *__restrict__ biases, const float *__restrict__ W,
-     const float *__restrict__ b, int H, int width, int padded_units)
+pack_weights(unsigned *__restrict__ weights, float *__restrict__ biases, const float *__restrict__ W,
+             const float *__restrict__ b, int H, int width, int padded_units)
 {
     const size_t count = size_t(padded_units) * 3 * words(width), threads = size_t(gridDim.x) * blockDim.x;
-    for (size_t i = thread_in_grid(); i < count; i += threads) {
-        const int row = i / words(width), word = i % words(width), j = row / 3, g = row % 3;
-        weights[i] = j < H ? weights_word(W + (size_t(g) * H + j) * H, word, H) : 0;
+    for (size_t e = thread_in_grid(); e < count; e += threads) {
+        const int row = e / words(width), word = e % words(width), j = row / 3, g = row % 3;
+        weights[e] = j < H ? weights_word(W + (size_t(g) * H + j) * H, word, H) : 0;
         if (word == 0)
             biases[row] = j < H ? b[g * H + j] : 0.0f;
     }
@@ -100,7 +101,7 @@ pack(unsigned *__restrict__ weights, float *__restrict__ biases, const float *__
 __device__ __forceinline__ void copy_16(float *stage, const float *x, bool inside) { cp_async_16(stage, x, inside); }
 __device__ __forceinline__ void close_stage() { cp_async_commit(); }
 __device__ __forceinline__ void wait_for_oldest_stage() { cp_async_wait<STAGES - 2>(); }
-#else  // no asynchronous copies: they are over at once
+#else  // there are no asynchronous copies: these end at once
 __device__ __forceinline__ void copy_16(float *stage, const float *x, bool inside)
 {
     *reinterpret_cast<float4 *>(stage) = inside ? *reinterpret_cast<const float4 *>(x) : make_float4(0, 0, 0, 0);
@@ -109,9 +110,9 @@ __device__ __forceinline__ void close_stage() {}
 __device__ __forceinline__ void wait_for_oldest_stage() {}
 #endif
 
-// Adds up values[0 .. COUNT) of the lanes, each in one lane: sum first + i is then values[i] of the lane, if it is
-// below `end`; `first` is 0 and `end` COUNT before. A step halves the values that a lane has to do with, so that COUNT
-// sums take about COUNT shuffles, not 5 COUNT.
+// Adds up values[0 .. COUNT) over the lanes, each sum in one lane: values[i] becomes sum number first + i, valid where
+// first + i < end. Before the call, `first` is 0 and `end` is COUNT. A step halves the sums that a lane works on, so
+// that COUNT sums take about COUNT shuffles, not 5 COUNT.
 template <int COUNT, int DISTANCE, int N>
 __device__ __forceinline__ void scatter_sums(float (&values)[N], int &first, int &end)
 {
@@ -138,19 +139,17 @@ __device__ constexpr int values_per_lane(int count)
     return count;
 }
 
-// A product of rows of a matrix, at least TILE of them, with the states of a block's group: out[m][r] = W[m] . x[r].
+// A product of `gates` rows of a matrix, at least TILE of them, with `rows` rows of states: out[m][r] = W[m] . x[r].
 //
 // A pass takes stage_rows rows of x, and as many tiles of the matrix as there are warps. All threads call `begin`, then
 // `run`; in between they may do anything but touch the ring. Columns before off_chip of the matrix come through L2.
 struct Product {
-    int rows, width, off_chip, stage_rows;
-    float *ring;
-    // What is multiplied: x, with so many rows of a matrix; and the place in x where the next stage comes from.
+    int rows, width, off_chip, stage_rows, gates;
+    float *ring;  // (STAGES, stage_rows, CHUNK), in shared memory
     const float *x;
-    int matrix_rows;
-    int next_row, next_round, next_k;
+    int next_row, next_round, next_k;  // of x, where the next stage begins
 
-    __device__ __forceinline__ int tiles() const { return ceil_div(matrix_rows, TILE); }
+    __device__ __forceinline__ int tiles() const { return ceil_div(gates, TILE); }
     __device__ __forceinline__ int rounds() const { return ceil_div(tiles(), WARPS); }
 
     __device__ __forceinline__ void fill_next_stage(int slot)
@@ -171,20 +170,19 @@ struct Product {
                 }
             }
         }
-        close_stage();  // an empty one too: stages are counted
+        close_stage();  // an empty stage too: wait_for_oldest_stage counts stages
     }
 
-    __device__ __forceinline__ void begin(const float *states, int rows_of_matrix)
+    __device__ __forceinline__ void begin(const float *states)
     {
         x = states;
-        matrix_rows = rows_of_matrix;
         next_row = next_round = next_k = 0;
         for (int i = 0; i < STAGES - 1; ++i)
             fill_next_stage(i);
     }
 
-    // Everybody sees `out`, and may begin the next product, when this returns. W (matrix_rows, width - off_chip) are
-    // the columns in shared memory, W_all (matrix_rows, width) those and the others, in global memory.
+    // All threads see `out`, and may begin the next product, when this returns. W (gates, width - off_chip), in shared
+    // memory, holds the columns of the matrix from off_chip on; W_all (gates, width), in global memory, holds them all.
     __device__ __forceinline__ void run(float *out, int pitch, const unsigned *W, const unsigned *W_all)
     {
         const int tiles_at_once = min(tiles(), WARPS), row_in_stage = warp() / tiles_at_once * ROWS;
@@ -193,8 +191,8 @@ struct Product {
             for (int round = 0; round < rounds(); ++round) {
                 const int tile = round * WARPS + warp() % tiles_at_once;
                 const bool active = row_in_stage < stage_rows && row + row_in_stage < rows && tile < tiles();
-                // The last tile overlaps the one before it, rather than leave the matrix.
-                const int first = min(tile * TILE, matrix_rows - TILE);
+                // The last tile overlaps the one before it where it would go beyond the matrix.
+                const int first = min(tile * TILE, gates - TILE);
                 float sums[TILE * ROWS] = {};
                 for (int first_k = 0; first_k < width; first_k += CHUNK) {
                     const int k = first_k + 4 * lane(), W_width = width - off_chip;
@@ -203,7 +201,7 @@ struct Product {
                     if (multiplies && !on_chip)  // on their way while the stage is waited for
                         load(w, W_all + words(first * width + k), words(width));
                     wait_for_oldest_stage();
-                    __syncthreads();  // it is there for all, and all have read the stage that is filled next
+                    __syncthreads();  // all see the oldest stage, and all have read the stage that is filled next
                     fill_next_stage(slot > 0 ? slot - 1 : STAGES - 1);
                     if (multiplies && on_chip)
                         load(w, W + words(first * W_width + k - off_chip), words(W_width));
@@ -245,7 +243,7 @@ struct Product {
         }
     }
 
-    // The tile's sums from row `skip` of the matrix on, which are nobody else's.
+    // Stores the tile's sums but for its first `skip` rows, which the tile before it has as well.
     __device__ __forceinline__ void store(float *out, int pitch, float (&sums)[TILE * ROWS], int skip) const
     {
         int first = 0, end = TILE * ROWS;
@@ -259,160 +257,133 @@ struct Product {
     }
 };
 
-// ---- Logits ---------------------------------------------------------------------------------------------------------
-
-// Draws the characters of the rows first, first + step, ... whose id is negative, from parts (blocks, group_rows,
-// stride); ids lie in shared memory, logits as for sum_logits.
-__device__ __forceinline__ void draw_from_parts(int *ids, float *logits, const float *parts, int group_rows, int stride,
-                                                int blocks, const float *__restrict__ b_out,
-                                                const float *__restrict__ uniforms, int first, int step, int rows,
-                                                int V, const Options &options)
-{
-    for (int row = first; row < rows; row += step)
-        if (ids[row] < 0) {  // the same for the whole block
-            const float uniform = uniforms[row];
-            sum_logits(logits, parts + row * stride, size_t(group_rows) * stride, blocks, b_out, V);
-            const int id = draw(logits, uniform, V, options);
-            if (threadIdx.x == 0)
-                ids[row] = id;
-            __syncthreads();  // everybody sees it, and has done with this draw
-        }
-}
-
-// Draws the characters of the rows whose id is negative. outputs (V, pitch) are W_out h, one row of text beside the
-// other; logits (rows, stride) is room for what is drawn from; all arrays but `uniforms` lie in shared memory.
-__device__ __forceinline__ void draw_from_states(int *ids, float *logits, int stride, const float *outputs, int pitch,
-                                                 const float *b_out, const float *__restrict__ uniforms, int rows,
-                                                 int V, const Options &options)
-{
-    for (int e = threadIdx.x; e < rows * V; e += THREADS) {
-        const int v = e % V, row = e / V;
-        if (ids[row] < 0)
-            logits[row * stride + v] = outputs[v * pitch + row] + b_out[v];
-    }
-    __syncthreads();
-    for (int row = 0; row < rows; ++row)
-        if (ids[row] < 0) {  // the same for the whole block
-            const int id = draw(logits + row * stride, uniforms[row], V, options);
-            if (threadIdx.x == 0)
-                ids[row] = id;
-            __syncthreads();  // everybody sees it, and has done with this draw
-        }
-}
-
 // ---- All steps ------------------------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-write_text(float *h, int *ids, int *ids_tr, float *states, float *partial_logits, unsigned *counters,
-           const unsigned *__restrict__ weights, const float *__restrict__ biases, const float *__restrict__ P,
-           const float *__restrict__ W_out, const float *__restrict__ b_out, const int *__restrict__ forced_tr,
-           const float *__restrict__ uniforms_tr, int T, int R, int V, int H, int layers, int group_rows, int units,
-           int stage_rows, int columns_off_chip, float temperature, int top_k, float top_p, float min_p)
-{
-    const int width = round_up(H, 8), blocks = ceil_div(width, units), matrices = 2 * layers - 1;
-    const int group = blockIdx.x / blocks, block = blockIdx.x % blocks, first_unit = block * units;
-    const int first_row = group * group_rows, rows = min(group_rows, R - first_row);
-    const int gates = 3 * units;  // of this block, in a layer
-    // Columns of W_hh and W_ih that come through L2; where W_out is on chip, none.
-    const int off_chip = DRAWS == EVERY_BLOCK_FROM_STATES ? 0 : columns_off_chip;
-    const int own_width = width - off_chip, matrix_words = gates * words(own_width);
-    // Of W_out, a tile at least, ahead of W_hh of layer 0: one product may take both.
-    const int out_rows = DRAWS == EVERY_BLOCK_FROM_STATES ? max(V, TILE) : 0;
-    // Sums lie one row of text beside the other; the odd pitch spreads those of neighbouring units over the banks.
-    const int padded_rows = round_up(group_rows, ROWS), pitch = padded_rows | 1;
-    const int logits_stride = round_up(V, 4);
-    const Options options = {temperature, top_k, top_p, min_p};
+// The arguments of the kernel; the heads of this file and of generate.cu say what they are.
+struct Arguments {
+    float *h;
+    int *ids, *ids_tr;
+    float *states, *partial_logits;
+    unsigned *counters;
+    const unsigned *weights;
+    const float *biases, *P, *W_out, *b_out;
+    const int *forced_tr;
+    const float *uniforms_tr;
+    int T, R, V, H, layers, group_rows, units, stage_rows, off_chip;
+    Options options;
+    float *shared;  // dynamic shared memory
+};
 
-    // What is read 16 bytes at a time comes first, in multiples of 16 bytes.
-    extern __shared__ __align__(16) float shared[];
-    unsigned *own_weights = reinterpret_cast<unsigned *>(shared);  // (out_rows + matrices * gates, own_width)
-    float *ring = shared + out_rows * words(width) + matrices * matrix_words;
-    float *logits = ring + STAGES * stage_rows * CHUNK;
-    float *own_states = logits + (DRAWS == EVERY_BLOCK_FROM_STATES ? group_rows : logits_shares(V)) * logits_stride;
-    float *own_P = own_states + layers * units * padded_rows;  // (V, 3, units), behind (layers, units, padded_rows)
-    float *own_W_out = own_P + V * gates;                      // (units, V), where parts are published
-    float *own_biases = own_W_out + (DRAWS == EVERY_BLOCK_FROM_STATES ? 0 : V * units);  // of the rows of own_weights
-    // a (gates, pitch), and ahead of it, in turns, i of the layers above the first and W_out h (out_rows, pitch).
-    float *a = own_biases + out_rows + matrices * gates + max(out_rows, layers > 1 ? gates : 0) * pitch;
-    const float *i = a - gates * pitch;
-    // (group_rows,): the characters before a step; with OWNER, those that this block draws, and the forced ones.
-    int *own_ids = reinterpret_cast<int *>(a + gates * pitch);
+// A block: the rows and units that it owns, and its shared memory. All functions are for all of its threads.
+struct Block : Arguments {
+    int width = round_up(H, 8), blocks = ceil_div(width, units), matrices = 2 * layers - 1;
+    Group group{counters, int(blockIdx.x / blocks), int(blockIdx.x % blocks), blocks};
+    int first_unit = group.block * units, gates = 3 * units;  // gates of this block, in a layer
+    int first_row = group.index * group_rows, rows = min(group_rows, R - first_row);
+    int own_width = width - off_chip;  // columns of a matrix in shared memory
+    // In a and i, the rows of text of one gate are neighbours; the odd pitch spreads neighbouring gates over the banks.
+    int padded_rows = round_up(group_rows, ROWS), pitch = padded_rows | 1;
+    int logits_stride = round_up(V, 4);
 
-    const auto rows_of_matrix = [&](int m) {  // (gates, width), this block's
-        return weights + (size_t(m) * blocks + block) * gates * words(width);
-    };
-    for (int m = 0; m < matrices; ++m) {
-        const unsigned *source = rows_of_matrix(m) + words(off_chip);
-        uint4 *own = reinterpret_cast<uint4 *>(own_weights + out_rows * words(width) + m * matrix_words);
-        const int quads = words(own_width) / 4;  // of a row
-#pragma unroll 8  // loads in flight
-        for (int q = threadIdx.x; q < gates * quads; q += THREADS)
-            own[q] = reinterpret_cast<const uint4 *>(source + q / quads * words(width))[q % quads];
-        for (int gate = threadIdx.x; gate < gates; gate += THREADS)
-            own_biases[out_rows + m * gates + gate] = biases[(size_t(m) * blocks + block) * gates + gate];
+    // Shared memory. Arrays that are read 16 bytes at a time come first, in multiples of 16 bytes.
+    unsigned *own_weights = reinterpret_cast<unsigned *>(shared);         // (matrices, gates, own_width)
+    float *ring = shared + matrices * gates * words(own_width);           // (STAGES, stage_rows, CHUNK)
+    float *logits = ring + STAGES * stage_rows * CHUNK;                   // of one row, for sum_partial_logits
+    float *own_states = logits + logits_shares(V) * logits_stride;        // (layers, units, padded_rows)
+    float *own_P = own_states + layers * units * padded_rows;             // (V, 3, units)
+    float *own_W_out = own_P + V * gates;                                 // (units, V)
+    float *own_biases = own_W_out + V * units;                            // (matrices, gates)
+    float *a = own_biases + matrices * gates;                             // (gates, pitch): W_hh h
+    float *i = a + gates * pitch;                                         // (gates, pitch) above layer 0: W_ih x
+    // (group_rows,): the characters before a step; with owner-draws, the forced ones and the ones that this block draws.
+    int *own_ids = reinterpret_cast<int *>(layers > 1 ? i + gates * pitch : i);
+
+    Product product{rows, width, off_chip, stage_rows, gates, ring};
+
+    // This block's rows of matrix m (gates, width), in global memory.
+    __device__ __forceinline__ const unsigned *rows_of_matrix(int m) const
+    {
+        return weights + (size_t(m) * blocks + group.block) * gates * words(width);
     }
-    for (int e = threadIdx.x; e < V * gates; e += THREADS) {
-        const int j = first_unit + e % units;
-        own_P[e] = j < H ? P[size_t(e / units) * H + j] : 0.0f;
+
+    // The states of a layer before step t, of this group's rows (rows, width).
+    __device__ __forceinline__ float *states_of(int t, int layer) const
+    {
+        return states + ((size_t(t % 2) * layers + layer) * R + first_row) * width;
     }
-    for (int row = threadIdx.x; row < rows; row += THREADS)
-        own_ids[row] = ids[first_row + row];
-    if (DRAWS == EVERY_BLOCK_FROM_STATES) {
+
+    // The partial_logits (group_rows, logits_stride) before step t of block `block` of the grid.
+    __device__ __forceinline__ float *partial_logits_of(int t, int block) const
+    {
+        return partial_logits + size_t(t % 2 * gridDim.x + block) * (group_rows * logits_stride);
+    }
+
+    // Fills shared memory, and hands the states before step 0 to the group.
+    __device__ __forceinline__ void load()
+    {
+        for (int m = 0; m < matrices; ++m) {
+            const unsigned *source = rows_of_matrix(m) + words(off_chip);
+            uint4 *own = reinterpret_cast<uint4 *>(own_weights + m * gates * words(own_width));
+            const int quads = words(own_width) / 4;  // of a row
 #pragma unroll 8  // loads in flight
-        for (int e = threadIdx.x; e < out_rows * words(width); e += THREADS) {
-            const int v = e / words(width), word = e % words(width);
-            own_weights[e] = v < V ? weights_word(W_out + size_t(v) * H, word, H) : 0;
+            for (int q = threadIdx.x; q < gates * quads; q += THREADS)
+                own[q] = reinterpret_cast<const uint4 *>(source + q / quads * words(width))[q % quads];
+            for (int gate = threadIdx.x; gate < gates; gate += THREADS)
+                own_biases[m * gates + gate] = biases[(size_t(m) * blocks + group.block) * gates + gate];
         }
-        for (int v = threadIdx.x; v < V; v += THREADS)
-            own_biases[v] = b_out[v];
-    } else {
+        for (int e = threadIdx.x; e < V * gates; e += THREADS) {
+            const int j = first_unit + e % units;
+            own_P[e] = j < H ? P[size_t(e / units) * H + j] : 0.0f;
+        }
         for (int e = threadIdx.x; e < V * units; e += THREADS) {
             const int j = first_unit + e % units, v = e / units;
             own_W_out[e % units * V + v] = j < H ? rounded(W_out[size_t(v) * H + j]) : 0.0f;
         }
+        for (int row = threadIdx.x; row < rows; row += THREADS)
+            own_ids[row] = ids[first_row + row];
+        for (int layer = 0; layer < layers; ++layer)
+            for (int e = threadIdx.x; e < units * padded_rows; e += THREADS) {
+                const int u = e % units, row = e / units, j = first_unit + u;
+                const float state = j < H && row < rows ? h[(size_t(layer) * R + first_row + row) * H + j] : 0.0f;
+                own_states[(layer * units + u) * padded_rows + row] = state;
+                if (j < width && row < rows)
+                    states_of(0, layer)[size_t(row) * width + j] = state;
+            }
+        group.barrier();
     }
 
-    const auto states_of = [&](int step, int layer) {
-        return states + ((size_t(step % 2) * layers + layer) * R + first_row) * width;
-    };
-    const auto parts_of = [&](int step, int block_of_all) {
-        return partial_logits + size_t(step % 2 * gridDim.x + block_of_all) * (group_rows * logits_stride);
-    };
-    unsigned *counter = counters + group * COUNTER_WORDS;
-    unsigned arrivals = 0;  // the target of the next group_wait
-    const auto arrive = [&] {
-        group_arrive(counter);
-        arrivals += blocks;
-    };
+    // The forced characters before step t, into own_ids; negative where a character is to be drawn.
+    __device__ __forceinline__ void load_forced(int t)
+    {
+        for (int row = threadIdx.x; row < rows; row += THREADS)
+            own_ids[row] = forced_tr[size_t(t - 1) * R + first_row + row];
+    }
 
-    for (int layer = 0; layer < layers; ++layer)
-        for (int e = threadIdx.x; e < units * padded_rows; e += THREADS) {
-            const int j = first_unit + e % units, row = e / units;
-            const float state = j < H && row < rows ? h[(size_t(layer) * R + first_row + row) * H + j] : 0.0f;
-            own_states[(layer * units + e % units) * padded_rows + row] = state;
-            if (j < width && row < rows)
-                states_of(0, layer)[size_t(row) * width + j] = state;
-        }
-    arrive();
-    group_wait(counter, arrivals);
-
-    // All characters before step t that this block draws; the owner of a row says which it is.
-    const auto draw_characters = [&](int t) {
+    // Draws the characters before step t that are not forced, this block's or all of the group's, into own_ids. The
+    // owner of a row publishes its character.
+    __device__ __forceinline__ void draw(int t)
+    {
         const size_t before = size_t(t - 1) * R + first_row;
-        if (DRAWS == EVERY_BLOCK_FROM_STATES)
-            draw_from_states(own_ids, logits, logits_stride, a - out_rows * pitch, pitch, own_biases,
-                             uniforms_tr + before, rows, V, options);
-        else
-            draw_from_parts(own_ids, logits, parts_of(t, group * blocks), group_rows, logits_stride, blocks, b_out,
-                            uniforms_tr + before, DRAWS == OWNER ? block : 0, DRAWS == OWNER ? blocks : 1, rows, V,
-                            options);
-        for (int row = block + blocks * threadIdx.x; row < rows; row += blocks * THREADS)
+        const float *of_group = partial_logits_of(t, group.index * blocks);
+        for (int row = DRAWS == OWNER_DRAWS ? group.block : 0; row < rows; row += DRAWS == OWNER_DRAWS ? blocks : 1)
+            if (own_ids[row] < 0) {  // the same for the whole block
+                const float uniform = uniforms_tr[before + row];
+                sum_partial_logits(logits, of_group + row * logits_stride, size_t(group_rows) * logits_stride, blocks,
+                                   b_out, V);
+                const int id = draw_character(logits, uniform, V, options);
+                if (threadIdx.x == 0)
+                    own_ids[row] = id;
+                __syncthreads();  // all threads see the id, and have done with `logits`
+            }
+        for (int row = group.block + blocks * threadIdx.x; row < rows; row += blocks * THREADS)
             ids[first_row + row] = ids_tr[before + row] = own_ids[row];
-    };
-    // The states of a layer after step t, once a and i are there.
-    const auto move_states = [&](int t, int layer) {
-        const float *b_hh = own_biases + out_rows + 2 * layer * gates, *b_ih = b_hh - gates;
-        const int *ids_read = DRAWS == OWNER ? ids + first_row : own_ids;
+    }
+
+    // The states of a layer after step t, from a and i.
+    __device__ __forceinline__ void move_states(int t, int layer)
+    {
+        const float *b_hh = own_biases + 2 * layer * gates, *b_ih = b_hh - gates;
+        const int *ids_read = DRAWS == OWNER_DRAWS ? ids + first_row : own_ids;
         for (int e = threadIdx.x; e < units * rows; e += THREADS) {
             const int u = e % units, row = e / units, j = first_unit + u;
             float i_u[3], a_u[3];
@@ -423,74 +394,87 @@ write_text(float *h, int *ids, int *ids_tr, float *states, float *partial_logits
                 i_u[g] = layer == 0 ? own_P[(ids_read[row] * 3 + g) * units + u] : i[gate * pitch + row] + b_ih[gate];
             }
             float &state = own_states[(layer * units + u) * padded_rows + row];
-            state = gru_unit(i_u[0], i_u[1], i_u[2], a_u[0], a_u[1], a_u[2], state);
+            state = gru_cell(i_u, a_u, state).h;
             if (j < width)
                 states_of(t + 1, layer)[size_t(row) * width + j] = state;
         }
-    };
+    }
 
-    Product product = {rows, width, off_chip, stage_rows, ring};
-    for (int t = 0; t <= T; ++t)  // the last time only to draw
+    // Step t: the characters before it, then all layers. Step T is only the characters.
+    __device__ __forceinline__ void step(int t)
+    {
         for (int layer = 0; layer < layers; ++layer) {
-            const bool drawing = layer == 0 && t > 0;
-            bool any = false;  // character that is not forced
-            if (drawing) {     // read before the wait, which hides the latency
-                const int *forced = forced_tr + size_t(t - 1) * R + first_row;
-                for (int row = threadIdx.x; row < rows; row += THREADS)
-                    own_ids[row] = forced[row];
-                for (int row = 0; row < rows; ++row)
-                    any |= forced[row] < 0;
-            }
-            if (layer == 0 && DRAWS == OWNER) {
-                group_wait(counter, arrivals);
+            const bool draws = layer == 0 && t > 0;
+            if (draws)
+                load_forced(t);  // before the wait, which hides the latency
+            if (layer == 0 && DRAWS == OWNER_DRAWS) {
+                group.wait();
                 if (t < T)
-                    product.begin(states_of(t, 0), gates);
-                if (drawing)
-                    draw_characters(t);
+                    product.begin(states_of(t, 0));
+                if (draws)
+                    draw(t);
                 if (t == T)
-                    break;  // nobody would wait for this arrival, and it might come after the counters are set back
-                arrive();
+                    return;  // no block would wait for this arrival, and it might follow the reset of the counters
+                group.arrive();
             }
 
-            // Before the wait W_hh; after it W_ih, or in layer 0 W_out, which lies ahead of it. With one layer, where
-            // every block draws, all take the states that are waited for. In one place, because the product is most of
-            // the code.
-            const bool W_hh_late = DRAWS != OWNER && layers == 1;
+            // The product with W_hh is before the wait, but after it with one layer and all-draw; the product with W_ih
+            // is after the wait. Both are one loop, because the product, which is inlined, is most of the machine code.
+            const bool W_hh_after = DRAWS == ALL_DRAW && layers == 1;
 #pragma unroll 1
-            for (int late = 0; late <= 1; ++late) {
-                if (late)
-                    group_wait(counter, arrivals);
-                const int first = late ? -(layer > 0 ? gates : any ? out_rows : 0) : 0;
-                const int end = late == W_hh_late && t < T ? gates : 0;
-                if (first < end && (layer > 0 || DRAWS != OWNER))  // else it began before the drawing
-                    product.begin(!late ? states_of(t, layer) : layer > 0 ? states_of(t + 1, layer - 1)
-                                                                          : states_of(t, layers - 1), end - first);
-                if (late && drawing && DRAWS == EVERY_BLOCK_FROM_PARTS)
-                    draw_characters(t);
-                if (first < end)
-                    product.run(a + first * pitch, pitch,
-                                own_weights + (out_rows + 2 * layer * gates + first) * words(own_width),
-                                rows_of_matrix(max(2 * layer - (first < 0), 0)));
+            for (int after = 0; after <= 1; ++after) {
+                if (after)
+                    group.wait();
+                const bool W_ih = after && layer > 0, multiplies = W_ih || (after == W_hh_after && t < T);
+                if (multiplies && (layer > 0 || DRAWS == ALL_DRAW))  // else it began before the drawing
+                    product.begin(W_ih ? states_of(t + 1, layer - 1) : states_of(t, layer));
+                if (after && draws && DRAWS == ALL_DRAW)
+                    draw(t);
+                const int matrix = 2 * layer - W_ih;
+                if (multiplies)
+                    product.run(W_ih ? i : a, pitch, own_weights + matrix * gates * words(own_width),
+                                rows_of_matrix(matrix));
             }
-            if (drawing && DRAWS == EVERY_BLOCK_FROM_STATES)
-                draw_characters(t);
             if (t == T)
-                break;
+                return;
 
             move_states(t, layer);
-            if (layer == layers - 1 && DRAWS != EVERY_BLOCK_FROM_STATES) {
+            if (layer == layers - 1) {
                 __syncthreads();  // the states of all units
-                publish_logits<ROWS>(parts_of(t + 1, blockIdx.x), logits_stride, own_W_out,
-                                     own_states + layer * units * padded_rows, rows, padded_rows, V, units);
+                publish_partial_logits<ROWS>(partial_logits_of(t + 1, blockIdx.x), logits_stride, own_W_out,
+                                             own_states + layer * units * padded_rows, rows, padded_rows, V, units);
             }
-            arrive();
+            group.arrive();
         }
-    group_leave(counter, counter + 1, blocks);
-    for (int layer = 0; layer < layers; ++layer)
-        for (int e = threadIdx.x; e < units * rows; e += THREADS) {
-            const int u = e % units, row = e / units;
-            if (first_unit + u < H)
-                h[(size_t(layer) * R + first_row + row) * H + first_unit + u] =
-                    own_states[(layer * units + u) * padded_rows + row];
-        }
+    }
+
+    __device__ __forceinline__ void save() const
+    {
+        for (int layer = 0; layer < layers; ++layer)
+            for (int e = threadIdx.x; e < units * rows; e += THREADS) {
+                const int u = e % units, row = e / units;
+                if (first_unit + u < H)
+                    h[(size_t(layer) * R + first_row + row) * H + first_unit + u] =
+                        own_states[(layer * units + u) * padded_rows + row];
+            }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+generate_persistent(float *h, int *ids, int *ids_tr, float *states, float *partial_logits, unsigned *counters,
+                    const unsigned *__restrict__ weights, const float *__restrict__ biases,
+                    const float *__restrict__ P, const float *__restrict__ W_out, const float *__restrict__ b_out,
+                    const int *__restrict__ forced_tr, const float *__restrict__ uniforms_tr, int T, int R, int V,
+                    int H, int layers, int group_rows, int units, int stage_rows, int off_chip, float temperature,
+                    int top_k, float top_p, float min_p)
+{
+    extern __shared__ __align__(16) float shared[];
+    Block block{{h, ids, ids_tr, states, partial_logits, counters, weights, biases, P, W_out, b_out, forced_tr,
+                 uniforms_tr, T, R, V, H, layers, group_rows, units, stage_rows, off_chip,
+                 {temperature, top_k, top_p, min_p}, shared}};
+    block.load();
+    for (int t = 0; t <= T; ++t)
+        block.step(t);
+    block.group.leave();
+    block.save();
 }

@@ -11,24 +11,26 @@
 //   P (N, 3H); ids_tb (T, B) int32, in [0, N); W_hh (3H, H); b_hh (3H,); h0 (B, H)
 //   h_tb (T+1, B, H), h_tb[0] a copy of h0; gates_tb (T, B, 3H): r, z, n; a_n_tb (T, B, H)
 //   dh_tb (T, B, H); da_tb (T, B, 3H); di_n_tb (T, B, H); dh0 (B, H)
-//   h16_tb (T, B, H), da16_tb (T, B, 3H) bf16, only in bf16: the operands of dW_hh, which are h_tb[:T] and da_tb
+//   h16_tb (T, B, H), da16_tb (T, B, 3H) bf16, only in bf16: copies of h_tb[:T] and da_tb, the operands of dW_hh
 //   dh_z_b (B, H): z dh of the step done last; products_gb (3, B, H): the share of each gate in W_hh^T da
-//   arrived (tiles of dh,) uint32: blocks that have added their share; zero between launches
+//   arrived (tiles of dh,) uint32: blocks that have written their share; zero between launches
 //
-// Forward, a block owns TILE_M rows of the batch and UNITS hidden units with their three gates, so that a step has
-// nothing left to exchange: column n of its tile of a is gate n / UNITS of unit n % UNITS. Backward, a block owns the
-// share of one gate in TILE_M rows and TILE_N units of dh: sums over 3H are long, and so few tiles would leave most of
-// a GPU idle. Of a tile's three blocks, the one that is done last adds the shares, always in the order r, z, n, and
-// goes on through the gates. Either way the threads compute the product together (tile.cuh); then each takes every
-// TILE_THREADS-th element of the tile.
+// Forward, a block owns TILE_M rows of the batch and UNITS hidden units with their three gates, so that no block needs
+// the result of another one: column n of its tile of a is gate n / UNITS of unit n % UNITS. Backward, the tiles of dh
+// are few and their sums over 3H long, so that one block per tile would leave most of a GPU idle: three blocks share a
+// tile of TILE_M rows and TILE_N units, one for each gate's share of the sum. The block that finishes last adds the
+// three shares, always in the order r, z, n, and computes the gates' gradients. In both directions the threads of a
+// block compute the product together (tile.cuh); then each takes every TILE_THREADS-th element of the tile.
 //
 // Bytes per step at B 64, H 1024, with tiles of 32 x 48: 128 blocks forward, or 132 backward, read 25 MB of W_hh and
-// 17 MB of h or da from L2, which keeps W_hh (12.6 MB) from step to step. Beside that, forward reads 0.8 MB of P and
-// writes 1.3 MB (h, gates, a_n); backward writes and reads again 0.8 MB of products, reads 1.8 MB (h, gates, a_n, dh,
+// 17 MB of h or da from L2, which keeps W_hh (12.6 MB) from step to step. Further, forward reads 0.8 MB of P and writes
+// 1.3 MB (h, gates, a_n); backward writes 0.8 MB of products and reads them again, reads 1.8 MB (h, gates, a_n, dh,
 // dh_z) and writes 1.3 MB (da, di_n, dh_z).
+// Why not naive.cu's way: there every gate of every unit reads a row of h and a row of W_hh, 1.6 GB a step at these
+// sizes. Here a tile reads each of its rows once, 42 MB a step, and multiplies from shared memory.
 //
 // Variants: this one, for all sizes and GPUs; gru_forward_persistent.cu and gru_backward_persistent.cu, a window in one
-// launch, where they fit. PRECISION (tile.cuh) concerns the products alone.
+// launch, where they fit. PRECISION (tile.cuh) applies to the products only.
 // Source: Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation",
 // with the reset gate after the product, as in cuDNN.
 #include "gru.cuh"
@@ -40,13 +42,13 @@ constexpr int UNITS = TILE_N / 3;
 // Step t. Blocks: x by UNITS, y by TILE_M rows.
 extern "C" __global__ void __launch_bounds__(TILE_THREADS)
 gru_forward_step(float *h_tb, float *__restrict__ gates_tb, float *__restrict__ a_n_tb,
-                 unsigned short *__restrict__ h16_tb, const float *__restrict__ P, const int *__restrict__ ids_tb, const float *__restrict__ W_hh, const float *__restrict__ b_hh,
-                 const float *h0, int t, int B, int H)  // h0 not restrict: h may be h_tb, which other launches write
+                 unsigned short *__restrict__ h16_tb, const float *__restrict__ P, const int *__restrict__ ids_tb,
+                 const float *__restrict__ W_hh, const float *__restrict__ b_hh, const float *h0, int t, int B, int H)
 {
     __shared__ __align__(16) float shared[TILE_SHARED];
     const int b0 = blockIdx.y * TILE_M, j0 = blockIdx.x * UNITS;
     const size_t step = size_t(t) * B;  // rows of (T, B, n) before this step
-    const float *h = t == 0 ? h0 : h_tb + step * H;
+    const float *h = t == 0 ? h0 : h_tb + step * H;  // no __restrict__: it may point into h_tb, which is written
 
     tile_product<true, true>(
         shared, H, [=](int m, int k) { return b0 + m < B ? h[size_t(b0 + m) * H + k] : 0.0f; },
@@ -78,17 +80,18 @@ gru_forward_step(float *h_tb, float *__restrict__ gates_tb, float *__restrict__ 
     }
 }
 
-// Whether this block is the last of `blocks` to arrive, for all its threads. They then see what every thread of the
-// other blocks wrote before its block arrived: a __syncthreads() hands it on within a block, thread 0's fences between
-// the blocks. No block waits for another, so the grid may have any size. Leaves the counter at zero.
+// Whether this block is the last of `blocks` to arrive; the same in all its threads. The threads of the last block see
+// everything that the threads of the other blocks wrote before they arrived: a __syncthreads() hands writes on within a
+// block, thread 0's fences hand them on between blocks. No block waits for another, so the grid may have any size.
+// Leaves the counter at zero.
 __device__ __forceinline__ bool arrives_last(unsigned *arrived, unsigned blocks)
 {
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();  // what the block wrote comes before its arrival
+        __threadfence();  // the block's writes come before its arrival
         last = atomicAdd(arrived, 1u) == blocks - 1;
-        __threadfence();  // what it reads from now on comes after the arrival of those before it
+        __threadfence();  // the block's reads from here on come after the other blocks' arrivals
         if (last)
             atomicExch(arrived, 0u);
     }
@@ -96,17 +99,18 @@ __device__ __forceinline__ bool arrives_last(unsigned *arrived, unsigned blocks)
     return last;
 }
 
-// Step t, from T - 1 down to -1, where the initial state lies. Blocks: x by TILE_N units, y by TILE_M rows, z by gate.
+// Step t, from T - 1 down to -1, which stands for the initial state. Blocks: x by TILE_N units, y by TILE_M rows, z by
+// gate.
 extern "C" __global__ void __launch_bounds__(TILE_THREADS)
-gru_backward_step(float *da_tb, unsigned short *__restrict__ da16_tb, float *__restrict__ di_n_tb, float *__restrict__ dh0, float *__restrict__ dh_z_b,
-                  float *products_gb, unsigned *arrived, const float *__restrict__ dh_tb,
-                  const float *__restrict__ W_hh, const float *__restrict__ h_tb, const float *__restrict__ gates_tb,
-                  const float *__restrict__ a_n_tb, int t, int T, int B, int H)
+gru_backward_step(float *da_tb, unsigned short *__restrict__ da16_tb, float *__restrict__ di_n_tb,
+                  float *__restrict__ dh0, float *__restrict__ dh_z_b, float *products_gb, unsigned *arrived,
+                  const float *__restrict__ dh_tb, const float *__restrict__ W_hh, const float *__restrict__ h_tb,
+                  const float *__restrict__ gates_tb, const float *__restrict__ a_n_tb, int t, int T, int B, int H)
 {
     __shared__ __align__(16) float shared[TILE_STAGES];
     const int b0 = blockIdx.y * TILE_M, j0 = blockIdx.x * TILE_N, gate = blockIdx.z;
     const size_t state = size_t(B) * H;
-    const bool from_later = t + 1 < T;  // the last step has none after it
+    const bool from_later = t + 1 < T;  // no step follows the last one
     const float *da_later = da_tb + size_t(t + 1) * 3 * state + size_t(gate) * H;
     const float *W = W_hh + size_t(gate) * H * H;
 

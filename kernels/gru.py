@@ -1,4 +1,4 @@
-"""The recurrence over a window, and back through time: launchers of gru.cu, or gru_persistent.py where the plan says."""
+"""The recurrence over a window and back through time: launchers of gru.cu, or gru_persistent.py where the plan says."""
 
 from typing import Any, NamedTuple
 
@@ -65,11 +65,8 @@ def gru_forward(P, ids_tb, W_hh, b_hh, h0, saved: GRUSaved, *, precision="fp32",
     Raises: ValueError.
     Equals: `rnn.reference.gru_forward`.
     """
+    check_gru_forward(P, ids_tb, W_hh, b_hh, h0, saved, precision)
     (T, B), H = ids_tb.shape, W_hh.shape[1]
-    runtime.check("P", P, np.float32, (len(P), 3 * H))
-    runtime.check("b_hh", b_hh, np.float32, (3 * H,))
-    runtime.check("h0", h0, np.float32, (B, H))
-    _check(ids_tb, W_hh, saved, precision)
     plan = plan or forward_plan(runtime.current_executor().gpu, B, H, precision)
     if plan.variant == "persistent":
         gru_persistent.forward(plan, P, ids_tb, W_hh, b_hh, h0, saved)
@@ -94,16 +91,8 @@ def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh
     Raises: ValueError.
     Equals: `rnn.reference.gru_backward`.
     """
-    (T, B), H = ids_tb.shape, W_hh.shape[1]
-    M = H if W_y is None else len(W_y)
-    runtime.check("dy_tb", dy_tb, np.float32, (T, B, M))
-    if W_y is not None:
-        runtime.check("W_y", W_y, np.float32, (M, H))
-    runtime.check("dP", dP, np.float32, (len(dP), 3 * H))
-    runtime.check("dW_hh", dW_hh, np.float32, (3 * H, H))
-    runtime.check("db_hh", db_hh, np.float32, (3 * H,))
-    runtime.check("dh0", dh0, np.float32, (B, H))
-    _check(ids_tb, W_hh, saved, precision)
+    check_gru_backward(dy_tb, W_y, ids_tb, W_hh, saved, dP, dW_hh, db_hh, dh0, precision)
+    (T, B, M), H = dy_tb.shape, W_hh.shape[1]
     plan = plan or backward_plan(runtime.current_executor().gpu, B, H, precision,
                                  V_out=0 if W_y is None else M, V_in=len(dP))
     if W_y is not None and not plan.fused_output_steps:
@@ -132,8 +121,31 @@ def _backward_stepwise(dh_tb, W_hh, saved: GRUSaved, db_hh, dh0, T: int, precisi
     column_sums(saved.da_tb[:T].reshape(T * B, 3 * H), db_hh)
 
 
-def _check(ids_tb, W_hh, saved: GRUSaved, precision: str) -> None:
-    """Checks the arguments that both directions have."""
+def check_gru_forward(P, ids_tb, W_hh, b_hh, h0, saved: GRUSaved, precision: str) -> None:
+    """The arrays of `gru_forward`. Raises: ValueError."""
+    B, H = ids_tb.shape[1], W_hh.shape[1]
+    runtime.check("P", P, np.float32, (len(P), 3 * H))
+    runtime.check("b_hh", b_hh, np.float32, (3 * H,))
+    runtime.check("h0", h0, np.float32, (B, H))
+    _check_both(ids_tb, W_hh, saved, precision)
+
+
+def check_gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh0, precision: str) -> None:
+    """The arrays of `gru_backward`. Raises: ValueError."""
+    (T, B), H = ids_tb.shape, W_hh.shape[1]
+    M = H if W_y is None else len(W_y)
+    runtime.check("dy_tb", dy_tb, np.float32, (T, B, M))
+    if W_y is not None:
+        runtime.check("W_y", W_y, np.float32, (M, H))
+    runtime.check("dP", dP, np.float32, (len(dP), 3 * H))
+    runtime.check("dW_hh", dW_hh, np.float32, (3 * H, H))
+    runtime.check("db_hh", db_hh, np.float32, (3 * H,))
+    runtime.check("dh0", dh0, np.float32, (B, H))
+    _check_both(ids_tb, W_hh, saved, precision)
+
+
+def _check_both(ids_tb, W_hh, saved: GRUSaved, precision: str) -> None:
+    """The arrays that both directions take."""
     (T, B), H = ids_tb.shape, W_hh.shape[1]
     T_saved = len(saved.gates_tb)
     if not 1 <= T <= T_saved:

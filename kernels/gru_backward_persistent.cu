@@ -1,4 +1,4 @@
-// Back through time over a window in one launch, the weights on chip from the last step to the first.
+// Back through time over a window in one launch: W_hh stays on chip from the last step to the first.
 //
 //   dh_t = dy_t W_y + z_{t+1} dh_{t+1} + W_hh^T da_{t+1}      (dh0: the same without the first term)
 //   dn = dh_t (1 - z)       di_z = dn (h_{t-1} - n) z
@@ -6,28 +6,33 @@
 //   db = sum of da          dP[v] = sum of di over the positions of id v
 //
 // Arguments, float32 but for the integers and the bf16 copy:
-//   da_tb (T, B, 3H), and in bf16 da16_tb (T, B, 3H) bf16, which dW_hh then takes in its place; where V = 0, for those
-//   who sum by id themselves, di_n_tb (T, B, H), and da_tb in bf16, too; dh0 (B, H); dP_g (groups, V, 3H) and
-//   db_g (groups, 3H): sums over the rows of each group; dh_z_b (B, H): z dh of the step before
-//   exchange (2, row tiles, SPLITS WARPS K_STEPS, X_STEP) words, zero where k >= 3H; partials (row tiles, ranges, SPLITS,
-//   ROWS, UNITS); counters (groups, 1 + ranges, 2 COUNTER_WORDS) uint32, zero between launches
-//   dy_tb (T, B, N) with W_y (N, H); or, where N = 0, dy_tb (T, B, H), to which no product is left to do
+//   da_tb (T, B, 3H); in bf16 its copy da16_tb (T, B, 3H) instead, the operand of dW_hh. Where V = 0, another launch
+//   sums by id: it needs da_tb, in bf16 too, and di_n_tb (T, B, H)
+//   dh0 (B, H); dP_g (groups, V, 3H) and db_g (groups, 3H): sums over the rows of each group
+//   dh_z_b (B, H): z dh of the step done last
+//   exchange (2, row tiles, SPLITS WARPS K_STEPS, X_STEP) words, zero where k >= 3H
+//   partial_sums (row tiles, ranges, SPLITS, ROWS, UNITS)
+//   counters (groups, COUNTER_WORDS), range_counters (groups ranges, COUNTER_WORDS) uint32, zero before and after
+//   dy_tb (T, B, N) with W_y (N, H); or, where N = 0, dy_tb (T, B, H), which is added to dh as it is
 //   W_hh (3H, H); h_tb (T+1, B, H), gates_tb (T, B, 3H), a_n_tb (T, B, H) from the forward pass; ids_tb (T, B) int32
 //
-// Tiles of rows, groups, exchange and barriers are as in gru_forward_persistent.cu; here da is gathered, three times as
-// wide as h. So K = 3H may be split among SPLITS blocks: they share a range of UNITS units of dh, each gathers its part
-// of da, and after a barrier of their own each adds their sums, in ascending order, for FINISHED of the units, and takes
-// these through the gates. dy_t W_y is N more rows of K that are there before anybody waits; dh from the output layer
-// never exists in memory. While the others arrive, a block saves da and adds di to its sums by id, in shared memory, row
-// by row: a fixed order.
+// Tiles of rows, groups, exchange and barriers are as in gru_forward_persistent.cu, but blocks exchange da, which is
+// three times as wide as h. So K = 3H may be split among SPLITS blocks (split-K), which share a range of UNITS units of
+// dh. Each of them gathers its part of da and writes partial sums; after a barrier of the range, it adds the partial
+// sums of all splits, in ascending order, for FINISHED of the units, and takes these through the gates.
 //
-// Per step and block: 4 ROWS * 8 WARPS K_STEPS bytes from L2 for each row tile (3H / SPLITS elements for each row),
-// with more than one split 4 ROWS (UNITS + SPLITS FINISHED) bytes of partial sums written and read, 24 ROWS FINISHED
-// bytes read (28 where N = 0) and 28 written, 16 in bf16 (32 in both where V = 0).
-// At B 64, H 1024 on an H100: tf32, 2 groups of 16 ranges and 4 splits, gathers 96 KiB a block and step (unsplit, 384);
-// bf16, 4 groups of 32 ranges, unsplit, 96 KiB.
+// Two more results need no other launch. dy_t W_y is multiplied as N more rows of K, before a block waits for da: the
+// gradient of the output layer's input never exists in memory. And a block adds di to the sums by id in shared memory,
+// row by row, so that the order of each sum is fixed, while it waits for the other blocks.
 //
-// Variants: fp32, tf32, bf16; gru.cu for sizes and GPUs that this one does not fit. plan.py chooses.
+// Bytes per step and block: 4 ROWS * 8 WARPS K_STEPS from L2 for each row tile (3H / SPLITS elements for each row);
+// with more than one split 4 ROWS (UNITS + SPLITS FINISHED) of partial sums written and read; 24 ROWS FINISHED read (28
+// where N = 0) and 28 written, 16 in bf16 (32 in both where V = 0). At B 64, H 1024 on an H100: tf32, 2 groups of 16
+// ranges and 4 splits, gathers 96 KiB a block and step (unsplit, 384); bf16, 4 groups of 32 ranges, unsplit, 96 KiB.
+// Why not naive.cu's way: there every element of dh reads a row of da and a column of W_hh, 1.6 GB a step at these
+// sizes, and every step is a launch. Here W_hh, 12.6 MB, is read once per group and window.
+//
+// Variants: fp32, tf32, bf16; gru.cu for sizes and GPUs that this one does not fit. plan/recurrence.py chooses.
 // Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip".
 #include "barrier.cuh"
 #include "gru.cuh"
@@ -40,11 +45,11 @@
 
 constexpr int UNITS = COLUMNS;
 constexpr int FINISHED = ceil_div(UNITS, 2 * SPLITS) * 2;  // even: two bf16 of a word come from one block
-constexpr int SUM_COLUMNS = 3 * FINISHED;                  // of a sum by id: three gates of the finished units
-constexpr int ROWS_AT_A_TIME = 8;                          // rows of di that are on their way to the sums by id
+constexpr int SUM_COLUMNS = 3 * FINISHED;                  // of a sum by id: the three gates of the finished units
+constexpr int ROWS_AT_A_TIME = 8;                          // rows of di that a thread loads before it adds them
 using Elements = OwnElements<FINISHED>;
 
-// The fused output layer, dy_t W_y: N more rows of K, of which every warp multiplies `steps` steps. W_y stays on chip.
+// The fused output layer, dy_t W_y: N more rows of K, of which each warp multiplies `steps` steps. W_y stays on chip.
 struct FusedOutput {
     int N, steps, first_step;
     unsigned *weights;  // of this warp
@@ -61,7 +66,7 @@ struct FusedOutput {
         }
     }
 
-    // Adds this warp's share for the tile whose first row is b0; dy (B, N) is the step's.
+    // Adds this warp's share for the tile whose first row is b0; dy is dy_tb[t].
     __device__ __forceinline__ void add_to(ResidentSums &product, const float *__restrict__ dy, int b0, int B) const
     {
         for (int i = 0; i < steps; ++i) {
@@ -75,31 +80,38 @@ struct FusedOutput {
     }
 };
 
-// For the finished units, the sums of di over the positions of each id, in shared memory. A tile leaves its di and its
-// ids, to be added one step, or tile, later, while the blocks of the group arrive: row by row, in a fixed order.
-struct SumsById {
-    float *di;     // (ROWS, 3, FINISHED): of one tile
-    float *dP;     // (V, 3, FINISHED)
-    int *ids;      // (ROWS,): of the rows of di
-    int rows = 0;  // of di that are still to be added
+// db and dP of the finished units: sums of da over all positions, by element in registers, and of di over the positions
+// of each id, in shared memory. A tile leaves its di and ids in shared memory. They are added to dP when the next tile
+// begins, while the block waits for the other blocks anyway.
+struct GradientSums {
+    int V;
+    float *di;            // (ROWS, 3, FINISHED): of one tile
+    float *dP;            // (V, 3, FINISHED)
+    int *ids;             // (ROWS,): of the rows of di
+    int rows_to_add = 0;  // of di, to dP
+    int id;               // of row threadIdx.x of the tile that began last
+    float db[Elements::COUNT][3] = {};
 
-    __device__ __forceinline__ SumsById(float *shared, int V)
-        : di(shared), dP(di + ROWS * SUM_COLUMNS), ids(reinterpret_cast<int *>(dP + V * SUM_COLUMNS))
+    __device__ __forceinline__ GradientSums(float *shared, int V)
+        : V(V), di(shared), dP(di + ROWS * SUM_COLUMNS), ids(reinterpret_cast<int *>(dP + V * SUM_COLUMNS))
     {
         for (int i = threadIdx.x; i < V * SUM_COLUMNS; i += THREADS)
             dP[i] = 0.0f;
     }
 
-    __device__ __forceinline__ float &di_of(int row, int gate, int unit) const
+    // di of element i of this thread.
+    __device__ __forceinline__ float &di_of(int i, int gate) const
     {
-        return di[(row * 3 + gate) * FINISHED + unit];
+        return di[(Elements::row(i) * 3 + gate) * FINISHED + Elements::unit(i)];
     }
 
-    // All di and sums of ROWS_AT_A_TIME rows are loaded before any sum is stored.
-    __device__ __forceinline__ void add_tile() const
+    // Loads the ids of a tile of `rows` rows, and adds di of the tile before it: row by row, a fixed order. All di and
+    // sums of ROWS_AT_A_TIME rows are loaded before any sum is stored.
+    __device__ __forceinline__ void begin_tile(const int *__restrict__ ids_of_tile, int rows)
     {
-        for (int column = threadIdx.x; column < SUM_COLUMNS && rows > 0; column += THREADS)
-            for (int row = 0; row < rows; row += ROWS_AT_A_TIME) {
+        id = V > 0 && int(threadIdx.x) < rows ? ids_of_tile[threadIdx.x] : 0;
+        for (int column = threadIdx.x; column < SUM_COLUMNS && rows_to_add > 0; column += THREADS)
+            for (int row = 0; row < rows_to_add; row += ROWS_AT_A_TIME) {
                 float value[ROWS_AT_A_TIME], *sum[ROWS_AT_A_TIME];
 #pragma unroll
                 for (int i = 0; i < ROWS_AT_A_TIME; ++i) {
@@ -108,15 +120,31 @@ struct SumsById {
                 }
 #pragma unroll
                 for (int i = 0; i < ROWS_AT_A_TIME; ++i)
-                    if (row + i < rows)
+                    if (row + i < rows_to_add)
                         *sum[i] += value[i];
             }
     }
 
-    // The group's sums, of dP and of db, for hidden units j0 and after, before j_end. `db` has this thread's sums; those
-    // of all rows are added row by row, in the memory of di.
-    __device__ __forceinline__ void write(float *dP_of_group, float *db_of_group, const float (&db)[Elements::COUNT][3],
-                                          int V, int H, int j0, int j_end) const
+    __device__ __forceinline__ void add(int i, const GRUCellGradient &gradient)
+    {
+#pragma unroll
+        for (int gate = 0; gate < 3; ++gate) {
+            db[i][gate] += gradient.da[gate];
+            di_of(i, gate) = gradient.di[gate];
+        }
+    }
+
+    // Keeps the ids for the next begin_tile. A barrier of the block has to stand between the two calls.
+    __device__ __forceinline__ void end_tile(int rows)
+    {
+        if (threadIdx.x < ROWS)
+            ids[threadIdx.x] = id;
+        rows_to_add = V > 0 ? rows : 0;
+    }
+
+    // Writes the group's dP and db for the hidden units from j0 on and before j_end. The threads put db of their
+    // elements into the memory of di, where it is added row by row.
+    __device__ __forceinline__ void write(float *dP_g, float *db_g, int group, int H, int j0, int j_end) const
     {
         __syncthreads();
 #pragma unroll
@@ -124,7 +152,7 @@ struct SumsById {
             if (Elements::row(i) < ROWS)
 #pragma unroll
                 for (int gate = 0; gate < 3; ++gate)
-                    di_of(Elements::row(i), gate, Elements::unit(i)) = db[i][gate];
+                    di_of(i, gate) = db[i][gate];
         __syncthreads();
         for (int i = threadIdx.x; i < (V + 1) * SUM_COLUMNS; i += THREADS) {
             const int v = i / SUM_COLUMNS, column = i % SUM_COLUMNS, j = j0 + column % FINISHED;
@@ -136,11 +164,39 @@ struct SumsById {
             else
                 for (int row = 0; row < ROWS; ++row)
                     sum += di[row * SUM_COLUMNS + column];
-            float *result = v < V ? dP_of_group + size_t(v) * 3 * H : db_of_group;
+            float *result = v < V ? dP_g + (size_t(group) * V + v) * 3 * H : db_g + size_t(group) * 3 * H;
             result[column / FINISHED * H + j] = sum;
         }
     }
 };
+
+// The forward pass's results for one element, and, where N = 0, the gradient that reaches it from outside.
+struct Saved {
+    float r, z, n, a_n, h_before, dy;
+};
+
+// Adds to dh the products of this thread's elements over all of K. `sums` holds this split's after reduce_warps; with
+// more than one split, the range exchanges them through partial_sums (SPLITS, ROWS, UNITS).
+__device__ __forceinline__ void add_products(float (&dh)[Elements::COUNT], const Elements &own, int tile,
+                                             const float *sums, float *partial_sums, Group &range)
+{
+    if (SPLITS > 1) {
+        for (int i = threadIdx.x; i < ROWS * UNITS; i += THREADS)
+            partial_sums[range.block * ROWS * UNITS + i] = sum_of(sums, i / UNITS, i % UNITS);
+        range.barrier();
+    }
+    own.each(tile, [&](int i, int, int) {
+        const int row = own.row(i), unit = range.block * FINISHED + own.unit(i);
+        float sum = 0.0f;
+        if (SPLITS == 1)
+            sum = sum_of(sums, row, unit);
+        else
+#pragma unroll
+            for (int s = 0; s < SPLITS; ++s)
+                sum += partial_sums[(s * ROWS + row) * UNITS + unit];
+        dh[i] += sum;
+    });
+}
 
 // One block: x counts the splits of the first range of the first group, then those of its second range, ...
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -158,7 +214,7 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
     const RowTiles tiles(B, groups, group.index);
     const int j0 = group.block / SPLITS * UNITS, j_end = min(j0 + UNITS, H);
     const Elements own = {B, j0 + split * FINISHED, j_end};
-    // Where da of a tile in step t lies for the product; the splits of K one after the other.
+    // da of a tile in step t, as the product reads it; one split of K after the other.
     const auto exchanged = [=](int t, int tile) { return exchange + (t % 2 * tiles.all + tile) * SPLITS * X_WORDS; };
 
     extern __shared__ __align__(16) unsigned shared[];
@@ -174,83 +230,61 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
         return column < UNITS && j < H && v < N ? W_y[size_t(v) * H + j] : 0.0f;
     });
     float *sums = reinterpret_cast<float *>(output_weights + WARPS * output.steps * WEIGHT_STEP);
-    SumsById sums_by_id(sums + SUMS, V);
-    float db[Elements::COUNT][3] = {};
+    GradientSums gradient_sums(sums + SUMS, V);
     __syncthreads();
 
-    for (int t = T - 1; t >= -1; --t)  // at -1 lies the initial state
+    for (int t = T - 1; t >= -1; --t)  // step -1 stands for the initial state: it only computes dh0
         for (int tile = tiles.first; tile < tiles.end; ++tile) {
-            float r[Elements::COUNT], z[Elements::COUNT], n[Elements::COUNT], a_n[Elements::COUNT];
-            float h_before[Elements::COUNT], dy[Elements::COUNT], dh[Elements::COUNT];
+            Saved saved[Elements::COUNT];
+            float dh[Elements::COUNT];
             own.each(tile, [&](int i, int b, int j) {
-                dh[i] = t + 1 < T ? dh_z_b[size_t(b) * H + j] : 0.0f;  // written by this thread
+                dh[i] = t + 1 < T ? dh_z_b[size_t(b) * H + j] : 0.0f;  // this thread wrote it
                 if (t < 0)
                     return;
                 const size_t row = size_t(t) * B + b;
-                r[i] = gates_tb[row * 3 * H + j];
-                z[i] = gates_tb[row * 3 * H + H + j];
-                n[i] = gates_tb[row * 3 * H + 2 * H + j];
-                a_n[i] = a_n_tb[row * H + j];
-                h_before[i] = h_tb[row * H + j];
-                dy[i] = N == 0 ? dy_tb[row * H + j] : 0.0f;
+                const float *gates = gates_tb + row * 3 * H + j;
+                saved[i] = {gates[0], gates[H], gates[2 * H], a_n_tb[row * H + j], h_tb[row * H + j],
+                            N == 0 ? dy_tb[row * H + j] : 0.0f};
             });
-            const int id_b = tile * ROWS + threadIdx.x;
-            const int id = V > 0 && t >= 0 && threadIdx.x < ROWS && id_b < B ? ids_tb[size_t(t) * B + id_b] : 0;
-            sums_by_id.add_tile();
+            const int rows = min(ROWS, B - tile * ROWS);
+            gradient_sums.begin_tile(ids_tb + size_t(max(t, 0)) * B + tile * ROWS, t < 0 ? 0 : rows);
 
             ResidentSums product;
             if (t >= 0)
                 output.add_to(product, dy_tb + size_t(t) * B * N, tile * ROWS, B);
             if (t + 1 < T) {
                 if (tile == tiles.first)
-                    group.wait();  // da of step t + 1 of all blocks is there
+                    group.wait();  // all blocks have written da of step t + 1
                 weights.multiply(product, exchanged(t + 1, tile) + split * X_WORDS);
             }
             product.reduce_warps(sums);
-            float *partial_sums_of_range = partial_sums + (size_t(tile) * ranges + group.block / SPLITS) * SPLITS * ROWS * UNITS;
-            if (SPLITS > 1) {
-                for (int i = threadIdx.x; i < ROWS * UNITS; i += THREADS)
-                    partial_sums_of_range[split * ROWS * UNITS + i] = sum_of(sums, i / UNITS, i % UNITS);
-                range.barrier();
-            }
-            own.each(tile, [&](int i, int, int j) {
-                float sum = 0.0f;
-                if (SPLITS == 1)
-                    sum = sum_of(sums, own.row(i), j - j0);
-                else
-#pragma unroll
-                    for (int s = 0; s < SPLITS; ++s)
-                        sum += partial_sums_of_range[(s * ROWS + own.row(i)) * UNITS + j - j0];
-                dh[i] += sum;
-            });
+            const size_t range_of_tile = size_t(tile) * ranges + group.block / SPLITS;
+            add_products(dh, own, tile, sums, partial_sums + range_of_tile * SPLITS * ROWS * UNITS, range);
 
-            GRUCellGradient gradient[Elements::COUNT] = {};  // undefined at first, it would take more registers
+            GRUCellGradient gradient[Elements::COUNT] = {};  // left undefined, it would take more registers
             if (t < 0) {
                 own.each(tile, [&](int i, int b, int j) { dh0[size_t(b) * H + j] = dh[i]; });
-                sums_by_id.rows = 0;
+                gradient_sums.end_tile(0);
                 __syncthreads();  // before the next tile's sums overwrite this tile's
                 continue;
             }
             own.each(tile, [&](int i, int b, int j) {
-                dh[i] += dy[i];
-                gradient[i] = gru_cell_gradient(dh[i], r[i], z[i], n[i], a_n[i], h_before[i]);
+                const Saved &cell = saved[i];
+                dh[i] += cell.dy;
+                gradient[i] = gru_cell_gradient(dh[i], cell.r, cell.z, cell.n, cell.a_n, cell.h_before);
 #pragma unroll
-                for (int gate = 0; gate < 3; ++gate) {
+                for (int gate = 0; gate < 3; ++gate)
                     store_x(exchanged(t, tile), own.row(i), gate * H + j, gradient[i].da[gate]);
-                    db[i][gate] += gradient[i].da[gate];
-                    sums_by_id.di_of(own.row(i), gate, own.unit(i)) = gradient[i].di[gate];
-                }
+                gradient_sums.add(i, gradient[i]);
             });
-            if (threadIdx.x < ROWS)
-                sums_by_id.ids[threadIdx.x] = id;
-            sums_by_id.rows = V > 0 ? min(ROWS, B - tile * ROWS) : 0;
+            gradient_sums.end_tile(rows);
             if (tile + 1 < tiles.end)
                 __syncthreads();  // before the next tile's sums overwrite this tile's
             else
                 group.arrive();
             own.each(tile, [&](int i, int b, int j) {
                 const size_t row = size_t(t) * B + b;
-                dh_z_b[size_t(b) * H + j] = dh[i] * z[i];
+                dh_z_b[size_t(b) * H + j] = dh[i] * saved[i].z;
                 if (V == 0)
                     di_n_tb[row * H + j] = gradient[i].di[2];
 #pragma unroll
@@ -262,7 +296,7 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
                 }
             });
         }
-    sums_by_id.write(dP_g + size_t(group.index) * V * 3 * H, db_g + size_t(group.index) * 3 * H, db, V, H, own.j0, j_end);
+    gradient_sums.write(dP_g, db_g, group.index, H, own.j0, j_end);
     group.leave();
     if (SPLITS > 1)
         range.leave();

@@ -1,4 +1,4 @@
-// The recurrence over a window in one launch, its weights on chip from the first step to the last.
+// The recurrence over a window in one launch: W_hh stays on chip from the first step to the last.
 //
 //   a = W_hh h_{t-1} + b_hh       r = sigmoid(i_r + a_r)   z = sigmoid(i_z + a_z)   n = tanh(i_n + r a_n)
 //   h_t = (1 - z) n + z h_{t-1}                                                        with i = P[ids[t, b]]
@@ -6,22 +6,27 @@
 // Arguments, float32 but for the integers and the bf16 copy:
 //   h_tb (T+1, B, H), h_tb[0] a copy of h0; gates_tb (T, B, 3H): r, z, n; a_n_tb (T, B, H)
 //   h16_tb (T, B, H) bf16, only in bf16: the states before each step, an operand of dW_hh
-//   exchange (2, row tiles, WARPS K_STEPS, X_STEP) words, zero where k >= H; counters (groups, 2 COUNTER_WORDS) uint32,
-//   zero between launches
+//   exchange (2, row tiles, WARPS K_STEPS, X_STEP) words, zero where k >= H
+//   counters (groups, COUNTER_WORDS) uint32, zero before and after a launch
 //   P (N, 3H); ids_tb (T, B) int32, in [0, N); W_hh (3H, H); b_hh (3H,); h0 (B, H)
 //
-// The batch is cut into tiles of ROWS rows, and the tiles into groups that never wait for each other. In a group, every
-// block owns UNITS hidden units with their three gates, so that a step has nothing to exchange but the new states: each
-// block leaves those of its units in `exchange`, rounded and in the order in which warps load them (resident.cuh), and
-// gathers those of all units. One barrier of the group per step. Two halves of `exchange` take turns: whoever writes a
-// half has passed the barrier that all blocks reached after they had read it. What does not depend on the others is
-// done while they arrive: the input products of the next step are loaded, and r, z, n, a_n and h are saved.
+// The batch is cut into tiles of ROWS rows, and the tiles among groups of blocks that never wait for each other
+// (row_tiles.cuh). In a group, every block owns UNITS hidden units with their three gates, and keeps their rows of
+// W_hh. So the blocks of a group have only the new states to exchange: each block writes the states of its units to
+// `exchange`, rounded and in the order in which warps load them (resident.cuh), and after one barrier per step reads
+// the states of all units. Its threads share the elements of a tile, a row and a unit each, to compute the gates.
 //
-// Per step and block: 4 ROWS * 8 WARPS K_STEPS bytes from L2 for each row tile (H elements for each row), 3 ROWS UNITS
-// input products from L2, 24 ROWS UNITS bytes written (bf16: as many, two bytes of exchange and two of h16_tb).
-// At B 64, H 1024 on an H100: tf32, 2 groups of 64 blocks, gathers 128 KiB a block and step; bf16, 4 groups of 32, 32 KiB.
+// The two halves of `exchange` hold the states before even and before odd steps. A block overwrites a half only after
+// the barrier at which all blocks arrived when they had read it. The barrier takes a while, which a block fills with
+// work that needs no other block: it saves r, z, n, a_n and h of this step and loads the input products of the next.
 //
-// Variants: fp32, tf32, bf16; gru.cu for sizes and GPUs that this one does not fit. plan.py chooses.
+// Bytes per step and block: 4 ROWS * 8 WARPS K_STEPS from L2 for each row tile (H elements for each row), 12 ROWS UNITS
+// of input products from L2, 24 ROWS UNITS written (bf16: as many, two bytes of exchange and two of h16_tb). At B 64,
+// H 1024 on an H100: tf32, 2 groups of 64 blocks, which gather 128 KiB a block and step; bf16, 4 groups of 32, 32 KiB.
+// Why not naive.cu's way: there every gate of every unit reads a row of h and a row of W_hh, 1.6 GB a step at these
+// sizes, and every step is a launch. Here W_hh, 12.6 MB, is read once per group and window.
+//
+// Variants: fp32, tf32, bf16; gru.cu for sizes and GPUs that this one does not fit. plan/recurrence.py chooses.
 // Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip".
 #include "barrier.cuh"
 #include "gru.cuh"
@@ -46,7 +51,7 @@ gru_forward_persistent(float *h_tb, float *__restrict__ gates_tb, float *__restr
     const RowTiles tiles(B, groups, group.index);
     const int j0 = group.block * UNITS;
     const Elements own = {B, j0, H};
-    // Where the states of a tile before step t lie for the product.
+    // The states of a tile before step t, as the product reads them.
     const auto exchanged = [=](int t, int tile) { return exchange + (t % 2 * tiles.all + tile) * X_WORDS; };
 
     ResidentWeights weights;
@@ -78,7 +83,7 @@ gru_forward_persistent(float *h_tb, float *__restrict__ gates_tb, float *__restr
             float h_before[Elements::COUNT], input[Elements::COUNT][3];
             own.each(tile, [&](int i, int b, int j) {
                 id[i] = ids_tb[size_t(t) * B + b];
-                h_before[i] = h_tb[(size_t(t) * B + b) * H + j];  // written by this thread
+                h_before[i] = h_tb[(size_t(t) * B + b) * H + j];  // this thread wrote it in the step before
             });
             own.each(tile, [&](int i, int, int j) {
 #pragma unroll
@@ -87,7 +92,7 @@ gru_forward_persistent(float *h_tb, float *__restrict__ gates_tb, float *__restr
             });
 
             if (tile == tiles.first)
-                group.wait();  // the states before step t of all blocks are there
+                group.wait();  // all blocks have written their states before step t
             ResidentSums product;
             weights.multiply(product, exchanged(t, tile));
             product.reduce_warps(sums);
@@ -98,7 +103,7 @@ gru_forward_persistent(float *h_tb, float *__restrict__ gates_tb, float *__restr
 #pragma unroll
                 for (int gate = 0; gate < 3; ++gate)
                     a[i][gate] = sum_of(sums, min(own.row(i), ROWS - 1), gate * UNITS + own.unit(i)) + bias[i][gate];
-            GRUCell cell[Elements::COUNT] = {};  // undefined at first, it would take more registers
+            GRUCell cell[Elements::COUNT] = {};  // left undefined, it would take more registers
             own.each(tile, [&](int i, int, int j) {
                 cell[i] = gru_cell(input[i], a[i], h_before[i]);
                 store_x(exchanged(t + 1, tile), own.row(i), j, cell[i].h);

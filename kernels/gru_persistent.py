@@ -21,8 +21,8 @@ def forward(plan: RecurrencePlan, P, ids_tb, W_hh, b_hh, h0, saved) -> None:
 
 
 def backward(plan: RecurrencePlan, dy_tb, W_y, ids_tb, W_hh, saved, dP, db_hh, dh0) -> None:
-    """`kernels.gru.gru_backward`, its arguments checked, as a persistent plan says, without dW_hh, and without dP unless
-    `plan.sums_on_chip`. Where W_y is not None, `plan.fused_output_steps` is not 0."""
+    """`kernels.gru.gru_backward`, its arguments checked, as a persistent plan says; without dW_hh, and without dP
+    unless `plan.sums_on_chip`. Where W_y is not None, `plan.fused_output_steps` is not 0."""
     (T, B), H = ids_tb.shape, W_hh.shape[1]
     groups, N, V = plan.groups, 0 if W_y is None else len(W_y), len(dP) if plan.sums_on_chip else 0
     dP_g = scratch("gru_backward dP", (groups, V, 3 * H)) if V and groups > 1 else dP

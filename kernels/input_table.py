@@ -17,11 +17,7 @@ def input_table_forward(x, W_ih, b_ih, P, *, precision="fp32") -> None:
     Raises: ValueError.
     Equals: x @ W_ih.T + b_ih
     """
-    N, E = x.shape
-    runtime.check("x", x, np.float32, (N, E))
-    runtime.check("W_ih", W_ih, np.float32, (len(W_ih), E))
-    runtime.check("b_ih", b_ih, np.float32, (len(W_ih),))
-    runtime.check("P", P, np.float32, (N, len(W_ih)))
+    check_input_table_forward(x, W_ih, b_ih, P)
     matmul(x, W_ih, P, transpose_b=True, bias=b_ih, precision=precision)
 
 
@@ -32,13 +28,7 @@ def input_table_backward(dP, x, W_ih, dx, dW_ih, db_ih, *, precision="fp32") -> 
     Raises: ValueError.
     Equals: dP @ W_ih, dP.T @ x, dP.sum(axis=0)
     """
-    N, E = x.shape
-    runtime.check("x", x, np.float32, (N, E))
-    runtime.check("W_ih", W_ih, np.float32, (len(W_ih), E))
-    runtime.check("dP", dP, np.float32, (N, len(W_ih)))
-    runtime.check("dx", dx, np.float32, (N, E))
-    runtime.check("dW_ih", dW_ih, np.float32, (len(W_ih), E))
-    runtime.check("db_ih", db_ih, np.float32, (len(W_ih),))
+    check_input_table_backward(dP, x, W_ih, dx, dW_ih, db_ih)
     matmul(dP, W_ih, dx, precision=precision)
     matmul(dP, x, dW_ih, transpose_a=True, precision=precision)
     column_sums(dP, db_ih)
@@ -59,12 +49,8 @@ def sum_by_id(da_tb, di_n_tb, ids_tb, dP, scratch) -> None:
     Raises: ValueError.
     Equals: np.add.at(dP, ids_tb, np.concatenate([da_tb[:, :, :2 * H], di_n_tb], axis=2)), from dP = 0
     """
-    (T, B, H), V = di_n_tb.shape, len(dP)
-    N = T * B
-    runtime.check("da_tb", da_tb, np.float32, (T, B, 3 * H))
-    runtime.check("di_n_tb", di_n_tb, np.float32, (T, B, H))
-    runtime.check("ids_tb", ids_tb, np.int32, (T, B))
-    runtime.check("dP", dP, np.float32, (V, 3 * H))
+    check_sum_by_id(da_tb, di_n_tb, ids_tb, dP)
+    H, V, N = di_n_tb.shape[2], len(dP), ids_tb.size
     runtime.check("scratch", scratch, np.int32, (sum_by_id_scratch_size(N),))
     buffers, counts = scratch[:4 * N].reshape(2, 2, N), scratch[4 * N:]
     chunks = -(-N // RADIX)
@@ -81,6 +67,35 @@ def sum_by_id(da_tb, di_n_tb, ids_tb, dP, scratch) -> None:
     runtime.launch("input_table", "sum_by_id", (V, -(-3 * H // COLUMNS)), warps * WARP,
                    [dP, da_tb, di_n_tb, ids, positions, np.int32(N), np.int32(H)], constants={},
                    shared_bytes=warps * COLUMNS * 4)
+
+
+def check_input_table_forward(x, W_ih, b_ih, P) -> None:
+    """The arrays of `input_table_forward`. Raises: ValueError."""
+    N, E = x.shape
+    runtime.check("x", x, np.float32, (N, E))
+    runtime.check("W_ih", W_ih, np.float32, (len(W_ih), E))
+    runtime.check("b_ih", b_ih, np.float32, (len(W_ih),))
+    runtime.check("P", P, np.float32, (N, len(W_ih)))
+
+
+def check_input_table_backward(dP, x, W_ih, dx, dW_ih, db_ih) -> None:
+    """The arrays of `input_table_backward`. Raises: ValueError."""
+    N, E = x.shape
+    runtime.check("x", x, np.float32, (N, E))
+    runtime.check("W_ih", W_ih, np.float32, (len(W_ih), E))
+    runtime.check("dP", dP, np.float32, (N, len(W_ih)))
+    runtime.check("dx", dx, np.float32, (N, E))
+    runtime.check("dW_ih", dW_ih, np.float32, (len(W_ih), E))
+    runtime.check("db_ih", db_ih, np.float32, (len(W_ih),))
+
+
+def check_sum_by_id(da_tb, di_n_tb, ids_tb, dP) -> None:
+    """The arrays of `sum_by_id`, but scratch. Raises: ValueError."""
+    (T, B, H), V = di_n_tb.shape, len(dP)
+    runtime.check("da_tb", da_tb, np.float32, (T, B, 3 * H))
+    runtime.check("di_n_tb", di_n_tb, np.float32, (T, B, H))
+    runtime.check("ids_tb", ids_tb, np.int32, (T, B))
+    runtime.check("dP", dP, np.float32, (V, 3 * H))
 
 
 def _digits(V: int) -> int:

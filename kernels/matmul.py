@@ -65,15 +65,8 @@ def matmul(A, B, C, *, transpose_a=False, transpose_b=False, bias=None, precisio
     Equals: A @ B + bias
     """
     check_precision(precision)
-    if transpose_a and transpose_b:
-        raise ValueError("transpose_a, transpose_b: expected at most one of them, got both")
-    (M, N), K = C.shape, A.shape[0 if transpose_a else 1]
     dtype = np.dtype(np.uint16 if precision == "bf16" and A.dtype == np.uint16 else np.float32)
-    runtime.check("A", A, dtype, (K, M) if transpose_a else (M, K))
-    runtime.check("B", B, dtype, (N, K) if transpose_b else (K, N))
-    runtime.check("C", C, np.float32, (M, N))
-    if bias is not None:
-        runtime.check("bias", bias, np.float32, (N,))
+    M, N, K = check_matmul(A, B, C, transpose_a, transpose_b, bias, dtype)
     layout = "tn" if transpose_a else "nt" if transpose_b else "nn"
     gpu, aligned = runtime.current_executor().gpu, _aligned(A) and _aligned(B)
     plan = product_plan(gpu, M, N, K, precision, dtype.itemsize, aligned, variant, tile)
@@ -89,6 +82,19 @@ def matmul(A, B, C, *, transpose_a=False, transpose_b=False, bias=None, precisio
         runtime.launch("matmul", "add_partial_sums", ceil_div(M * N, TILE_THREADS), TILE_THREADS,
                        [C, result, bias, *sizes, np.int32(plan.splits), np.int32(add_bias)],
                        constants=tiled_constants("fp32"))
+
+
+def check_matmul(A, B, C, transpose_a: bool, transpose_b: bool, bias, dtype=np.float32) -> tuple[int, int, int]:
+    """M, N and K of a product whose operands have that dtype. Raises: ValueError."""
+    if transpose_a and transpose_b:
+        raise ValueError("transpose_a, transpose_b: expected at most one of them, got both")
+    (M, N), K = C.shape, A.shape[0 if transpose_a else 1]
+    runtime.check("A", A, dtype, (K, M) if transpose_a else (M, K))
+    runtime.check("B", B, dtype, (N, K) if transpose_b else (K, N))
+    runtime.check("C", C, np.float32, (M, N))
+    if bias is not None:
+        runtime.check("bias", bias, np.float32, (N,))
+    return M, N, K
 
 
 def _aligned(array) -> bool:
@@ -117,8 +123,14 @@ def column_sums(A, sums) -> None:
     Raises: ValueError.
     Equals: A.sum(axis=0)
     """
+    check_column_sums(A, sums)
+    M, N = A.shape
+    runtime.launch("matmul", "column_sums", ceil_div(N, SUM_COLUMNS), SUM_THREADS, [sums, A, np.int32(M), np.int32(N)],
+                   constants=tiled_constants("fp32"))
+
+
+def check_column_sums(A, sums) -> None:
+    """The arrays of `column_sums`. Raises: ValueError."""
     M, N = A.shape
     runtime.check("A", A, np.float32, (M, N))
     runtime.check("sums", sums, np.float32, (N,))
-    runtime.launch("matmul", "column_sums", ceil_div(N, SUM_COLUMNS), SUM_THREADS, [sums, A, np.int32(M), np.int32(N)],
-                   constants=tiled_constants("fp32"))

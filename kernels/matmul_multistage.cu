@@ -125,7 +125,7 @@ struct StageOperand {
 };
 
 #if PRECISION != 0
-constexpr int GROUP = 8 * TILE_PACK;  // what one mma takes of k
+constexpr int GROUP = 8 * PACK;  // what one mma takes of k
 static_assert(TILE_N / 8 % TileSums::WARPS_N == 0 && TileSums::COLUMNS % 2 == 0, "all warps own pairs of columns");
 
 // The fragments of one group of k, for all that a warp owns.

@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 
 from char_gru.kernels.cross_entropy import TILE as CROSS_ENTROPY_TILE
-from char_gru.kernels.generate import WEIGHTS, generation_plan
-from char_gru.kernels.generate_persistent import MAX_ROWS
-from char_gru.kernels.generate_persistent import constants as generate_constants
 from char_gru.kernels.gru import constants as gru_constants
 from char_gru.kernels.gru_persistent import constants as gru_persistent_constants
 from char_gru.kernels.matmul import OPERANDS, PRECISIONS, multistage_constants, tiled_constants
 from char_gru.kernels.matmul import constants as tile_constants
+from char_gru.kernels.plan.generation import MAX_ROWS, WEIGHTS, generation_plan
+from char_gru.kernels.plan.generation import constants as generate_constants
 from char_gru.kernels.plan.gpus import GPUS, precisions
 from char_gru.kernels.plan.products import MULTISTAGE_TILES, TILES
 from char_gru.kernels.plan.recurrence import backward_plan, forward_plan
@@ -27,17 +26,17 @@ MODULES: dict[str, tuple[dict[str, int], ...]] = {
     "generate_persistent": tuple(
         generation_plan(GPUS[gpu], R, CHARACTERS, H, 1, weights, variant).constants
         for gpu, R, H, weights, variant in (
-            ("h100", 1, 1024, "fp32", "persistent-parts"), ("h100", 1, 1024, "fp32", "persistent"),
+            ("h100", 1, 1024, "fp32", "persistent-all-draw"), ("h100", 1, 1024, "fp32", "persistent"),
             ("h100", 2, 1024, "fp32", "persistent"), ("h100", 5, 1024, "fp32", "persistent"),
             ("h100", 64, 1024, "fp32", "persistent"), ("h100", 64, 1024, "bf16", "persistent"),
-            ("h100", 1, 1024, "bf16", "persistent-parts"), ("h100", 1, 1024, "bf16", "persistent-states"),
-            ("h100", 2, 256, "fp32", "persistent-states"), ("a100", 1, 1024, "fp32", "persistent-parts"),
-            ("4090", 1, 1024, "fp32", "persistent-parts"), ("l4", 1, 1024, "fp32", "persistent"))),
+            ("h100", 1, 1024, "bf16", "persistent-all-draw"), ("a100", 1, 1024, "fp32", "persistent-all-draw"),
+            ("4090", 1, 1024, "fp32", "persistent-all-draw"), ("l4", 1, 1024, "fp32", "persistent"))),
     "gru": tuple(gru_constants(precision) for precision in PRECISIONS),
     "input_table": ({},),
     "matmul": tuple(tiled_constants(*operands, tile) for operands in OPERANDS for tile in TILES),
     "matmul_multistage": tuple(multistage_constants(*operands, tile) for operands in OPERANDS
                               for tile in MULTISTAGE_TILES[operands[0]]),
+    "naive": ({},),
 }
 """Stem of a .cu file -> the sets of constants that its launchers compile it with, each name -> value."""
 

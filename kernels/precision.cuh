@@ -6,14 +6,16 @@
 //   3 3xTF32   a word holds one fp32; the product is as exact as that of fp32. With BF16 1, a second constant from the
 //              launcher, w is rounded to bf16
 //
-// 3xTF32 cuts each fp32 operand, just before it is multiplied, into the nearest tf32, hi, and the remainder, lo, of which
-// a tf32 keeps all but the last bit:
+// 3xTF32 cuts each fp32 operand, just before it is multiplied, into the nearest tf32, hi, and the remainder, lo, of
+// which a tf32 keeps all but the last bit:
 //   x w = x_lo w_hi + x_hi w_lo + x_hi w_hi      x_lo w_lo is about as small as what fp32 rounds off
-// An infinite operand, or one that hi rounds to infinity, gives NaN. A bf16 is a tf32: with BF16, w_lo is 0, two products
-// are enough, and a word holds two elements of w. Tensor cores truncate the bits that do not fit into a sum, where fp32
-// rounds them, so that long sums drift: here the tensor cores sum one step of 8 k, and the thread sums the steps.
+// An infinite operand, or one that hi rounds to infinity, gives NaN. A bf16 is a tf32: with BF16, w_lo is 0, two
+// products are enough, and a word holds two elements of w. Tensor cores truncate the bits that do not fit into a sum,
+// where fp32 rounds them, so that long sums drift: here the tensor cores sum one step of 8 k, and the thread sums the
+// steps.
 // Source: Ootomo and Yokota, "Recovering Single Precision Accuracy from Tensor Cores While Surpassing the FP32
 // Theoretical Peak Performance".
+#include "common.cuh"
 #include "ptx.cuh"
 
 #ifndef PRECISION
@@ -51,9 +53,9 @@ __device__ __forceinline__ unsigned to_word(int k, Read read)
         return to_stored(read(k));
 }
 
-// One step on tensor cores: c (16 M, 8) += x (16 M, 8 PACK) w (8 PACK, 8), of a warp, in fragments (ptx.cuh). x is given
-// as XFragments, made once for all w that it is multiplied with; w as LANE_WORDS words of each lane, the elements of
-// column lane / 4 from lane_words.
+// One step of a warp on tensor cores: multiply_add computes c (16 M, 8) += x (16 M, 8 PACK) w (8 PACK, 8), in fragments
+// (ptx.cuh). x is given as XFragments, made once for all w that it is multiplied with; w as LANE_WORDS words of each
+// lane, which lane_word makes.
 #if PRECISION == 1 || PRECISION == 2
 constexpr int LANE_WORDS = 2;
 
@@ -116,7 +118,8 @@ template <int M>
 __device__ __forceinline__ void multiply_add(float (&c)[M][4], const XFragments<M> &x, const unsigned (&w)[LANE_WORDS])
 {
     float step[M][4] = {};  // small products first; neighbouring instructions do not wait for each other
-    // opaque: weights in registers are the same in every product, and the compiler would keep their hi and lo there too.
+    // opaque: weights in registers are the same in every product, and the compiler would keep their hi and lo there
+    // too.
     unsigned w_hi[2];
     if constexpr (BF16) {
         const unsigned two = opaque(w[0]);

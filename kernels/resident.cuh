@@ -1,24 +1,22 @@
 // A weight-stationary product: c (ROWS, COLUMNS) = x (ROWS, K) w (K, COLUMNS), by one block, many times with other x,
 // while w stays on chip.
 //
-// Constants from the launcher: PRECISION (precision.cuh); ROWS: 16, 32 or 64; COLUMNS; K_STEPS; REGISTER_STEPS. K is cut
-// into steps of STEP_K: 8 words, each of one element or, in bf16, of two of neighbouring k. A block has WARPS warps. Each
-// owns K_STEPS steps of K, with all ROWS and COLUMNS, so that it reads its share of x from L2 once, straight into
-// registers. It alone reads its share of w, from two places:
+// Constants from the launcher: PRECISION (precision.cuh); ROWS: 16, 32 or 64; COLUMNS; K_STEPS; REGISTER_STEPS. K is
+// cut into steps of STEP_K: 8 words, each of one element or, in bf16, of two of neighbouring k. A block has WARPS
+// warps. Each owns K_STEPS steps of K, with all ROWS and COLUMNS, so that it reads its share of x from L2 once,
+// straight into registers. It alone reads its share of w, from two places:
 //   REGISTER_STEPS steps   in registers, LANE_WORDS per thread for each 8 columns (tensor cores only)
 //   the other steps        in shared memory, WEIGHT_STEP words each
 // Each warp ends with sums of its own. reduce_warps adds them, in shared memory of SUMS floats: the upper half of the
-// warps stores its sums, the lower half adds its own to them; sum_of adds the sums of the lower half, in ascending order.
+// warps stores its sums, the lower half adds its own to them; sum_of adds the sums of the lower half, in ascending
+// order.
 //
 // Blocks hand x to each other through global memory, in the order in which warps load it: steps of K, of X_STEP words
 // each. x_offset says where an element lies. Elements at k >= K must be zero there; rows beyond the matrix may hold
 // anything.
 //
-// The scalar half, resident_scalar.cuh, and the tensor-core half, resident_mma.cuh, define the same names: WEIGHT_STEP,
-// X_STEPS, word_in_step, WarpSums, store_weights, RegisterWeights. PRECISION makes one of the two files empty.
-//
-// Bytes per product and block: 4 ROWS * 8 from L2 and 4 WEIGHT_STEP from shared memory for each step in shared memory;
-// 2 * 4 WARPS / 2 * ROWS * COLUMNS of sums, written and read.
+// Bytes per product and block: for each step of each warp 32 ROWS from L2 and, unless its weights are in registers,
+// 4 WEIGHT_STEP from shared memory; then 4 WARPS * ROWS * COLUMNS of sums, written to shared memory and read.
 // Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip".
 #include "block.cuh"
 #include "precision.cuh"
@@ -31,15 +29,18 @@ static_assert(REGISTER_STEPS <= K_STEPS, "no more steps in registers than there 
 
 constexpr int STEP_K = 8 * PACK;
 constexpr int TILES_N = ceil_div(COLUMNS, 8);
-constexpr int X_STEP = ROWS * 8;                                // words of x per step
+constexpr int X_STEP = ROWS * 8;                              // words of x per step
 constexpr size_t X_WORDS = size_t(WARPS) * K_STEPS * X_STEP;  // of x as multiply takes it
 
-// Each half begins with its layout of a step of x and of w, and with X_STEPS: the steps of x that a warp loads at a time.
-//   WarpSums          the sums of one warp over its share of K, zero at first
-//     X               a step of x on its way: load(words) from x_offset's layout, or load_each(read), from read(row, k)
-//     add(x, words)   adds a step; its w lies where store_weights left it
-//     each(take)      calls take(row, column, sum, its right neighbour) for this lane's sums
-//   store_weights(words, read)    a step of w into WEIGHT_STEP words of shared memory, from read(k, column)
+// The tensor-core half and the scalar half: PRECISION makes one of the two files empty, and the other one defines
+//   WEIGHT_STEP, X_STEPS          words of a step of w in shared memory; steps of x that a warp loads at a time
+//   word_in_step(row, word)       where a word of x lies in its step
+//   WarpSums                      the sums of one warp over its share of K, zero at first
+//     X                             a step of x in registers: load(words) from x_offset's layout, or load_each(read) from
+//                                   read(row, k), where x lies elsewhere
+//     add(x, words)                 adds a step, whose w lies where store_weights left it
+//     each(take)                    calls take(row, column, sum, sum of the next column) for the sums of this lane
+//   store_weights(words, read)    puts a step of w into shared memory, from read(k, column)
 //   RegisterWeights               a step of w in registers: load(read), add_to(sums, x)
 #include "resident_mma.cuh"
 #include "resident_scalar.cuh"
@@ -119,8 +120,9 @@ struct ResidentWeights {
         __syncwarp();  // lanes read the words that other lanes stored
     }
 
-    // Adds this warp's share of x w, or the first `steps` of it; x is X_WORDS. Only where `steps` is a constant may the
-    // compiler mix the code of several steps: in 3xTF32 it would begin more of them than it has registers for.
+    // Adds this warp's share of x w, or the first `steps` steps of it; x is X_WORDS. A caller that gives `steps` at run
+    // time keeps the code of the steps apart: in 3xTF32 the compiler would else begin more steps at once than it has
+    // registers for.
     __device__ __forceinline__ void multiply(ResidentSums &sums, const unsigned *x, int steps = K_STEPS) const
     {
         constexpr int WITH_REGISTERS = ceil_div(REGISTER_STEPS, X_STEPS) * X_STEPS;

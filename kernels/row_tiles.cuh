@@ -1,4 +1,5 @@
-// Which rows of the batch a group of blocks owns in the persistent recurrence, and which elements of them a thread owns.
+// Which rows of the batch a group of blocks owns in the persistent recurrence, and which elements of them a thread
+// owns.
 //
 // The batch is cut into tiles of ROWS rows, a constant from the launcher, and the tiles into groups. A group takes its
 // tiles one after the other in every step. In each of them, a block owns some hidden units, and its threads share the

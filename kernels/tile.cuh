@@ -14,21 +14,17 @@
 // Every element of c is summed in the same order, wherever it lies in the tile: equal calls give equal bits.
 // Source: CUTLASS, "Efficient GEMM in CUDA" (the hierarchy of tiles); ptx.cuh for the fragments.
 #include "common.cuh"
-#include "ptx.cuh"
+#include "precision.cuh"
 
-#if !defined(PRECISION) || !defined(TILE_M) || !defined(TILE_N) || !defined(TILE_K)
-#error "the launcher defines PRECISION, TILE_M, TILE_N and TILE_K"
-#endif
-#if PRECISION != 0 && __CUDA_ARCH__ < 800
-#error "tf32 and bf16 need the tensor cores of sm_80"
+#if !defined(TILE_M) || !defined(TILE_N) || !defined(TILE_K)
+#error "the launcher defines TILE_M, TILE_N and TILE_K"
 #endif
 
-static_assert(PRECISION >= 0 && PRECISION <= 2, "0 fp32, 1 tf32, 2 bf16");
+static_assert(PRECISION <= 2, "0 fp32, 1 tf32, 2 bf16");
 static_assert(TILE_M % 16 == 0 && TILE_N % 16 == 0 && TILE_K % 16 == 0, "tiles are multiples of 16");
 
 constexpr int TILE_THREADS = 256;
-constexpr int TILE_PACK = PRECISION == 2 ? 2 : 1;  // elements per word
-constexpr int TILE_WORDS = TILE_K / TILE_PACK;     // words along k per round
+constexpr int TILE_WORDS = TILE_K / PACK;  // words along k per round
 // Padding spreads over the banks, in fp32, the 8 x 4 words that a warp stores together (and keeps rows aligned to 16
 // bytes); else the 4 x 8 words of a fragment that it loads together.
 constexpr int TILE_PADDING = PRECISION == 0 ? 4 : 8;
@@ -46,7 +42,7 @@ template <bool K_CONTIGUOUS, int WIDTH>
 struct TileOperand {
     static constexpr int SIZE = WIDTH * TILE_WORDS, SHARE = ceil_div(SIZE, TILE_THREADS);
 
-    float elements[SHARE][TILE_PACK];
+    float elements[SHARE][PACK];
 
     // Neighbouring threads take neighbouring elements in memory. Along k they take 8 words, then the next row: 32 bytes
     // is what a memory transaction moves, and 8 x 4 words fall into different banks.
@@ -74,8 +70,8 @@ struct TileOperand {
 #pragma unroll
         for (int i = 0; i < SHARE; ++i)
 #pragma unroll
-            for (int p = 0; p < TILE_PACK; ++p) {
-                const int k = k0 + word(i) * TILE_PACK + p;
+            for (int p = 0; p < PACK; ++p) {
+                const int k = k0 + word(i) * PACK + p;
                 elements[i][p] = owned(i) && k < K ? read(k, column(i)) : 0.0f;
             }
     }
@@ -87,14 +83,8 @@ struct TileOperand {
 #pragma unroll
         for (int i = 0; i < SHARE; ++i)
             if (owned(i)) {
-#if PRECISION == 0
-                const float rounded = elements[i][0];
-#elif PRECISION == 1
-                const float rounded = __uint_as_float(to_tf32(elements[i][0]));
-#else
-                const float rounded = __uint_as_float(pack_bf16(elements[i][0], elements[i][1]));
-#endif
-                stage[word(i) * (WIDTH + TILE_PADDING) + column(i)] = rounded;
+                const unsigned rounded = to_word(0, [&](int p) { return elements[i][p]; });
+                stage[word(i) * (WIDTH + TILE_PADDING) + column(i)] = __uint_as_float(rounded);
             }
     }
 };
@@ -201,11 +191,7 @@ struct TileSums {
 #pragma unroll
                 for (int j = 0; j < COLUMNS; ++j)
                     if (owned(j))
-#if PRECISION == 1
-                        mma_m16n8k8_tf32(c[i][j], a, b[j]);
-#else
-                        mma_m16n8k16_bf16(c[i][j], a, b[j]);
-#endif
+                        mma(c[i][j], a, b[j]);
             }
         }
     }

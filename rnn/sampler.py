@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,10 +87,10 @@ class Generator:
         new_state = self.zero_state(rows)
         if state is not None:
             self._ops.copy(new_state, state)
-        writer = _Writer(self, new_state, self.vocabulary.encode("".join(chars)), steps=1, temperature=temperature,
-                         top_k=top_k, top_p=top_p, min_p=min_p)
-        read_ids = writer.write(np.full((1, rows), -1), self._rng.random((1, rows), np.float32))
-        return list(self.vocabulary.decode(read_ids()[0])), new_state
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        ids_of_rows = self.vocabulary.encode("".join(chars))[:, None]
+        texts = _Texts(self, new_state, ids_of_rows, self._rng, 1, options)
+        return list(self.vocabulary.decode(texts.launch(1)()[0])), new_state
 
     def generate(self, prompts: Sequence[str] = ("",), length: int = 1000, **options) -> list[str]:
         """Texts that continue the prompts, without the prompts; options as for `stream`, but text without end."""
@@ -138,15 +138,14 @@ class Generator:
     def _pieces(self, ids_of_rows: list[np.ndarray], length: int, stop: Sequence[str], seed: int,
                 options: dict) -> Iterator[list[str]]:
         rows = len(ids_of_rows)
-        inputs = _Inputs(ids_of_rows, seed)
         largest = max(FIRST_CHUNK, min(LARGEST_CHUNK, CHUNK_NUMBERS // rows))
-        writer = _Writer(self, self.zero_state(rows), np.array([ids[0] for ids in ids_of_rows]), largest, **options)
+        texts = _Texts(self, self.zero_state(rows), ids_of_rows, _uniform_source(seed), largest, options)
         tails, open_rows = [""] * rows, set(range(rows))
         overlap = max((len(text) for text in stop), default=1) - 1
-        for start, read_ids in _one_ahead(_chunks(writer, inputs, length, largest)):
-            ids_tr, pieces = read_ids(), [""] * rows
+        for start, ids_tr in _chunks(texts, length, largest):
+            pieces = [""] * rows
             for row in sorted(open_rows):
-                first = inputs.prompt_steps[row] - start
+                first = texts.prompt_steps[row] - start
                 last = first + length if length else len(ids_tr) + 1
                 piece = self.vocabulary.decode(ids_tr[max(first, 0):max(last, 0), row])
                 end = _end_of_first(stop, tails[row] + piece)
@@ -167,87 +166,70 @@ class Generator:
         return ids.astype(np.int32)
 
 
-class _Writer:
-    """Buffers of texts in the making: the op set's `generate`, on arrays of the host of up to `steps` steps."""
-
-    def __init__(self, generator: Generator, state, first_ids: np.ndarray, steps: int, **options) -> None:
-        self._generator, self._state, self._options = generator, state, options
-        ops, sizes, rows = generator._ops, generator.sizes, len(first_ids)
-        self._ids = ops.empty((rows,), np.int32)
-        ops.copy_in(self._ids, first_ids)
-        self._forced_tr, self._ids_tr = (ops.empty((steps, rows), np.int32) for _ in range(2))
-        self._uniforms_tr = ops.empty((steps, rows), np.float32)
-        self._saved = ops.generation_saved(rows, sizes.H, sizes.V, generator._P.dtype)
-
-    def write(self, forced_tr: np.ndarray, uniforms_tr: np.ndarray) -> Callable[[], np.ndarray]:
-        """Launch T steps; shapes as for `rnn.cpu.generate`. A call of the result waits for the ids (T, R)."""
-        ops, generator, T = self._generator._ops, self._generator, len(forced_tr)
-        ops.copy_in(self._forced_tr[:T], forced_tr)
-        ops.copy_in(self._uniforms_tr[:T], uniforms_tr)
-        ops.generate(generator._params, generator._P, self._state, self._ids, self._forced_tr[:T],
-                     self._uniforms_tr[:T], self._ids_tr[:T], self._saved, **self._options)
-        return ops.read(self._ids_tr[:T])
-
-
-class _Inputs:
-    """What the steps of a stream are given, chunk by chunk: characters of the prompts, then uniform numbers.
-
-    prompt_steps (R,): the steps in which each row reads its prompt, all but its first character.
-    """
-
-    def __init__(self, ids_of_rows: list[np.ndarray], seed: int) -> None:
-        rows = len(ids_of_rows)
-        self.prompt_steps = np.array([len(ids) - 1 for ids in ids_of_rows])
-        self._prompts_tr = np.full((self.prompt_steps.max(), rows), -1, np.int32)
-        for row, ids in enumerate(ids_of_rows):
-            self._prompts_tr[:len(ids) - 1, row] = ids[1:]
-        self._rng = _uniform_source(seed)
-        # Row i is for the character `i - (steps of the longest prompt)` of each text, counted from the next step on;
-        # where that is negative, a step with that number reads a prompt, and the number is never used.
-        self._uniforms = np.zeros(self._prompts_tr.shape, np.float32)
-        self._delays = self.prompt_steps.max() - self.prompt_steps
-
-    def take(self, T: int) -> tuple[np.ndarray, np.ndarray]:
-        """forced_tr and uniforms_tr (T, R) of the next T steps."""
-        prompts_tr, self._prompts_tr = self._prompts_tr[:T], self._prompts_tr[T:]
-        forced_tr = np.full((T, len(self._delays)), -1, np.int32)
-        forced_tr[:len(prompts_tr)] = prompts_tr
-        missing = max(0, T + self._delays.max() - len(self._uniforms))
-        drawn = self._rng.random((missing, len(self._delays)), np.float32)
-        uniforms = np.concatenate([self._uniforms, drawn])
-        self._uniforms = uniforms[T:]
-        return forced_tr, np.take_along_axis(uniforms, np.arange(T)[:, None] + self._delays, axis=0)
-
-
-def _chunks(writer: _Writer, inputs: _Inputs, length: int, largest: int) -> Iterator[tuple[int, Callable]]:
-    """Launch the steps of a stream: (number of the first step, what gives the ids), chunk by chunk."""
-    start, first_drawn, end = 0, inputs.prompt_steps.min(), inputs.prompt_steps.max() + length
-    launched: list[Callable] = []
+def _chunks(texts: _Texts, length: int, largest: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Launch chunk after chunk; each item is the number of a chunk's first step and its ids (T, R), read when the next
+    chunk has been launched. Chunks of nothing but prompts are launched and left out."""
+    start, first_drawn, end = 0, texts.prompt_steps.min(), texts.prompt_steps.max() + length
+    unread: list[Callable] = []
     while start < first_drawn:  # nothing is drawn, so ids are read only to stay no more than two chunks ahead
         T = min(largest, first_drawn - start)
-        launched.append(writer.write(*inputs.take(T)))
-        if len(launched) > 2:
-            launched.pop(0)()
+        unread.append(texts.launch(T))
+        if len(unread) > 2:
+            unread.pop(0)()
         start += T
-    size, before = FIRST_CHUNK, time.perf_counter()
+    size, before, launched = FIRST_CHUNK, time.perf_counter(), None
     while length == 0 or start < end:
         T = min(size, end - start) if length else size
-        yield start, writer.write(*inputs.take(T))
+        previous, launched = launched, (start, texts.launch(T))
+        if previous:
+            yield previous[0], previous[1]()
         start += T
         now = time.perf_counter()
         if now - before < PAUSE_SECONDS:
             size = min(2 * size, largest)
         before = now
+    yield launched[0], launched[1]()
 
 
-def _one_ahead(items: Iterable) -> Iterator:
-    """The items of an iterable of at least one, each handed on when the next one has been made."""
-    items = iter(items)
-    item = next(items)
-    for following in items:
-        yield item
-        item = following
-    yield item
+class _Texts:
+    """Rows of text in the making: state, prompts, uniform numbers, and room on the device for chunks of up to `steps`.
+
+    prompt_steps (R,): the steps in which each row reads its prompt, all but its first character.
+    """
+
+    def __init__(self, generator: Generator, state, ids_of_rows: Sequence[np.ndarray], rng: np.random.Generator,
+                 steps: int, options: dict) -> None:
+        self._generator, self._state, self._rng, self._options = generator, state, rng, options
+        ops, sizes, rows = generator._ops, generator.sizes, len(ids_of_rows)
+        self.prompt_steps = np.array([len(ids) - 1 for ids in ids_of_rows])
+        longest = self.prompt_steps.max()
+        self._prompts_tr = np.full((longest, rows), -1, np.int32)  # from the next step on
+        for row, ids in enumerate(ids_of_rows):
+            self._prompts_tr[:len(ids) - 1, row] = ids[1:]
+        # Row k of the numbers is for character k - longest of every text, counted from the next step on. Where that is
+        # negative, the character is one of a prompt, and its number is never used.
+        self._numbers, self._delays = np.zeros((longest, rows), np.float32), longest - self.prompt_steps
+        self._ids = ops.empty((rows,), np.int32)
+        ops.copy_in(self._ids, np.array([ids[0] for ids in ids_of_rows]))
+        self._forced_tr, self._ids_tr = (ops.empty((steps, rows), np.int32) for _ in range(2))
+        self._uniforms_tr = ops.empty((steps, rows), np.float32)
+        self._saved = ops.generation_saved(rows, sizes.H, sizes.V, generator._P.dtype)
+
+    def launch(self, T: int) -> Callable[[], np.ndarray]:
+        """Launch T steps; a call of the result waits for their ids (T, R)."""
+        ops, generator, rows = self._generator._ops, self._generator, len(self._delays)
+        forced_tr = np.full((T, rows), -1, np.int32)
+        forced_tr[:len(self._prompts_tr)] = self._prompts_tr[:T]
+        self._prompts_tr = self._prompts_tr[T:]
+        missing = max(0, T + self._delays.max() - len(self._numbers))
+        numbers = np.concatenate([self._numbers, self._rng.random((missing, rows), np.float32)])
+        self._numbers = numbers[T:]
+        ops.copy_in(self._forced_tr[:T], forced_tr)
+        ops.copy_in(self._uniforms_tr[:T],
+                    np.take_along_axis(numbers, np.arange(T)[:, None] + self._delays, axis=0))
+        ops.generate(generator._params, generator._P, self._state, self._ids, self._forced_tr[:T],
+                     self._uniforms_tr[:T], self._ids_tr[:T], self._saved, **self._options)
+        return ops.read(self._ids_tr[:T])
 
 
 def new_seed() -> int:

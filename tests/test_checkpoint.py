@@ -125,8 +125,8 @@ def test_file_without_progress_holds_pytorchs_names_in_float32_and_nothing_else(
 
 
 def assert_refused_or_same(raw: bytes) -> None:
-    """Assert that the bytes are refused, or load as what was saved: JSON has several spellings of one text (a tab for
-    a space, E for e, a last digit of a float that rounds to the same)."""
+    """Assert that the bytes are refused, or load as the saved checkpoint: JSON has several spellings of one text (a tab
+    for a space, E for e, a last digit of a float that rounds to the same)."""
     try:
         loaded = load_checkpoint(File(raw))
     except UserError as error:
@@ -204,7 +204,7 @@ def test_safetensors_file_of_another_program_is_refused(metadata):
 
 
 def forged(saved: bytes, change) -> File:
-    """A file whose description and tensors were changed by someone who knows how to compute the checksum."""
+    """A file whose description and tensors were changed together with its checksum."""
     tensors = safetensors_numpy.load(saved)
     header = json.loads(saved[8:8 + int.from_bytes(saved[:8], "little")])
     description = json.loads(header["__metadata__"][METADATA_KEY])

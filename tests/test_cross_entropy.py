@@ -5,10 +5,10 @@ import pytest
 
 from char_gru.kernels import cross_entropy as launchers
 from char_gru.kernels import runtime
-from char_gru.kernels.matmul import PRECISIONS
 from char_gru.rnn import reference
 from tests import host_cuda
 from tests.helpers.compare import assert_close
+from tests.helpers.variants import each_variant, each_variant_and_precision
 
 TILE_M, TILE_N, TILE_K = (launchers.TILE[name] for name in ("TILE_M", "TILE_N", "TILE_K"))
 SIZES = [  # T, B, H, V: one below, at and above each tile; V of one sweep and of several
@@ -23,12 +23,12 @@ def layer(T: int, B: int, H: int, V: int, scale: float = 1.0) -> tuple[np.ndarra
     return h_tb, np.float32(scale) * W_out, b_out, rng.integers(0, V, (T, B)).astype(np.int32)
 
 
-def device_forward(h_tb, W_out, b_out, targets_tb, precision="fp32") -> tuple[np.ndarray, np.ndarray]:
+def device_forward(h_tb, W_out, b_out, targets_tb, precision="fp32", ops=launchers) -> tuple[np.ndarray, np.ndarray]:
     """loss and dlogits_tb, the latter a slice of a larger array of which nothing else may be written."""
     T, B, V = *targets_tb.shape, len(W_out)
     loss, dlogits_tb = runtime.empty((1,), np.float32), runtime.to_device(np.full((T + 1, B, V), 7, np.float32))
-    launchers.cross_entropy_forward(*map(runtime.to_device, (h_tb, W_out, b_out, targets_tb)), loss, dlogits_tb[:T],
-                                    precision=precision)
+    ops.cross_entropy_forward(*map(runtime.to_device, (h_tb, W_out, b_out, targets_tb)), loss, dlogits_tb[:T],
+                              precision=precision)
     dlogits_tb = runtime.to_host(dlogits_tb)
     assert (dlogits_tb[T] == 7).all()
     return runtime.to_host(loss), dlogits_tb[:T]
@@ -40,89 +40,96 @@ def reference_forward(h_tb, W_out, b_out, targets_tb, dtype, precision) -> tuple
     return np.array([loss]), dlogits_tb
 
 
-def assert_forward_matches_reference(h_tb, W_out, b_out, targets_tb, precision="fp32") -> None:
+def assert_forward_matches_reference(h_tb, W_out, b_out, targets_tb, precision="fp32", ops=launchers) -> None:
     arguments = h_tb, W_out, b_out, targets_tb
-    actual = device_forward(*arguments, precision)
+    actual = device_forward(*arguments, precision, ops)
     exact, plain = (reference_forward(*arguments, dtype, precision) for dtype in (np.float64, np.float32))
     for name, *results in zip(("loss", "dlogits_tb"), actual, exact, plain):
         assert_close(name, *results)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@each_variant_and_precision(launchers)
 @pytest.mark.parametrize("T, B, H, V", SIZES)
-def test_cross_entropy_forward_matches_reference(executor, T, B, H, V, precision):
-    assert_forward_matches_reference(*layer(T, B, H, V), precision)
+def test_cross_entropy_forward_matches_reference(executor, T, B, H, V, ops, precision):
+    assert_forward_matches_reference(*layer(T, B, H, V), precision, ops)
 
 
+@each_variant(launchers)
 @pytest.mark.parametrize("V", [66, 257])
-def test_huge_logits_do_not_overflow(executor, V):
+def test_huge_logits_do_not_overflow(executor, ops, V):
     arguments = layer(5, 13, 17, V, scale=1e4)
     assert np.abs(arguments[0] @ arguments[1].T).max() > 1e4
-    assert_forward_matches_reference(*arguments)
+    assert_forward_matches_reference(*arguments, ops=ops)
 
 
+@each_variant(launchers)
 @pytest.mark.parametrize("V", [66, 257])
 @pytest.mark.parametrize("lead", [5.0, 20.0, 200.0])
-def test_certain_targets_match_reference(executor, V, lead):
+def test_certain_targets_match_reference(executor, ops, V, lead):
     """The target's logit leads by so much that its probability is nearly or exactly 1 in float32."""
     targets_tb = np.array([[V - 1, 0, 1], [V // 2, V - 2, 2]], np.int32)
-    h_tb = lead * np.eye(V, dtype=np.float32)[targets_tb]
-    assert_forward_matches_reference(h_tb, np.eye(V, dtype=np.float32), np.zeros(V, np.float32), targets_tb)
+    W_out = np.eye(V, dtype=np.float32)
+    assert_forward_matches_reference(lead * W_out[targets_tb], W_out, np.zeros(V, np.float32), targets_tb, ops=ops)
 
 
+@each_variant(launchers)
 @pytest.mark.parametrize("rising", [False, True])
-def test_maximum_may_stand_in_any_tile(executor, rising):
+def test_maximum_may_stand_in_any_tile(executor, ops, rising):
     """Logits 0.5 apart: from tile to tile the sum is either rescaled to almost nothing or hardly added to."""
     _, W_out, b_out, targets_tb = layer(1, 2, 3, 3 * TILE_N + 5)
     b_out[...] = 0.5 * np.arange(len(b_out))[::1 if rising else -1]
-    assert_forward_matches_reference(np.zeros((1, 2, 3), np.float32), W_out, b_out, targets_tb)
+    assert_forward_matches_reference(np.zeros((1, 2, 3), np.float32), W_out, b_out, targets_tb, ops=ops)
 
 
+@each_variant(launchers)
 @pytest.mark.parametrize("V", [66, 257])
-def test_logit_that_is_not_finite_shows_in_loss_and_gradient(executor, V):
+def test_logit_that_is_not_finite_shows_in_loss_and_gradient(executor, ops, V):
     arguments = layer(2, 3, 5, V)
     arguments[1][V - 1, 2] = np.nan
-    loss, dlogits_tb = device_forward(*arguments)
+    loss, dlogits_tb = device_forward(*arguments, ops=ops)
     assert np.isnan(loss).all() and np.isnan(dlogits_tb).all()
 
 
+@each_variant(launchers)
 @pytest.mark.parametrize("T, B, H, V", [(5, 13, 17, 66), (3, 7, 5, 257)])
-def test_cross_entropy_forward_does_not_depend_on_the_order_of_threads(ordered_executor, T, B, H, V):
+def test_cross_entropy_forward_does_not_depend_on_the_order_of_threads(ordered_executor, ops, T, B, H, V):
     arguments = layer(T, B, H, V)
-    results = device_forward(*arguments)
+    results = device_forward(*arguments, ops=ops)
     with runtime.use(host_cuda.HostExecutor()):
-        expected = device_forward(*arguments)
+        expected = device_forward(*arguments, ops=ops)
     assert all((a == b).all() for a, b in zip(results, expected))
 
 
+@each_variant(launchers)
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_sanitizer_finds_nothing_in_cross_entropy_forward(sanitizer):
-    assert host_cuda.run_sanitized(lambda: device_forward(*layer(1, 3, 5, TILE_N + 3)), sanitizer) == ""
+def test_sanitizer_finds_nothing_in_cross_entropy_forward(ops, sanitizer):
+    assert host_cuda.run_sanitized(lambda: device_forward(*layer(1, 3, 5, TILE_N + 3), ops=ops), sanitizer) == ""
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@each_variant_and_precision(launchers)
 @pytest.mark.parametrize("T, B, H, V", [(1, 1, 1, 2), (3, 2, 5, 7), (5, 13, 17, 66)])
-def test_cross_entropy_backward_matches_reference(executor, T, B, H, V, precision):
+def test_cross_entropy_backward_matches_reference(executor, T, B, H, V, ops, precision):
     h_tb, *_ = layer(T, B, H, V)
     dlogits_tb = np.random.default_rng(9).standard_normal((T, B, V)).astype(np.float32)
     shapes = {"dW_out": (V, H), "db_out": (V,)}
     actual = [runtime.empty(shape, np.float32) for shape in shapes.values()]
-    launchers.cross_entropy_backward(*map(runtime.to_device, (dlogits_tb, h_tb)), *actual, precision=precision)
+    ops.cross_entropy_backward(*map(runtime.to_device, (dlogits_tb, h_tb)), *actual, precision=precision)
     exact, plain = (reference.cross_entropy_backward(dlogits_tb.astype(dtype), h_tb.astype(dtype), precision)
                     for dtype in (np.float64, np.float32))
     for name, result, *expected in zip(shapes, actual, exact, plain):
         assert_close(name, runtime.to_host(result), *expected)
 
 
-def test_cross_entropy_names_the_argument_that_does_not_fit(executor):
+@each_variant(launchers)
+def test_cross_entropy_names_the_argument_that_does_not_fit(executor, ops):
     h_tb, W_out, b_out, targets_tb = map(runtime.to_device, layer(2, 3, 5, 7))
     loss, dlogits_tb = runtime.zeros((1,), np.float32), runtime.zeros((2, 3, 7), np.float32)
     with pytest.raises(ValueError, match="^targets_tb: expected .* int32"):
-        launchers.cross_entropy_forward(h_tb, W_out, b_out, targets_tb.astype(np.int64), loss, dlogits_tb)
+        ops.cross_entropy_forward(h_tb, W_out, b_out, targets_tb.astype(np.int64), loss, dlogits_tb)
     with pytest.raises(ValueError, match="^dlogits_tb: expected .* strided"):
-        launchers.cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss,
-                                        runtime.zeros((2, 7, 3), np.float32).transpose(0, 2, 1))
-    with pytest.raises(ValueError, match="^precision: expected one of fp32, tf32, bf16"):
-        launchers.cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, precision="fp16")
+        ops.cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss,
+                                  runtime.zeros((2, 7, 3), np.float32).transpose(0, 2, 1))
+    with pytest.raises(ValueError, match="^precision: expected (one of fp32, tf32, bf16|fp32, the only one)"):
+        ops.cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, precision="fp16")
     with pytest.raises(ValueError, match="^dW_out: expected"):
-        launchers.cross_entropy_backward(dlogits_tb, h_tb, b_out, b_out)
+        ops.cross_entropy_backward(dlogits_tb, h_tb, b_out, b_out)

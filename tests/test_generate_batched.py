@@ -1,26 +1,26 @@
-"""Many rows of text written with tensor cores: that of the reference and of the other variants, however it is cut."""
+"""Many rows of text written with tensor cores: equal to the reference and to other variants, however work is cut."""
+
+import itertools
 
 import numpy as np
 import pytest
 
 from char_gru import kernels
 from char_gru.kernels import runtime
-from char_gru.kernels.generate import generation_plan, generation_plans
-from char_gru.kernels.plan.generation import STATIC_SHARED_BYTES
+from char_gru.kernels.plan.generation import STATIC_SHARED_BYTES, WEIGHTS, generation_plan, generation_plans
 from char_gru.kernels.plan.gpus import GPU, GPUS
 from char_gru.rnn.params import named_views
 from tests import host_cuda
 from tests.helpers import reference_ops
-from tests.test_generate_kernels import (
+from tests.helpers.texts import (
     OPTIONS,
     assert_text_matches_reference,
     prompts,
+    slow,
     text_case,
     written,
     written_on_device,
 )
-
-WEIGHTS = ("fp32", "bf16")
 
 
 def small_gpu(multiprocessors: int, shared_kib: int) -> GPU:
@@ -28,24 +28,27 @@ def small_gpu(multiprocessors: int, shared_kib: int) -> GPU:
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("R", [9, 16, 17, 33, 64, 65])
+@pytest.mark.parametrize("R", [*map(slow, (9, 16)), 17, *map(slow, (33, 64, 65))])
 def test_batched_text_and_states_match_reference(executor, R, weights):
     assert_text_matches_reference(text_case(R, H=21, V=11, layers=1), T=4, temperature=0.8, variant="batched",
                                   weights=weights)
 
 
-@pytest.mark.parametrize("H, V", [(1, 2), (7, 66), (8, 3), (9, 260), (63, 8), (64, 9), (65, 7), (130, 5)])
+@pytest.mark.parametrize("H, V", [
+    slow(1, 2), (7, 66), (8, 3), slow(9, 260), slow(63, 8), slow(64, 9), (65, 7), slow(130, 5),
+])
 def test_sizes_below_at_and_above_a_fragment_and_a_block(executor, H, V):
     assert_text_matches_reference(text_case(17, H, V, layers=1, scale=0.3), T=3, **OPTIONS, variant="batched")
 
 
-# What a plan makes of so many multiprocessors and so much shared memory: groups, their rows, blocks, their units, rows
-# of a tile, steps of K in registers. One tile of a group and several, the last of fewer rows; one block and several,
-# the last of fewer units; fewer blocks than rows to draw; no step of K in registers, some, all; warps without a step.
+# `cut` is what a plan makes of so many multiprocessors and so much shared memory: groups, their rows, blocks, their
+# units, rows of a tile, steps of K in registers. One tile of a group and several, the last tile of fewer rows; one
+# block and several, the last block of fewer units; fewer blocks than rows to draw; no step of K in registers, some,
+# all; warps without a step.
 @pytest.mark.parametrize("multiprocessors, shared_kib, R, H, weights, cut", [
-    (2, 64, 70, 20, "fp32", (2, 35, 1, 21, 16, 0)), (3, 28, 70, 20, "fp32", (1, 70, 3, 8, 32, 1)),
-    (8, 64, 40, 66, "fp32", (2, 20, 4, 18, 32, 1)), (4, 64, 40, 66, "bf16", (2, 20, 2, 34, 16, 1)),
-    (2, 40, 9, 66, "bf16", (1, 9, 2, 34, 16, 2)), (8, 40, 40, 130, "bf16", (1, 40, 8, 18, 16, 2)),
+    slow(2, 64, 70, 20, "fp32", (2, 35, 1, 21, 16, 0)), (3, 28, 70, 20, "fp32", (1, 70, 3, 8, 32, 1)),
+    slow(8, 64, 40, 66, "fp32", (2, 20, 4, 18, 32, 1)), slow(4, 64, 40, 66, "bf16", (2, 20, 2, 34, 16, 1)),
+    slow(2, 40, 9, 66, "bf16", (1, 9, 2, 34, 16, 2)), slow(8, 40, 40, 130, "bf16", (1, 40, 8, 18, 16, 2)),
 ])
 def test_however_the_work_is_cut_batched_text_is_the_same(executor, monkeypatch, multiprocessors, shared_kib, R, H,
                                                           weights, cut):
@@ -65,7 +68,7 @@ def test_options_reach_the_drawing(executor, options):
     assert_text_matches_reference(text_case(9, H=6, V=13, layers=1), T=20, **options, variant="batched")
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", ["fp32", slow("bf16")])
 def test_all_variants_write_the_same_text(executor, weights):
     case = text_case(18, H=17, V=19, layers=1, scale=0.4)
     texts = [written_on_device(case, 12, variant=variant, weights=weights)[0]
@@ -74,13 +77,14 @@ def test_all_variants_write_the_same_text(executor, weights):
         np.testing.assert_array_equal(text, texts[0])
 
 
-def test_a_long_batched_text_is_that_of_the_reference(executor, monkeypatch):
+@pytest.mark.parametrize("T", [100, slow(2000)])
+def test_a_long_batched_text_is_that_of_the_reference(executor, monkeypatch, T):
     """A barrier that is missing or misplaced shows after many steps."""
     monkeypatch.setattr(executor, "gpu", small_gpu(2, 64))
     case = text_case(9, H=4, V=5, layers=1, scale=0.3)
     assert generation_plan(executor.gpu, 9, 5, 4, 1, variant="batched").blocks == 2
-    np.testing.assert_array_equal(written_on_device(case, 2000, variant="batched")[0],
-                                  written(reference_ops, np.copy, np.float32, case, 2000)[0])
+    np.testing.assert_array_equal(written_on_device(case, T, variant="batched")[0],
+                                  written(reference_ops, np.copy, np.float32, case, T)[0])
 
 
 def test_batched_text_goes_on_where_it_stopped(executor):
@@ -95,13 +99,13 @@ def test_batched_text_goes_on_where_it_stopped(executor):
         first, forced_tr, uniforms_tr = map(runtime.to_device, prompts(4, R, V))
         h, ids_tr = runtime.to_device(case.h0.astype(np.float32)), runtime.empty((4, R), np.int32)
         saved = kernels.generation_saved(R, H, V)
-        for a, b in zip(cuts, cuts[1:]):
+        for a, b in itertools.pairwise(cuts):
             kernels.generate(params, P, h, first, forced_tr[a:b], uniforms_tr[a:b], ids_tr[a:b], saved,
                              variant="batched")
         assert not runtime.to_host(saved.counters).any()
         results.append([runtime.to_host(array) for array in (ids_tr, first, h)])
-    for whole, parts in zip(*results):
-        np.testing.assert_array_equal(whole, parts)
+    for whole, cut in zip(*results):
+        np.testing.assert_array_equal(whole, cut)
 
 
 def test_rows_do_not_interact(executor):
@@ -115,7 +119,7 @@ def test_rows_do_not_interact(executor):
         np.testing.assert_array_equal(np.delete(a, row, axis), np.delete(b, row, axis))
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", ["fp32", slow("bf16")])
 def test_batched_text_does_not_depend_on_the_order_of_threads(ordered_executor, weights):
     case = text_case(33, H=20, V=13, layers=1)
     result = written_on_device(case, 4, **OPTIONS, variant="batched", weights=weights)
@@ -127,6 +131,7 @@ def test_batched_text_does_not_depend_on_the_order_of_threads(ordered_executor, 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+@pytest.mark.slow
 def test_sanitizer_finds_nothing_in_batched_generation(sanitizer, weights, monkeypatch):
     """Two groups of two tiles and two blocks, whose last tile, unit and step of K are not full."""
     monkeypatch.setattr(host_cuda.HostExecutor, "gpu", small_gpu(4, 28))
@@ -144,11 +149,11 @@ def test_two_barriers_per_character():
     with runtime.use(executor):
         written_on_device(text_case(33, H=20, V=5, layers=1), T, variant="batched")
     [text] = executor.launches
-    assert text.kernel == "write_text" and text.group_barriers == text.grid[0] * 2 * T
+    assert text.kernel == "generate_batched" and text.group_barriers == text.grid[0] * 2 * T
 
 
-@pytest.mark.parametrize("weights, products", [("fp32", 3), ("bf16", 2)])
-def test_multiply_adds_are_those_of_the_parts(weights, products):
+@pytest.mark.parametrize("weights, products", [("fp32", 3), slow("bf16", 2)])
+def test_multiply_adds_are_those_of_3xtf32(weights, products):
     executor, (T, R, H) = host_cuda.HostExecutor(), (2, 32, 64)  # no padding
     with runtime.use(executor):
         written_on_device(text_case(R, H, V=5, layers=1), T, variant="batched", weights=weights)
@@ -187,7 +192,7 @@ def test_batched_plans_keep_to_what_the_gpu_has(gpu, weights):
 
 def assert_fits(plan, gpu: GPU, R: int, V: int, H: int) -> None:
     """The limits of the GPU, with what a block holds counted again."""
-    precision, bf16, rows, columns, k_steps, register_steps = plan.constants.values()
+    _, bf16, rows, columns, k_steps, register_steps = plan.constants.values()
     assert plan.groups * plan.blocks <= gpu.multiprocessors
     assert (plan.groups - 1) * plan.group_rows < R <= plan.groups * plan.group_rows
     assert (plan.blocks - 1) * plan.units < H <= plan.blocks * plan.units and columns == 3 * plan.units

@@ -11,6 +11,7 @@ from char_gru.kernels import runtime
 from char_gru.kernels.gru_persistent import constants
 from char_gru.kernels.matmul import PRECISIONS
 from char_gru.kernels.plan.recurrence import RecurrencePlan, backward_plan, forward_plan, steps_of
+from char_gru.kernels.sizes import ceil_div, round_up
 from tests import host_cuda
 from tests.helpers.compare import assert_close
 from tests.helpers.recurrence import Layer, assert_equal_bits, assert_matches_reference, by_reference, layer, on_device
@@ -35,21 +36,21 @@ class Cut(NamedTuple):
     def case(self) -> Layer:
         return layer(self.T, self.B, self.H, self.V, self.M)
 
-    def plans(self, precision: str, fold: bool = True,
+    def plans(self, precision: str, fused_output: bool = True,
               sums_on_chip: bool = True) -> tuple[RecurrencePlan, RecurrencePlan]:
         gpu, M = runtime.current_executor().gpu, self.M or 0
         forward = forward_plan(gpu, self.B, self.H, precision, variant="stepwise")
         backward = backward_plan(gpu, self.B, self.H, precision, V_out=M, V_in=self.V, variant="stepwise")
-        fused_output_steps = steps_of(M, self.splits, precision) if fold else 0
+        fused_output_steps = steps_of(M, self.splits, precision) if fused_output else 0
         return (self._persistent(forward, self.units, 1),
                 self._persistent(backward, self.units_back, self.splits)._replace(
                     fused_output_steps=fused_output_steps, sums_on_chip=sums_on_chip))
 
     def _persistent(self, plan: RecurrencePlan, units: int, splits: int) -> RecurrencePlan:
-        tiles = -(-self.B // self.rows)
+        row_tiles = ceil_div(ceil_div(self.B, self.rows), self.groups)
         return plan._replace(
-            variant="persistent", groups=self.groups, blocks=-(-self.H // units), splits=splits, rows=self.rows,
-            row_tiles=-(-tiles // self.groups), units=units, columns=-(-plan.gates * units // 8) * 8,
+            variant="persistent", groups=self.groups, blocks=ceil_div(self.H, units), splits=splits, rows=self.rows,
+            row_tiles=row_tiles, units=units, columns=round_up(plan.gates * units, 8),
             k_steps=steps_of(plan.K, splits, plan.precision),
             register_steps=self.register_steps if plan.precision != "fp32" else 0)
 
@@ -66,22 +67,28 @@ CUTS = [
     Cut(T=2, B=20, H=400, V=3, M=5, groups=1, rows=16, units=88, units_back=96, register_steps=4),
     Cut(T=2, B=40, H=300, V=3, M=70, groups=1, rows=32, units=50, units_back=76, splits=2, register_steps=2),
 ]
+QUICK = CUTS[2]  # has groups, tiles, splits and a fused output layer
+
+
+def slow(*values):
+    """Values of a parametrised test that take seconds."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("size", CUTS, ids=str)
+@pytest.mark.parametrize("size", [size if size == QUICK else slow(size) for size in CUTS], ids=str)
 def test_persistent_gru_matches_reference(executor, size, precision):
     assert_matches_reference(size.case, on_device(size.case, precision, size.plans(precision)), precision)
 
 
-@pytest.mark.parametrize("options", [{"fold": False}, {"sums_on_chip": False}], ids=str)
+@pytest.mark.parametrize("options", [{"fused_output": False}, {"sums_on_chip": False}], ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_work_that_does_not_fit_on_chip_is_done_elsewhere(executor, precision, options):
-    size = CUTS[2]
-    assert_matches_reference(size.case, on_device(size.case, precision, size.plans(precision, **options)), precision)
+    case = QUICK.case
+    assert_matches_reference(case, on_device(case, precision, QUICK.plans(precision, **options)), precision)
 
 
-@pytest.mark.parametrize("B, H", [(2, 5), (33, 70), (65, 129)])
+@pytest.mark.parametrize("B, H", [(2, 5), slow(33, 70), slow(65, 129)])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_plan_of_the_device_at_hand_is_persistent_and_right(executor, B, H, precision):
     """Plans of the planner itself, for the small GPU that the CPU passes for."""
@@ -93,9 +100,10 @@ def test_plan_of_the_device_at_hand_is_persistent_and_right(executor, B, H, prec
     assert_equal_bits(on_device(case, precision, (None, None)), on_device(case, precision, best))
 
 
-def test_persistent_equals_stepwise(executor):
+@pytest.mark.parametrize("T", [10, slow(100)])
+def test_persistent_equals_stepwise(executor, T):
     """fp32: the same numbers but for the order of sums, over a window so long that a lost step would show."""
-    size = Cut(T=100, B=17, H=33, V=5, M=6, groups=2, rows=16, units=6, units_back=12, splits=2)
+    size = Cut(T, B=17, H=33, V=5, M=6, groups=2, rows=16, units=6, units_back=12, splits=2)
     expected = by_reference(size.case, np.float64)
     persistent, plain = on_device(size.case, "fp32", size.plans("fp32")), on_device(size.case)
     for name, result in persistent.items():
@@ -103,28 +111,30 @@ def test_persistent_equals_stepwise(executor):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("size", [CUTS[2], CUTS[8]], ids=str)
+@pytest.mark.parametrize("size", [QUICK, slow(CUTS[8])], ids=str)
 def test_persistent_gru_does_not_depend_on_the_order_of_threads(ordered_executor, size, precision):
     results = on_device(size.case, precision, size.plans(precision))
     with runtime.use(host_cuda.HostExecutor()):
         assert_equal_bits(results, on_device(size.case, precision, size.plans(precision)))
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_thousand_steps_in_random_order(precision, seed):
+@pytest.mark.parametrize("T, precision, seed", [
+    (200, "fp32", 0), slow(2000, "fp32", 0), slow(2000, "fp32", 1), slow(2000, "bf16", 0), slow(2000, "bf16", 1)])
+def test_thousands_of_steps_in_random_order(T, precision, seed):
     """A barrier that is missing shows only now and then."""
-    size = Cut(T=2000, B=17, H=6, V=3, M=2, groups=2, rows=16, units=4, units_back=6, splits=2)
+    size = Cut(T, B=17, H=6, V=3, M=2, groups=2, rows=16, units=4, units_back=6, splits=2)
     with runtime.use(host_cuda.HostExecutor(order="random", seed=seed)):
         results = on_device(size.case, precision, size.plans(precision))
     assert_matches_reference(size.case, results, precision)
 
 
-@pytest.mark.parametrize("sanitizer, size", [
-    ("address,undefined", CUTS[2]),
-    ("thread", Cut(T=3, B=17, H=6, V=3, M=2, groups=2, rows=16, units=4, units_back=6, splits=2)),
-], ids=["address", "thread"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+FEW_THREADS = Cut(T=3, B=17, H=6, V=3, M=2, groups=2, rows=16, units=4, units_back=6, splits=2)
+
+
+@pytest.mark.parametrize("sanitizer, size, precision", [
+    ("address,undefined", QUICK, "fp32"),
+    *(slow("address,undefined", QUICK, precision) for precision in ("tf32", "bf16")),
+    *(slow("thread", FEW_THREADS, precision) for precision in PRECISIONS)])
 def test_sanitizer_finds_nothing_in_persistent_gru(sanitizer, size, precision):
     report = host_cuda.run_sanitized(lambda: on_device(size.case, precision, size.plans(precision)), sanitizer)
     assert report == ""
@@ -132,7 +142,7 @@ def test_sanitizer_finds_nothing_in_persistent_gru(sanitizer, size, precision):
 
 def test_launches_follow_each_other_on_the_same_counters(executor):
     """Window after window, of any length: barriers end where they began."""
-    size = CUTS[2]
+    size = QUICK
     plans = size.plans("fp32")
     long, short = size.case, layer(2, size.B, size.H, size.V, size.M)
     for case in (long, short, long):
@@ -142,7 +152,7 @@ def test_launches_follow_each_other_on_the_same_counters(executor):
 
 def test_data_of_one_precision_is_not_read_by_another(executor):
     """All precisions have buffers of the same size here; the words behind K, which no block writes, lie elsewhere."""
-    size = CUTS[2]
+    size = QUICK
     first = {precision: on_device(size.case, precision, size.plans(precision)) for precision in PRECISIONS}
     for precision in reversed(PRECISIONS):
         assert all(np.isfinite(result).all() for result in first[precision].values())
@@ -152,7 +162,7 @@ def test_data_of_one_precision_is_not_read_by_another(executor):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_batch_rows_do_not_interact(executor, precision):
     """With other ids, initial state and gradients in one row, every other row keeps its bits."""
-    size, row = CUTS[2], 32
+    size, row = QUICK, 32
     case, other = size.case, layer(size.T, size.B, size.H, 4, size.M)
     ids_tb, h0, dy_tb = case.ids_tb.copy(), case.h0.copy(), case.dy_tb.copy()
     ids_tb[:, row], h0[row], dy_tb[:, row] = other.ids_tb[:, row], other.h0[row] + 1, other.dy_tb[:, row] + 1
@@ -188,22 +198,23 @@ def counted(size: Cut, precision: str) -> dict[str, tuple[host_cuda.LaunchCounts
     return results
 
 
-@pytest.mark.parametrize("precision, size", FITTING.items(), ids=FITTING)
+@pytest.mark.parametrize("precision, size", [
+    (precision, size) if precision == "tf32" else slow(precision, size) for precision, size in FITTING.items()])
 def test_one_barrier_per_step_and_a_second_where_K_is_split(precision, size):
     forward, backward = (launch.group_barriers / launch.grid[0] for launch, _ in counted(size, precision).values())
     assert forward == size.T
     assert backward == size.T + (size.T + 1 if size.splits > 1 else 0)  # the initial state is one step more
 
 
-@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("precision", ["tf32", slow("bf16")])
 def test_multiply_adds_are_those_of_the_products(precision):
     size, step = FITTING[precision], {"tf32": 8, "bf16": 16}[precision]
     for direction, (launch, _) in counted(size, precision).items():
-        K_folded = size.splits * 8 * step if direction == "backward" else 0  # every warp takes a step of W_y
-        assert launch.mma_calls * 16 * 8 * step == size.T * size.B * size.H * (3 * size.H + K_folded)
+        K_fused = size.splits * 8 * step if direction == "backward" else 0  # every warp takes a step of W_y
+        assert launch.mma_calls * 16 * 8 * step == size.T * size.B * size.H * (3 * size.H + K_fused)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", [slow("fp32"), "tf32", slow("bf16")])
 def test_a_step_moves_little_more_than_its_plan_needs(precision):
     """Bytes of all blocks, through L2 or from memory; the weights, once, are apart."""
     size = FITTING[precision]
@@ -213,8 +224,7 @@ def test_a_step_moves_little_more_than_its_plan_needs(precision):
     for direction, (launch, arrays) in counted(size, precision).items():
         assert arrays["W_hh"] == (size.groups * 3 * H * H * 4, 0)
         read, written = arrays["exchange"]
-        # Of the rows of its group, a block reads the whole of its own range of K. In fp32, four lanes read the same 16
-        # bytes at once.
+        # Every block reads its part of K of all rows of its group. In fp32, four lanes read the same 16 bytes at once.
         blocks = launch.grid[0] // size.groups // (1 if direction == "forward" else size.splits)
         gathered = blocks * state // 4 * element * (1 if direction == "forward" else 3)
         assert read == gathered * (4 if precision == "fp32" else 1)

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from char_gru.kernels import matmul as launchers
-from char_gru.kernels import runtime
+from char_gru.kernels import naive, runtime
 from char_gru.kernels.plan import products
 from char_gru.kernels.plan.gpus import GPU
 from char_gru.rnn import reference
 from tests import host_cuda
 from tests.helpers.compare import assert_close
+from tests.helpers.variants import each_variant
 
 PRECISIONS = list(launchers.PRECISIONS)
 LAYOUTS = {"nn": {}, "tn": {"transpose_a": True}, "nt": {"transpose_b": True}}
@@ -60,15 +61,16 @@ def bf16_bits(x: np.ndarray) -> np.ndarray:
     return (reference.rounded(x, "bf16").view(np.uint32) >> 16).astype(np.uint16)
 
 
-def product(A, B, bias=None, *, transpose_a=False, transpose_b=False, operand_bytes=4, **options) -> np.ndarray:
+def product(A, B, bias=None, *, transpose_a=False, transpose_b=False, operand_bytes=4, ops=launchers,
+            **options) -> np.ndarray:
     """A B + bias for A (M, K) and B (K, N), on the device, C being a slice of an array that nothing else may touch."""
     M, N = len(A), B.shape[1]
     C = runtime.to_device(np.full(M * N + 2, 7.0, np.float32))
     operands = (A.T if transpose_a else A, B.T if transpose_b else B)
     if operand_bytes == 2:
         operands = map(bf16_bits, operands)
-    launchers.matmul(*map(runtime.to_device, operands), C[1:-1].reshape(M, N), transpose_a=transpose_a,
-                     transpose_b=transpose_b, bias=None if bias is None else runtime.to_device(bias), **options)
+    ops.matmul(*map(runtime.to_device, operands), C[1:-1].reshape(M, N), transpose_a=transpose_a,
+               transpose_b=transpose_b, bias=None if bias is None else runtime.to_device(bias), **options)
     result = runtime.to_host(C)
     assert result[0] == result[-1] == 7, "neighbours were written"
     return result[1:-1].reshape(M, N)
@@ -90,11 +92,12 @@ def test_tile_product_matches_numpy(executor, precision, TILE_M, TILE_N, TILE_K)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("precision, operand_bytes", launchers.OPERANDS)
-def test_matmul_matches_numpy(executor, precision, operand_bytes, layout):
+@pytest.mark.parametrize("ops, precision, operand_bytes", [
+    *((launchers, *operands) for operands in launchers.OPERANDS), (naive, "fp32", 4)])
+def test_matmul_matches_numpy(executor, ops, precision, operand_bytes, layout):
     for M, N, K in ((1, 2, 3), (2, 65, 1), (63, 130, 17), (64, 64, 32), (65, 1, 5), (66, 31, 33)):
         A, B = random(M, K), random(K, N)
-        C = product(A, B, precision=precision, operand_bytes=operand_bytes, **LAYOUTS[layout])
+        C = product(A, B, precision=precision, operand_bytes=operand_bytes, ops=ops, **LAYOUTS[layout])
         assert_product(C, A, B, 0, precision)
 
 
@@ -189,10 +192,11 @@ def test_small_product_is_tiled(M, N, K):
     assert plan(M, N, K).variant == "tiled"
 
 
+@each_variant(launchers)
 @pytest.mark.parametrize("M, N", [(1, 1), (2, 31), (31, 32), (32, 33), (33, 65), (300, 3)])
-def test_column_sums_match_numpy(executor, M, N):
+def test_column_sums_match_numpy(executor, ops, M, N):
     A, sums = random(M, N), runtime.to_device(np.full(N + 2, 7.0, np.float32))
-    launchers.column_sums(runtime.to_device(A), sums[1:-1])
+    ops.column_sums(runtime.to_device(A), sums[1:-1])
     result = runtime.to_host(sums)
     assert result[0] == result[-1] == 7, "neighbours were written"
     assert_close("sums", result[1:-1], A.sum(axis=0, dtype=float), A.sum(axis=0))
@@ -247,12 +251,13 @@ def test_sanitizer_finds_nothing_in_multistage_matmul(sanitizer, precision, oper
     assert host_cuda.run_sanitized(multistage, sanitizer) == ""
 
 
+@each_variant(launchers)
 @pytest.mark.parametrize("name", ["A", "B", "C", "bias"])
-def test_matmul_names_the_argument_that_does_not_fit(executor, name):
+def test_matmul_names_the_argument_that_does_not_fit(executor, ops, name):
     arrays = {key: runtime.zeros(shape, np.float64 if key == name else np.float32) for key, shape in
               {"A": (3, 4), "B": (4, 6), "C": (3, 6), "bias": (6,)}.items()}
     with pytest.raises(ValueError, match=f"^{name}: expected .* float32"):
-        launchers.matmul(**arrays)
+        ops.matmul(**arrays)
 
 
 def test_matmul_refuses_an_unknown_precision_and_two_transposed_operands(executor):

@@ -6,11 +6,11 @@ import numpy as np
 
 from char_gru.kernels import runtime
 from char_gru.kernels.scratch import scratch
-from tests.test_generate_kernels import text_case, written_on_device
+from tests.helpers.texts import text_case, written_on_device
 
 
 def in_another_thread(function):
-    """What the function returns."""
+    """The result of the function, called in another thread."""
     results = []
     thread = threading.Thread(target=lambda: results.append(function()))
     thread.start()

@@ -1,16 +1,62 @@
-"""What a plan of generation says, and what the costs of all variants have in common."""
+"""How text is written on a GPU: which variant of `kernels.generate.generate` runs, how its work is cut, and why.
 
+    stepwise              layers + 2 launches per character, for any sizes (generate.cu)
+    persistent            one launch, weights on chip; the owner of a row draws its characters (generate_persistent.cu)
+    persistent-all-draw   the same; every block draws all characters of its group, which saves a barrier per character
+    batched               one launch, for one layer and many rows, on tensor cores (generate_batched.cu)
+
+Each variant has a section below: its plans, the dynamic shared memory of its kernel, and the cycles of a multiprocessor
+that a character of every row takes, by the rates and latencies of plan/recurrence.py. They rank the plans, and no more.
+"""
+
+import functools
+import operator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from char_gru.kernels.plan.gpus import GPU, rates_of
+from char_gru.kernels.plan.recurrence import (
+    BARRIER_CYCLES,
+    CELL_CYCLES,
+    LAUNCH_US,
+    REGISTERS,
+    REGISTERS_OTHER,
+    SHARED_RATE,
+    THREADS,
+    WARPS,
+    WORDS,
+    accumulators,
+    operand_registers,
+    reduction_bytes,
+    steps_of,
+    weight_registers,
+    weights_bytes,
+)
+from char_gru.kernels.sizes import ceil_div, round_up
 
+WEIGHTS = ("fp32", "bf16")
+PERSISTENT = ("persistent", "persistent-all-draw")  # in the order in which generate_persistent.cu numbers DRAWS
+
+GATES = 3  # of a unit
 STATIC_SHARED_BYTES = 96  # of a block, for drawing
-DRAW = 1100  # cycles: two maxima and a scan among the threads of a block, all latency; more with top-k or top-p
+DRAW_CYCLES = 1100  # two maxima and a scan among the threads of a block, all latency; more with top-k or top-p
 LITTLE_L2 = (75, 86)  # compute capabilities, times ten, with up to 6 MB of L2: larger weights come from memory
+
+MAX_ROWS = 8  # that a warp multiplies its weights with in fp32; more do not fit into registers
+CHUNK = 128  # k of a stage of the ring
+STAGES = (8, 4, 2)
+TILE_UNITS = (1, 2, 4)  # of a warp's tile, which is GATES times as many rows of a matrix
+STAGE_LATENCY, L2_LATENCY = 130, 300  # cycles: of a stage of the ring, and of weights that come through L2
+
+PRECISION_3XTF32 = 3  # as precision numbers go in the kernels
+TILE_ROWS = (16, 32)  # of a tile, batched; with more, sums take the registers of weights
+FEWEST_ROWS = 9  # of text, batched; below, half of a fragment's rows would idle
+LOGIT_ROWS = 8  # of which a thread sums one logit, batched
+REGISTERS_3XTF32 = {16: 68, 32: 76}  # of a thread, by the rows of a tile, as seen: hi and lo, a step's sums
 
 
 class GenerationPlan(NamedTuple):
-    """How `generate` runs: the variant, why, and what its kernel has to know."""
+    """How `generate` runs: the variant, the reason for it, and the sizes that its kernel is compiled or called with."""
 
     variant: str
     reason: str
@@ -28,11 +74,251 @@ class GenerationPlan(NamedTuple):
         return self.shared_bytes + STATIC_SHARED_BYTES <= gpu.shared_bytes
 
 
-def weights_rate(gpu: GPU) -> int:
+def generation_plan(gpu: GPU, R: int, V: int, H: int, layers: int, weights: str = "fp32",
+                    variant: str | None = None) -> GenerationPlan:
+    """The quickest of `generation_plans`, or that of a variant.
+
+    Raises: ValueError for a variant that is not among them.
+    """
+    plans = generation_plans(gpu, R, V, H, layers, weights)
+    for plan in plans:
+        if variant in (None, plan.variant):
+            return plan
+    expected = " or ".join(plan.variant for plan in plans)
+    raise ValueError(f"variant: expected {expected}, got {variant!r}: {plans[-1].reason}")
+
+
+@functools.lru_cache
+def generation_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
+                     weights: str = "fp32") -> tuple[GenerationPlan, ...]:
+    """The best plan of each variant that a GPU can run with these sizes, the quickest first, as predicted."""
+    persistent = list(_persistent_plans(gpu, R, V, H, layers, weights))
+    batched = sorted(_batched_plans(gpu, R, V, H, layers, weights), key=operator.itemgetter(0))[:1]
+    stepwise = (_stepwise_cycles(gpu, R, V, H, layers),
+                GenerationPlan("stepwise", "for any sizes", constants(R, weights)))
+    fitting = sorted([(cycles, plan) for cycles, plan in (*persistent, *batched, stepwise) if plan.fits(gpu)],
+                     key=operator.itemgetter(0))
+    megahertz = rates_of(gpu).gigahertz * 1000
+    notes = ["predicted: " + ", ".join(f"{plan.variant} {cycles / megahertz:.1f} us" for cycles, plan in fitting)
+             + " a character"]
+    notes += [f"{plan.variant} would take {_kib(plan.shared_bytes)} of shared memory a block"
+              for _, plan in persistent if not plan.fits(gpu)]
+    if layers > 1 and R >= FEWEST_ROWS:
+        notes.append("batched is for one layer")
+    return tuple(plan._replace(reason="; ".join([plan.reason, *notes])) for _, plan in fitting)
+
+
+def constants(R: int, weights: str = "fp32") -> dict[str, int]:
+    """The constants of generate.cu; generate_persistent.cu, for groups of R rows, has some more."""
+    return {"ROWS": tile_rows(R), "BF16": int(weights == "bf16")}
+
+
+def tile_rows(R: int) -> int:
+    """The power of two that is enough for R rows, up to MAX_ROWS."""
+    return min(1 << (R - 1).bit_length(), MAX_ROWS)
+
+
+def padded_width(H: int) -> int:
+    """Units of a layer, padded so that rows of bf16 are multiples of 16 bytes."""
+    return round_up(H, 8)
+
+
+def _weights_rate(gpu: GPU) -> int:
     """Bytes per cycle and multiprocessor of weights that are not on chip."""
     rates = rates_of(gpu)
     return rates.memory if gpu.capability in LITTLE_L2 else rates.l2
 
 
-def kib(size: float) -> str:
+def _logits_bytes(V: int) -> int:
+    """Shared memory for the logits of one row, which several threads sum."""
+    quads = ceil_div(V, 4)
+    return max(THREADS // quads, 1) * 16 * quads
+
+
+def _kib(size: float) -> str:
     return f"{size / 1024:.0f} KiB"
+
+
+# ---- Stepwise -------------------------------------------------------------------------------------------------------
+
+def _stepwise_cycles(gpu: GPU, R: int, V: int, H: int, layers: int) -> float:
+    """A launch for each layer and two for drawing; and the weights for each tile of rows, multiplied as they come
+    through L2."""
+    rates, weights, rows = rates_of(gpu), ((2 * layers - 1) * GATES * H + V) * H, tile_rows(R)
+    launches = (layers + 2) * LAUNCH_US * 1000 * rates.gigahertz
+    product = ceil_div(R, rows) * weights * max(4 / _weights_rate(gpu), rows / rates.multiply["fp32"])
+    return launches + product / gpu.multiprocessors + DRAW_CYCLES
+
+
+# ---- Persistent -----------------------------------------------------------------------------------------------------
+
+def _persistent_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
+                      weights: str) -> Iterator[tuple[float, GenerationPlan]]:
+    """Cycles and plan of both ways of drawing, cut alike. They may ask for more shared memory than the GPU has.
+
+    With more groups, a block reads the states of fewer rows, but the weights are held more times. Of the numbers of
+    groups that fit and leave each group MAX_ROWS rows, the largest one whose warps have the least to multiply; where
+    none fits with all weights on chip, the one that takes the fewest cycles with owner-draws.
+    """
+    most = max(1, min(R // MAX_ROWS, gpu.multiprocessors))
+    plans = [_persistent_plan(gpu, ceil_div(R, groups), R, V, H, layers, weights) for groups in range(1, most + 1)]
+    fitting = [plan for plan in plans if plan.fits(gpu)] or plans
+    on_chip = [plan for plan in fitting if plan.fits(gpu) and not plan.off_chip]
+    best = (min(on_chip, key=lambda plan: (_warp_work(plan), -plan.groups)) if on_chip else
+            min(fitting, key=lambda plan: _persistent_cycles(gpu, plan, V, H, layers)))
+    for draws, variant in enumerate(PERSISTENT):
+        plan = best._replace(variant=variant, constants=best.constants | {"DRAWS": draws})
+        plan = plan._replace(reason=_persistent_reason(plan, H, layers, weights))
+        yield _persistent_cycles(gpu, plan, V, H, layers), plan
+
+
+def _persistent_plan(gpu: GPU, group_rows: int, R: int, V: int, H: int, layers: int, weights: str) -> GenerationPlan:
+    """Owner-draws with groups of so many rows: with as few columns off chip as fits, and then as many stages."""
+    width, groups, rows = padded_width(H), ceil_div(R, group_rows), tile_rows(group_rows)
+    # With fewer units than warps in a block, warps would idle, and drawing would sum the partial_logits of more blocks.
+    units = max(WARPS, ceil_div(width, gpu.multiprocessors // groups))
+    row_tiles = ceil_div(group_rows, rows)
+    # A warp has registers for the largest tile by MAX_ROWS, but not for unpacking its weights as well.
+    possible = TILE_UNITS[:-1] if rows == MAX_ROWS and weights == "bf16" else TILE_UNITS
+    if rows == MAX_ROWS:
+        # A tile of 3 * tile_units gates by rows needs as many loads from shared memory as their sum, for as many
+        # products as their product: the larger the better, as long as there are tiles for the warps.
+        tile_units = possible[-1] if row_tiles * ceil_div(units, 4) >= WARPS else 2
+    else:
+        # A round of the warps over the states is all latency: the fewest rounds, then the most warps at work.
+        tile_units = min(possible, key=lambda n: ceil_div(units, n * WARPS))
+    stage_rows = rows * min(row_tiles, max(1, WARPS // ceil_div(units, tile_units)))
+    for off_chip in (*range(0, width, CHUNK), width):
+        for stages in STAGES:
+            module = constants(group_rows, weights) | {"TILE_UNITS": tile_units, "STAGES": stages, "DRAWS": 0}
+            shared_bytes = _persistent_shared_bytes(V, width, layers, units, group_rows, stage_rows, off_chip, module)
+            plan = GenerationPlan(PERSISTENT[0], "", module, groups, group_rows, ceil_div(width, units), units,
+                                  stage_rows, shared_bytes, off_chip)
+            if plan.fits(gpu):
+                return plan
+    return plan
+
+
+def _warp_work(plan: GenerationPlan) -> int:
+    """What a warp multiplies per k in a product: units times rows of text."""
+    tile_units = plan.constants["TILE_UNITS"]
+    rounds = ceil_div(ceil_div(plan.units, tile_units), WARPS)
+    return ceil_div(plan.group_rows, plan.stage_rows) * rounds * tile_units * plan.constants["ROWS"]
+
+
+def _persistent_shared_bytes(V: int, width: int, layers: int, units: int, group_rows: int, stage_rows: int,
+                             off_chip: int, module: dict[str, int]) -> int:
+    """Dynamic shared memory of generate_persistent, in the order of its Block."""
+    matrices, gates, padded_rows = 2 * layers - 1, GATES * units, round_up(group_rows, module["ROWS"])
+    floats = [matrices * gates * (width - off_chip) // (1 + module["BF16"]), module["STAGES"] * stage_rows * CHUNK,
+              _logits_bytes(V) // 4, layers * units * padded_rows, V * gates, V * units, matrices * gates,
+              gates * (padded_rows | 1) * min(layers, 2), group_rows]
+    return 4 * sum(floats)
+
+
+def _persistent_reason(plan: GenerationPlan, H: int, layers: int, weights: str) -> str:
+    width = padded_width(H)
+    column = (2 * layers - 1) * GATES * plan.units * 4 // (1 + plan.constants["BF16"])  # bytes
+    held = f"{weights} weights on chip"
+    if plan.off_chip:
+        held = (f"{column * (width - plan.off_chip) / 1024:.0f} of {_kib(column * width)} of {weights} weights a block "
+                "on chip, the rest through L2")
+    barriers = layers + (plan.variant == "persistent")
+    return (f"{plan.groups} x {plan.blocks} blocks, {held}, in {_kib(plan.shared_bytes)} each, {barriers} "
+            f"barrier{'s' * (barriers > 1)} per character")
+
+
+def _persistent_cycles(gpu: GPU, plan: GenerationPlan, V: int, H: int, layers: int) -> float:
+    """Behind a barrier hides the product with W_hh, but not with one layer and all-draw, where everything follows the
+    only barrier. The partial_logits of a row come from all blocks, through L2."""
+    rates, W_hh = rates_of(gpu), _product_cycles(gpu, plan, H)
+    partial_logits = plan.blocks * V * 4 / rates.l2
+    publishing = plan.group_rows * plan.units * V / rates.multiply["fp32"]  # a block's own partial_logits
+    first_layer = max(BARRIER_CYCLES, W_hh) if layers > 1 else BARRIER_CYCLES + W_hh
+    drawing = {
+        "persistent": (BARRIER_CYCLES + max(BARRIER_CYCLES, W_hh) - first_layer + publishing
+                       + ceil_div(plan.group_rows, plan.blocks) * (partial_logits + DRAW_CYCLES)),
+        "persistent-all-draw": publishing + plan.group_rows * (partial_logits + DRAW_CYCLES),
+    }
+    layers_above = (layers - 1) * (max(BARRIER_CYCLES, W_hh) + W_hh)
+    return first_layer + drawing[plan.variant] + layers_above + layers * CELL_CYCLES
+
+
+def _product_cycles(gpu: GPU, plan: GenerationPlan, H: int) -> float:
+    """Of one matrix with the states of a group, the longest of: the states through L2; both operands through shared
+    memory, or weights through L2; the multiply-adds, with an operation more for each weight of bf16; the latency of the
+    stages of the ring. And a wait for each chunk of weights that comes through L2."""
+    rates, rows, bf16, width = rates_of(gpu), plan.constants["ROWS"], plan.constants["BF16"], padded_width(H)
+    passes, row_tiles = ceil_div(plan.group_rows, plan.stage_rows), ceil_div(plan.group_rows, rows)
+    gates, tile = GATES * plan.units, GATES * plan.constants["TILE_UNITS"]
+    rounds = ceil_div(gates, tile * WARPS)
+    loads = (((width - plan.off_chip) / SHARED_RATE + plan.off_chip / _weights_rate(gpu)) * 4 / (1 + bf16)
+             + width * 4 * rows / tile / SHARED_RATE)
+    multiply = width * (rows + bf16) / rates.multiply["fp32"]
+    gather = rounds * plan.group_rows * width * 4 / rates.l2
+    latency = passes * rounds * ceil_div(width, CHUNK) * STAGE_LATENCY
+    return (max(gather, gates * row_tiles * max(loads, multiply), latency)
+            + passes * rounds * ceil_div(plan.off_chip, CHUNK) * L2_LATENCY)
+
+
+# ---- Batched --------------------------------------------------------------------------------------------------------
+
+def _batched_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
+                   weights: str) -> Iterator[tuple[float, GenerationPlan]]:
+    """Cycles and plan for each cut that fits. For one layer only: the weights of a second layer would take the room of
+    the first layer's."""
+    if layers > 1 or R < FEWEST_ROWS or "tf32" not in rates_of(gpu).multiply:
+        return
+    bf16, k_steps = int(weights == "bf16"), steps_of(H, 1, "tf32")
+    for groups in range(1, min(ceil_div(R, TILE_ROWS[0]), gpu.multiprocessors) + 1):
+        group_rows = ceil_div(R, groups)
+        if group_rows * (groups - 1) >= R:
+            continue  # the last group would own nothing
+        columns = round_up(GATES * ceil_div(H, gpu.multiprocessors // groups), 8)
+        units = columns // GATES
+        blocks, step_bytes = ceil_div(H, units), weights_bytes(1, columns) >> bf16
+        for rows in TILE_ROWS:
+            shared_bytes = (k_steps * step_bytes + reduction_bytes(rows, columns)
+                            + _batched_other_bytes(V, group_rows, units))
+            too_much = max(0, shared_bytes + STATIC_SHARED_BYTES - gpu.shared_bytes)
+            register_steps = ceil_div(too_much, step_bytes)
+            registers = (REGISTERS_OTHER + REGISTERS_3XTF32[rows] + operand_registers(rows, columns, "tf32")
+                         + accumulators(rows, columns) + (register_steps * weight_registers(columns) >> bf16))
+            if registers > REGISTERS or register_steps > k_steps:
+                continue
+            shared_bytes -= register_steps * step_bytes
+            module = {"PRECISION": PRECISION_3XTF32, "BF16": bf16, "ROWS": rows, "COLUMNS": GATES * units,
+                      "K_STEPS": k_steps, "REGISTER_STEPS": register_steps}
+            reason = (f"{groups} x {blocks} blocks hold {weights} weights on chip, in {_kib(shared_bytes)} each, "
+                      "2 barriers per character")
+            plan = GenerationPlan("batched", reason, module, groups, group_rows, blocks, units,
+                                  shared_bytes=shared_bytes)
+            yield _batched_cycles(gpu, plan, V), plan
+
+
+def _batched_other_bytes(V: int, group_rows: int, units: int) -> int:
+    """Dynamic shared memory of generate_batched for all but its product: logits and states, gates, and the block's part
+    of P, W_out and b_hh."""
+    padded_rows = round_up(group_rows, LOGIT_ROWS) + 4
+    return _logits_bytes(V) + 4 * units * (padded_rows + GATES * group_rows + (GATES + 1) * V + GATES)
+
+
+def _batched_cycles(gpu: GPU, plan: GenerationPlan, V: int) -> float:
+    """The barrier behind the drawing is over before the product that follows."""
+    rates, drawn = rates_of(gpu), ceil_div(plan.group_rows, plan.blocks)
+    publishing = plan.group_rows * plan.units * V / rates.multiply["fp32"]  # a block's own partial_logits
+    drawing = drawn * (DRAW_CYCLES + plan.blocks * V * 4 / rates.l2)
+    return BARRIER_CYCLES + CELL_CYCLES + _batched_product_cycles(gpu, plan) + publishing + drawing
+
+
+def _batched_product_cycles(gpu: GPU, plan: GenerationPlan) -> float:
+    """For each tile of rows, the longest of gathering the states, multiplying in 3xTF32, and reading the weights; then
+    the reduction of the warps' sums. All rows and columns of a tile count, used or not. A tile after the first one has
+    its latency for itself, as long as that of the cell."""
+    rates, (_, bf16, rows, columns, k_steps, register_steps) = rates_of(gpu), plan.constants.values()
+    columns, tiles = round_up(columns, 8), ceil_div(plan.group_rows, rows)
+    gather = rows * k_steps * WARPS * WORDS * 4 / rates.l2
+    multiply = (3 - bf16) * rows * columns * k_steps * WARPS * WORDS / rates.multiply["tf32"]
+    shared = (weights_bytes(k_steps - register_steps, columns) >> bf16) / SHARED_RATE
+    reduction = 2 * WARPS * rows * columns * 4 / SHARED_RATE
+    return tiles * (max(gather, multiply, shared) + reduction) + (tiles - 1) * CELL_CYCLES

@@ -62,12 +62,14 @@ def stepwise(case: Layer, precision: str = "fp32") -> tuple[RecurrencePlan, Recu
             backward_plan(gpu, B, H, precision, V_out=M, V_in=len(case.P), variant="stepwise"))
 
 
-def on_device(case: Layer, precision: str = "fp32", plans=None, T_saved: int | None = None) -> dict[str, np.ndarray]:
-    """Every result of both passes on the kernels, stepwise unless there are plans."""
+def on_device(case: Layer, precision: str = "fp32", plans=None, T_saved: int | None = None, saved=None,
+              ops=launchers) -> dict[str, np.ndarray]:
+    """Every result of both passes on the kernels, the fast ones stepwise unless there are plans."""
     (T, B), H = case.ids_tb.shape, case.W_hh.shape[1]
-    saved = launchers.gru_saved(T_saved or T, B, H, precision=precision)
-    results = both_passes(launchers, case, saved, runtime.to_device, runtime.empty, plans or stepwise(case, precision),
-                          precision=precision)
+    saved = saved or launchers.gru_saved(T_saved or T, B, H, precision=precision)
+    if ops is launchers and plans is None:
+        plans = stepwise(case, precision)
+    results = both_passes(ops, case, saved, runtime.to_device, runtime.empty, plans, precision=precision)
     return {name: runtime.to_host(result) for name, result in results.items()}
 
 

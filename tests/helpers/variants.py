@@ -1,0 +1,22 @@
+"""The naive twin beside the fast kernels of an op."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+
+from char_gru.kernels import naive
+from char_gru.kernels.matmul import PRECISIONS
+
+
+def each_variant(launchers: ModuleType) -> pytest.MarkDecorator:
+    """Runs a test with the ops of a module of launchers and with those of naive.cu, as its argument `ops`."""
+    return pytest.mark.parametrize("ops", [launchers, naive], ids=["fast", "naive"])
+
+
+def each_variant_and_precision(launchers: ModuleType) -> pytest.MarkDecorator:
+    """As `each_variant`, in each precision that the variant has, as the test's argument `precision`."""
+    cases = [(launchers, precision) for precision in PRECISIONS]
+    return pytest.mark.parametrize("ops, precision", [*cases, (naive, "fp32")],
+                                   ids=[*(f"fast-{precision}" for precision in PRECISIONS), "naive-fp32"])
