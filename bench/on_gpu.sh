@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What needs an NVIDIA GPU, in one go, past failures: bench/on_gpu.sh [--quick] OUTDIR [TEXT]
+# Everything that needs an NVIDIA GPU, past failures: bench/on_gpu.sh [--quick] OUTDIR [TEXT]
 #   the benchmark suite; tests of all kernels on the GPU; compute-sanitizer on a small training run and a small
 #   generation; one epoch of the tutorial with and without CUDA graphs, and ten epochs twice, which must give equal
-#   bytes. TEXT is what to train on (default: what train.py takes by default).
+#   bytes. TEXT is the file to train on (default: that of train.py).
 #   --quick: the benchmarks of our own kernels at the tutorial's sizes, one sanitizer, not the ten epochs.
-# Each part's output goes to OUTDIR/PART.log, the benchmarks' results to OUTDIR/results, to be moved to bench/results; a
-# summary is printed last and kept in OUTDIR/summary.txt.
+# The output of each part goes to OUTDIR/PART.log, the results of the benchmarks to OUTDIR/results, to be moved to
+# bench/results; a summary is printed last and kept in OUTDIR/summary.txt.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 quick=
@@ -37,7 +37,7 @@ equal_bytes() {  # the files of two runs that hold no clock times
     done
 }
 
-# Each group is recorded when it is done, so what a limit of time cuts off is the end of this list.
+# Each group is recorded when it is done: a limit of time cuts off the end of this list only.
 suite=(bench/bench_{gru,train_step,generate,matmul,cross_entropy,adam,input_table,sample,dropout,time_to_loss}.py)
 small=(--data python-docs --rnn-units 70 --embedding-dim 20 --batch-size 5 --seq-length 7 --layers 2 --dropout 0.2
        --val-fraction 0 --steps 2 --device cuda)
@@ -47,7 +47,7 @@ check=(timeout 120 python -m pytest -q --gpu
        tests/test_{ptx,resident,matmul,input_table,gru,cross_entropy,adam,dropout}*.py
        tests/test_generate_{kernels,batched}.py tests/test_{sample,threads,interface,model_on_kernels}.py)
 if [ "$quick" ]; then
-    measure=(timeout 40 "${measure[@]:2}" --sizes tutorial --rounds 5 -k char-gru)
+    measure=(timeout 40 "${measure[@]:2}" --tutorial --rounds 5 -k char-gru)
     check=(timeout 30 "${check[@]:2}" -x)
     tools=(memcheck) runs=()
 fi

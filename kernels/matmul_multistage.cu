@@ -1,4 +1,4 @@
-// Large products of two matrices, on tiles that asynchronous copies keep supplied.
+// Large products of two matrices: asynchronous copies fill stages of shared memory ahead of the one that is multiplied.
 //
 //   matmul_multistage_nn    C = A B (+ bias)      A (M, K), B (K, N)
 //   matmul_multistage_nt    C = A B^T (+ bias)    A (M, K), B (N, K)
@@ -9,20 +9,21 @@
 //
 // Constants from the launcher: those of tile.cuh; OPERAND_BYTES, 4 or 2; STAGES, at least 2. sm_80 and later.
 // A block owns a TILE_M x TILE_N tile of C and K_split of the K products, a multiple of TILE_K: blockIdx.x counts tiles
-// along M, blockIdx.y along N, blockIdx.z splits of K. What its warps and threads own: TileSums of tile.cuh.
+// along M, blockIdx.y along N, blockIdx.z splits of K. TileSums of tile.cuh says what its warps and threads own.
 //
-// STAGES parts of shared memory, TILE_K of k each, take turns: while one is multiplied, the copies of the next ones are
-// under way, 16 bytes each and past the registers. One barrier per round says both that the next stage has arrived and
-// that the last one may be overwritten. Operands keep the orientation and the type that they have in memory.
-//   fp32        FFMA; it wants rows along m (or n), so an operand with neighbouring k is copied by 4 bytes
-//   tf32, bf16  a warp loads the fragments of the next k, across the barrier too, before it multiplies those it has,
-//               and rounds each element once; fragments of bfloat16 operands come by ldmatrix and need no rounding
+// Shared memory holds STAGES stages, each of TILE_K of k of both operands, which take turns. While one stage is
+// multiplied, the copies into the next stages are under way, 16 bytes each and past the registers. One barrier per
+// round says both that the next stage has arrived and that the stage of the round before may be overwritten. Operands
+// keep the orientation and the type that they have in memory.
+//   fp32        FFMA, which needs rows along m (or n): an operand with neighbouring k is copied by 4 bytes
+//   tf32, bf16  a warp loads the fragments of the next k, across the barrier too, before it multiplies the present
+//               ones, and rounds each element once; ldmatrix loads fragments of bfloat16 operands, without rounding
 // A block takes most of the registers of a multiprocessor: each holds one block.
 // Bytes: 4 M K read for each column of tiles and 4 K N for each row of tiles (half of it for bfloat16), mostly from L2;
 // 4 M N written. A round of a tile of 192 x 128 reads 20 KiB for 786,432 operations in tf32, 38 a byte, and twice as
 // many with bfloat16 operands; a warp reads 28 words a lane from shared memory for 24 mma.
-// Variants: PRECISION and OPERAND_BYTES; tiles of 192 or 256 rows, whichever keep more multiprocessors busy; K split
-// as in matmul.cu, whose add_partial_sums adds the parts.
+// Variants: PRECISION and OPERAND_BYTES; tiles of 192 or 256 rows, whichever keep more multiprocessors busy; split-K,
+// whose partial sums add_partial_sums of matmul.cu adds.
 // Source: CUTLASS, "Efficient GEMM in CUDA", section "Pipelining".
 #include "tile.cuh"
 
@@ -33,7 +34,7 @@
 #error "asynchronous copies need sm_80"
 #endif
 
-static_assert(OPERAND_BYTES == 4 || (OPERAND_BYTES == 2 && PRECISION == 2), "fp32, or bf16 to be multiplied as such");
+static_assert(OPERAND_BYTES == 4 || (OPERAND_BYTES == 2 && PRECISION == 2), "two bytes are bf16, multiplied as bf16");
 static_assert(STAGES >= 2, "one stage is multiplied while another arrives");
 
 #if OPERAND_BYTES == 2
@@ -42,28 +43,32 @@ using Element = unsigned short;
 using Element = float;
 #endif
 
-// One operand's part of a stage. WIDTH is TILE_M or TILE_N; m stands for m or n.
+// One operand in a stage. WIDTH is TILE_M or TILE_N; m stands for m or n.
 template <bool K_CONTIGUOUS, int WIDTH>
 struct StageOperand {
     static constexpr bool TRANSPOSED = K_CONTIGUOUS && PRECISION == 0;  // on the way from global memory
     static constexpr bool ROWS_ALONG_K = K_CONTIGUOUS && !TRANSPOSED;
     static constexpr int ROW = ROWS_ALONG_K ? TILE_K : WIDTH;
-    // Spreads over the banks the 8 rows of 16 bytes that ldmatrix reads together, or the 4 k x 8 m words of a fragment;
-    // in fp32 as TileSums has it.
+    // Padding spreads over the banks the 8 rows of 16 bytes that ldmatrix reads together, or the 4 k x 8 m words of a
+    // fragment; in fp32 it is the padding that TileSums reads with.
     static constexpr int PADDING = PRECISION == 0 ? TILE_PADDING : ROWS_ALONG_K ? 16 / OPERAND_BYTES : 8;
     static constexpr int STRIDE = ROW + PADDING, SIZE = (ROWS_ALONG_K ? WIDTH : TILE_K) * STRIDE;
     static constexpr int CHUNK = TRANSPOSED ? 1 : 16 / OPERAND_BYTES;  // elements of one copy
     static constexpr int COPIES = WIDTH * TILE_K / CHUNK / TILE_THREADS;
     static_assert(WIDTH * TILE_K % (CHUNK * TILE_THREADS) == 0, "all threads copy alike");
 
-    // This thread's copies of a round: where they read, and the first k of a round from which on they lie outside.
+    // Of each of this thread's copies: source, offset of its target in a stage, and the k0 of a round from which on it
+    // copies zeros.
     const Element *source[COPIES];
     int target[COPIES], k_limit[COPIES];
 
-    static __device__ __forceinline__ int place(int m, int k) { return ROWS_ALONG_K ? m * STRIDE + k : k * STRIDE + m; }
+    static __device__ __forceinline__ int offset(int m, int k)
+    {
+        return ROWS_ALONG_K ? m * STRIDE + k : k * STRIDE + m;
+    }
 
-    // The matrix has M of m and K of k; copies begin at m0 and k_begin. Zeros stand for what lies outside of it, or at
-    // k_end and beyond. A chunk lies inside as a whole or not at all.
+    // The matrix has M of m and K of k; copies begin at m0 and k_begin. Elements outside of the matrix, or at k_end and
+    // beyond, are copied as zeros. A chunk lies inside as a whole or not at all.
     __device__ __forceinline__ StageOperand(const Element *matrix, int m0, int M, int k_begin, int k_end, int K)
     {
 #pragma unroll
@@ -79,7 +84,7 @@ struct StageOperand {
             }
             const size_t row = K_CONTIGUOUS ? m0 + m : k_begin + k, column = K_CONTIGUOUS ? k_begin + k : m0 + m;
             source[i] = matrix + row * (K_CONTIGUOUS ? K : M) + column;
-            target[i] = place(m, k);
+            target[i] = offset(m, k);
             k_limit[i] = m0 + m < M ? k_end - k : k_begin;
         }
     }
@@ -99,14 +104,14 @@ struct StageOperand {
     }
 
 #if PRECISION != 0 && OPERAND_BYTES == 4
-    // Word of a fragment. Any order of k serves, being the same in both operands: in bf16 a word holds k and k + 8, so
-    // that lanes read the same places as in tf32.
+    // A word of a fragment. Any order of k is right if both operands have it: in bf16 a word holds k and k + 8, so that
+    // lanes read from the same offsets as in tf32.
     static __device__ __forceinline__ unsigned word(const Element *stage, int m, int k)
     {
 #if PRECISION == 1
-        return __float_as_uint(stage[place(m, k)]);  // not rounded yet: it would have to be waited for
+        return __float_as_uint(stage[offset(m, k)]);  // not rounded yet: it would have to be waited for
 #else
-        return pack_bf16(stage[place(m, k)], stage[place(m, k + 8)]);
+        return pack_bf16(stage[offset(m, k)], stage[offset(m, k + 8)]);
 #endif
     }
 #endif
@@ -117,18 +122,18 @@ struct StageOperand {
     static __device__ __forceinline__ void matrices(unsigned (&registers)[4], const Element *stage, int m, int k)
     {
         if constexpr (ROWS_ALONG_K)
-            ldmatrix_x4(registers, stage + place(m + lane() % 8, k));
+            ldmatrix_x4(registers, stage + offset(m + lane() % 8, k));
         else
-            ldmatrix_x4_trans(registers, stage + place(m, k + lane() % 8));
+            ldmatrix_x4_trans(registers, stage + offset(m, k + lane() % 8));
     }
 #endif
 };
 
 #if PRECISION != 0
-constexpr int GROUP = 8 * PACK;  // what one mma takes of k
+constexpr int GROUP = 8 * PACK;  // k of one mma
 static_assert(TILE_N / 8 % TileSums::WARPS_N == 0 && TileSums::COLUMNS % 2 == 0, "all warps own pairs of columns");
 
-// The fragments of one group of k, for all that a warp owns.
+// The fragments of one group of k, for all rows and columns of C that a warp owns.
 template <class OperandA, class OperandB>
 struct Fragments {
     unsigned a[TileSums::ROWS][4], b[TileSums::COLUMNS][2];
@@ -206,7 +211,7 @@ __device__ __forceinline__ void product(Element *shared, float *__restrict__ C, 
         operand_b.copy(stage + OperandA::SIZE, k0, N);
         cp_async_commit();
     };
-    const auto wait = [] {  // for the stage after the one that was waited for last
+    const auto wait = [] {  // until the next stage has arrived
         cp_async_wait<STAGES - 2>();
         __syncthreads();
     };
@@ -243,7 +248,7 @@ __device__ __forceinline__ void product(Element *shared, float *__restrict__ C, 
         fragments = next;
     }
 #endif
-    cp_async_wait<0>();  // those that only fill with zeros, too: a thread has to be there when they end
+    cp_async_wait<0>();  // for the copies that fill with zeros, too: a thread must not end before its copies
     float *C_split = C + size_t(blockIdx.z) * M * N;
     sums.each([=](int i, int j, float value) {
         const int m = m0 + i, n = n0 + j;

@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import itertools
 import json
+import os
+import re
 import subprocess
 import sys
 import types
@@ -411,8 +413,39 @@ def test_few_rounds_and_part_of_a_group_are_not_recorded(tmp_path, options):
     assert not (tmp_path / "results").exists()
 
 
+COMMAND = """#!/bin/bash
+printf '%s\\0' "$@" >> "$WORDS"
+[ "${0##*/}" != compute-sanitizer ] || "${@:7}"
+exit 3
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--quick",)])
+def test_on_gpu_goes_on_past_failures_and_names_files_that_exist(tmp_path, options):
+    """With commands in place of Python and of the GPU's tools that write down how they are called, and fail."""
+    for name in ("python", "nvidia-smi", "compute-sanitizer"):
+        (tmp_path / name).write_text(COMMAND)
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "WORDS": str(tmp_path / "words")}
+    done = subprocess.run([str(ROOT / "bench" / "on_gpu.sh"), *options, str(tmp_path / "out")], env=environment,
+                          capture_output=True, text=True, check=True)
+    parts = [line.split() for line in done.stdout.splitlines()]
+    names = [part[0] for part in parts]
+    assert {"suite", "tests", "memcheck-train", "memcheck-generate", "one-epoch-graph", "generate"} <= set(names)
+    assert all(part[1:3] != ["exit", "0"] for part in parts) and names == list(dict.fromkeys(names))
+    assert {f"{name}.log" for name in names} <= {path.name for path in (tmp_path / "out").iterdir()}
+    words = (tmp_path / "words").read_text().split("\0")
+    files = {word for word in words if word.endswith(".py")}
+    assert {"train.py", "generate.py", "tests/test_gru.py", "bench/bench_gru.py"} <= files
+    assert all((ROOT / file).exists() for file in files)
+    [(module, name)] = {match for word in words
+                        for match in re.findall(r"^from (\S+) import (\w+)$", word, re.MULTILINE)}
+    assert module == "char_gru.rnn" and importlib.util.find_spec(f"{module}.{name}")
+
+
 # Other libraries
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in peers.PEERS if name != "PyTorch compiled"])
 def test_peer_learns_and_writes_what_the_reference_does(name, monkeypatch):
     """On the CPU: graphs are not recorded, what they would be recorded of is called, and FlashRNN runs its `vanilla`
@@ -426,6 +459,7 @@ def test_peer_learns_and_writes_what_the_reference_does(name, monkeypatch):
     measured_candidates(bench_generate.GENERATE, Cpu(), [bench_generate.of_peer(maker)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in peers.PEERS if name not in ("PyTorch compiled", "PyTorch FlashRNN")])
 def test_peer_draws_every_character_but_unk(name):
     library, make = peers.PEERS[name]

@@ -101,11 +101,11 @@ def test_matmul_matches_numpy(executor, ops, precision, operand_bytes, layout):
         assert_product(C, A, B, 0, precision)
 
 
-# Below, at and above a tile, as near as rows of 16 bytes allow; K of less than a round, of whole rounds, of more than
-# all stages.
+# M, N, K. M and N below, at and above a tile, as near as rows of 16 bytes allow; K less than a round, whole rounds, and
+# more than all stages.
 MULTISTAGE_SIZES = {"nn": ((191, 120, 24), (192, 128, 96), (193, 136, 40), (1, 8, 8)),
-                   "tn": ((184, 120, 31), (192, 128, 64), (200, 136, 133), (8, 8, 1)),
-                   "nt": ((191, 127, 24), (192, 128, 96), (193, 129, 40), (1, 1, 8))}
+                    "tn": ((184, 120, 31), (192, 128, 64), (200, 136, 133), (8, 8, 1)),
+                    "nt": ((191, 127, 24), (192, 128, 96), (193, 129, 40), (1, 1, 8))}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -223,8 +223,8 @@ def test_matmul_does_not_depend_on_the_order_of_threads(ordered_executor, precis
             np.testing.assert_array_equal(result, ascending)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sanitizer", ["address,undefined", pytest.param("thread", marks=pytest.mark.slow)])
 def test_sanitizer_finds_nothing_in_matmul(monkeypatch, sanitizer, precision):
     monkeypatch.setattr(launchers, "SUM_THREADS", 64)  # a sanitizer is slow to start a thread
 
@@ -239,6 +239,7 @@ def test_sanitizer_finds_nothing_in_matmul(monkeypatch, sanitizer, precision):
     assert host_cuda.run_sanitized(sums, sanitizer) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision, operand_bytes", [("fp32", 4), ("tf32", 4), ("bf16", 2)])
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_sanitizer_finds_nothing_in_multistage_matmul(sanitizer, precision, operand_bytes):
