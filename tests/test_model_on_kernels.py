@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from char_gru import kernels
-from char_gru.kernels import runtime
+from char_gru.kernels import naive, runtime
 from char_gru.kernels.plan.gpus import GPUS
 from char_gru.rnn import training
 from char_gru.rnn.batches import Batch
@@ -93,9 +93,10 @@ def trained(case: Case, steps: int):
 @pytest.mark.parametrize("layers, options", [
     (1, {}), (1, {"carry_state": True, "clip_norm": 0.3}),
     (2, {"carry_state": True, "dropout": 0.3, "clip_norm": 0.1, "seed": 5})], ids=str)
-def test_ten_steps_of_training_match_reference(ops, layers, options):
+@pytest.mark.parametrize("op_set", [lambda: kernels.op_set("fp32"), naive.op_set], ids=["fast", "naive"])
+def test_ten_steps_of_training_match_reference(executor, op_set, layers, options):
     case = random_case(T=4, B=3, H=9, layers=layers)
-    assert_all_close(*results(case, trained(case, 10), ops, **options))
+    assert_all_close(*results(case, trained(case, 10), op_set(), **options))
 
 
 def test_evaluation_in_shorter_windows_matches_reference(ops):
