@@ -43,7 +43,8 @@ small=(--data python-docs --rnn-units 70 --embedding-dim 20 --batch-size 5 --seq
        --val-fraction 0 --steps 2 --device cuda)
 tools=(memcheck racecheck initcheck synccheck) runs=(first second)
 measure=(timeout 240 python -m pytest -q --device cuda --results "$out/results" "${suite[@]}")
-check=(timeout 120 python -m pytest -q --gpu tests/test_{ptx,resident,matmul,input_table,gru,cross_entropy,adam,dropout}*.py
+check=(timeout 120 python -m pytest -q --gpu
+       tests/test_{ptx,resident,matmul,input_table,gru,cross_entropy,adam,dropout}*.py
        tests/test_generate_{kernels,batched}.py tests/test_{sample,threads,interface,model_on_kernels}.py)
 if [ "$quick" ]; then
     measure=(timeout 40 "${measure[@]:2}" --tutorial --rounds 5 -k char-gru)

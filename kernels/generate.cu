@@ -17,8 +17,8 @@
 // lanes share the sum over the inputs. sample, next_character: a block owns a row.
 // Why not the plain way, sample of naive.cu: there one thread reads all V logits of a row again for each character that
 // top_k or top_p keeps; here the 256 threads of a block share the row and rank all its characters at once.
-// Bytes per character: reads the weights once per ROWS rows, 12 H^2 in the first layer, 24 H^2 in each layer above, 4 H V
-// in the output layer; writes 8 R H per layer and 4 R V.
+// Bytes per character: reads the weights once per ROWS rows, 12 H^2 in the first layer, 24 H^2 in each layer above it,
+// 4 H V in the output layer; writes 8 R H per layer and 4 R V.
 // Variants: stepwise, here, the plain way of generate: a step in layers + 2 kernels, for any sizes. All steps in one
 // launch: generate_persistent.cu for few rows, generate_batched.cu for many. plan/generation.py chooses.
 // Source: generate.cuh.

@@ -295,7 +295,7 @@ struct Block : Arguments {
     float *own_biases = own_W_out + V * units;                            // (matrices, gates)
     float *a = own_biases + matrices * gates;                             // (gates, pitch): W_hh h
     float *i = a + gates * pitch;                                         // (gates, pitch) above layer 0: W_ih x
-    // (group_rows,): the characters before a step; with owner-draws, the forced ones and the ones that this block draws.
+    // (group_rows,): the characters before a step; with owner-draws, the forced ones and the ones this block draws.
     int *own_ids = reinterpret_cast<int *>(layers > 1 ? i + gates * pitch : i);
 
     Product product{rows, width, off_chip, stage_rows, gates, ring};

@@ -36,8 +36,8 @@ constexpr size_t X_WORDS = size_t(WARPS) * K_STEPS * X_STEP;  // of x as multipl
 //   WEIGHT_STEP, X_STEPS          words of a step of w in shared memory; steps of x that a warp loads at a time
 //   word_in_step(row, word)       where a word of x lies in its step
 //   WarpSums                      the sums of one warp over its share of K, zero at first
-//     X                             a step of x in registers: load(words) from x_offset's layout, or load_each(read) from
-//                                   read(row, k), where x lies elsewhere
+//     X                             a step of x in registers: load(words) from x_offset's layout, or load_each(read)
+//                                   from read(row, k), where x lies elsewhere
 //     add(x, words)                 adds a step, whose w lies where store_weights left it
 //     each(take)                    calls take(row, column, sum, sum of the next column) for the sums of this lane
 //   store_weights(words, read)    puts a step of w into shared memory, from read(k, column)
