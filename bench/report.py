@@ -149,10 +149,16 @@ def kernels_table(results: Path) -> str:
     rows = []
     for op, variant in _ops_shown_once():
         ran = {entry["machine"]["gpu"] for groups in gpus for entry in _of(groups, variant.benchmark)
-               if any(name.startswith(OURS) and variant.word in ("", *name.split()) for name in entry["candidates"])}
+               if any(_is_of(variant, name) for name in entry["candidates"])}
         rows.append([op, f"{variant.variant}: {variant.text}", variant.precisions,
                      f"yes: {', '.join(sorted(ran))}" if ran else "no"])
     return _table(["op", "variant", "products in", "has run on a GPU"], rows)
+
+
+def _is_of(variant: Variant, candidate: str) -> bool:
+    """Whether a candidate of the variant's benchmark is the variant."""
+    words = candidate.split()
+    return words[0] == OURS and (variant.word in words if variant.word else "naive" not in words)
 
 
 def files_table(results: Path) -> str:

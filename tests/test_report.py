@@ -152,9 +152,10 @@ def test_kernel_has_run_on_a_gpu_only_if_results_say_so(results):
 
     assert ran() == ["no"] * len(VARIANTS)
     forward = entry("gru_forward", {"T": 1}, {"char-gru persistent tf32": [1.0], "PyTorch tf32": [1.0]}, gpu=True)
-    (results / "cuda-nvidia-x.json").write_text(json.dumps({"gru_forward": forward}))
+    adam = entry("adam", {"N": 10}, {"char-gru naive": [1.0]}, gpu=True)
+    (results / "cuda-nvidia-x.json").write_text(json.dumps({"gru_forward": forward, "adam": adam}))
     assert [variant[-2:] for variant, cell in zip(VARIANTS, ran(), strict=True) if cell == "yes: NVIDIA X"] == [
-        ("gru_forward", "persistent")]
+        ("gru_forward", "persistent"), ("adam", "naive")]
 
 
 def test_headline_compares_the_step_with_each_peer(results):
