@@ -72,7 +72,7 @@ def by_reference(inputs):
 
 
 def variants(R, V, H, weights):
-    """Those that the GPU runs at these sizes."""
+    """The variants that the GPU runs at these sizes."""
     plans = generation_plans(runtime.current_executor().gpu, R, V, H, layers=1, weights=weights)
     return [plan.variant for plan in plans]
 

@@ -49,7 +49,7 @@ def by_reference(direction, inputs):
 
 
 def ours(direction, ops, inputs, **options):
-    """The op of a direction on an op set; backward, on what a forward pass has saved. options are the launcher's."""
+    """The op of a direction on an op set; backward, after a forward pass. options are the launcher's."""
     P, ids_tb, W_hh, b_hh, h0, W_out = (on(ops, inputs[name])
                                         for name in ("P", "ids_tb", "W_hh", "b_hh", "h0", "W_out"))
     dlogits_tb = on(ops, inputs["dlogits_tb"], activations=True)

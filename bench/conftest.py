@@ -5,12 +5,13 @@
     python -m pytest bench/bench_gru.py --tutorial              # only the tutorial's sizes
     python -m pytest bench/ -k 'adam and PyTorch' --benchmark-sort name --benchmark-json out.json
 
-A test is a candidate, a group the candidates of a benchmark at some sizes. The first test of a group measures all
-selected candidates, in turns (bench/side_by_side.py), since only within a round are their times comparable, and each
-test plays its seconds back to pytest-benchmark. A candidate that is alone in its group pytest-benchmark calls and times
-itself, but for single ops on a GPU, which only events on the device can time. A group that ran whole, with enough
-rounds and none of ours wrong, goes into bench/results/, from which `python -m bench.report` writes the tables and the
-plots.
+A test is a candidate, a group the candidates of a benchmark at some sizes. Where several candidates of a group were
+selected, its first test measures all of them in turns (bench/side_by_side.py), since their times can be compared only
+within a round; pytest-benchmark, which would finish one test before it starts the next, is given the measured seconds
+through its timer. A candidate that was selected alone is called and timed by pytest-benchmark itself, unless it is a
+single op on a GPU, which only events on the device can time. The results of a group go into bench/results/ if all its
+candidates were selected, the rounds are enough, and none of ours is wrong; `python -m bench.report` makes the tables
+and the plots of them.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _CLOCK = Clock()
 
 
 class Turn(NamedTuple):
-    """What one test measures."""
+    """A candidate, which one test measures."""
 
     benchmark: Benchmark
     sizes: dict[str, int]
@@ -56,7 +57,7 @@ class Turn(NamedTuple):
 def pytest_addoption(parser: pytest.Parser) -> None:
     options = parser.getgroup("char-gru")
     options.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                      help="what to measure; auto takes an NVIDIA GPU if there is one")
+                      help="the device to measure; auto takes an NVIDIA GPU if there is one")
     options.addoption("--rounds", type=int, default=7,
                       help=f"rounds of each benchmark; fewer than {RECORDED_ROUNDS} are printed and not recorded")
     options.addoption("--tutorial", action="store_true", help="only the first of each benchmark's sizes")
@@ -65,7 +66,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
-    config.addinivalue_line("filterwarnings", "default")  # those of libraries are no failures
+    config.addinivalue_line("filterwarnings", "default")  # a warning of a library is no failure
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -85,7 +86,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def turn(request: pytest.FixtureRequest, benchmark) -> Callable[[], None]:
-    """A function that measures a test's candidate, or takes its part of what was measured with its group."""
+    """A function that measures a test's candidate, or takes its seconds from the measurement of its group."""
     turn: Turn = request.param
 
     def measured_turn() -> None:
@@ -104,7 +105,7 @@ def turn(request: pytest.FixtureRequest, benchmark) -> Callable[[], None]:
 
 
 class Group(NamedTuple):
-    """The selected candidates of a benchmark at some sizes, and what was measured of them so far, by name."""
+    """The selected candidates of a benchmark at some sizes, and the outcomes so far, by name."""
 
     turns: list[Turn]
     device: Device
@@ -174,5 +175,5 @@ def _device(kind: str) -> Device:
 
 @functools.cache
 def _ceilings(device: Device) -> floors.Ceilings:
-    """Measured once, in the same run as what they are compared with."""
+    """Measured once, in the same run as the candidates."""
     return device.ceilings()

@@ -2,8 +2,8 @@
 
 On the CPU, a sample is the clock before and after some calls. On a GPU a clock of the host would mostly measure how
 fast Python launches kernels, so a sample is taken by the device's own events: the device is first given something to
-wait for, the host meanwhile queues an event, the calls and another event, and what lies between the events is then the
-time of kernels that follow each other without a pause. If the first event has passed before the last call is queued,
+wait for, the host meanwhile queues an event, the calls and another event, and the time between the two events is then
+that of kernels which follow each other without a pause. If the first event has passed before the last call is queued,
 the host was too slow; the wait is made longer, and a sample for which no wait is long enough is marked `host_bound`.
 Our kernels, CuPy and PyTorch all queue on the stream of the executor, so one pair of events times any of them.
 """
@@ -78,7 +78,7 @@ class Cpu:
 
     def ceilings(self) -> Ceilings:
         """A product of two matrices by NumPy, and a copy by a thread for each core; or a change in place if that is
-        faster, since most processors read what they write to first."""
+        faster, since most processors read the memory that they write to first."""
         source, destination = (np.array_split(array, cores()) for array in np.ones((2, COPIED_BYTES // 4), np.float32))
         A, B, C = np.ones((3, PRODUCT_SIZE, PRODUCT_SIZE), np.float32)
         with ThreadPoolExecutor(cores()) as threads:
@@ -88,7 +88,7 @@ class Cpu:
         return Ceilings(2 * COPIED_BYTES / min(copied, changed), {"fp32": 2 * PRODUCT_SIZE**3 / multiplied}, 0.0, 0.0)
 
     def facts(self) -> dict[str, str]:
-        """Facts that results depend on beside those of the machine."""
+        """Further facts that results depend on, beside `timing.machine()`."""
         return {}
 
     def memory_bytes(self, release: bool) -> int:
@@ -237,8 +237,8 @@ def current_gpu() -> Gpu:
 
 
 def cublas_products() -> dict[str, tuple[Callable[[], None], int]]:
-    """A large product of cuBLAS's in each precision, and its operations; that of bf16 on float16, whose rate is the
-    same and which CuPy has."""
+    """A large product of cuBLAS's in each precision, and its operations. CuPy has no bfloat16: its product is one of
+    float16, which has the same rate."""
     import cupy
 
     n, products = 8192, {}

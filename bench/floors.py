@@ -1,10 +1,10 @@
-"""What an op has to do at least, and how long that takes at least on a device: the floor that a kernel is measured by.
+"""The least work of an op, and the least time that it takes on a device: the floor that a kernel is measured by.
 
-An op's work follows from its sizes alone. Floating-point operations are those of its matrix products (a multiply-add
-counts twice); what is elementwise never decides. Bytes are those of every array that comes from memory or goes there,
-once each, in float32; a table that is looked up counts as one pass over its rows. Launches are the kernels that cannot
-be fewer, and barriers the times that all blocks inside a launch must wait for each other: once per step of a
-recurrence. A device's ceilings are measured, in the same run as the op.
+An op's work follows from its sizes alone. Only matrix products count as floating-point operations (two for a
+multiply-add); elementwise operations never decide. Every array that comes from memory or goes there counts once, in
+float32; a table that is looked up counts as one pass over its rows. `launches` is the least number of kernels, and
+`barriers` the number of times that all blocks inside a launch must wait for each other: once per step of a recurrence.
+A device's ceilings are measured, in the same run as the op.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FLOAT, ID, MASK = 4, 4, 1
 
 
 class Work(NamedTuple):
-    """What an op does at least."""
+    """The least work of an op."""
 
     flop: int
     bytes: int
@@ -29,7 +29,7 @@ class Work(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """What a device reaches: bytes read and written in large arrays and operations of a large product in each
+    """The rates and costs of a device: bytes read and written in large arrays and operations of a large product in each
     precision, per second; seconds from one empty kernel to the next, and from one barrier among all blocks to the next.
     """
 

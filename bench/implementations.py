@@ -1,4 +1,4 @@
-"""Whose ops are compared: our op sets, plain array code on NumPy or CuPy, and PyTorch; and arrays of each."""
+"""The implementations of ops that are compared: our op sets, plain array code on NumPy or CuPy, and PyTorch."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def installed(library: str, kind: str) -> bool:
 
 
 def imported_jax():
-    """JAX, which would take most of a GPU's memory at once if it were not told to take what it needs."""
+    """JAX, told not to take most of a GPU's memory at once."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
     return jax

@@ -52,9 +52,9 @@ class Maker(NamedTuple):
 
 
 def training_peers(device: Device, tutorial: bool) -> Iterator[Maker]:
-    """The peers that train on a device, in each of its precisions, at the tutorial's sizes or others. On a GPU, those
-    that compile for long are measured at the tutorial's sizes only, and in tf32, in which libraries multiply there if
-    not told otherwise; FlashRNN, which has no tf32, in both that it has."""
+    """The peers that train on a device, in each of its precisions, at the tutorial's sizes or others. On a GPU, peers
+    that compile for long are measured at the tutorial's sizes only, and in tf32, the default of most libraries there;
+    FlashRNN, which has no tf32, in fp32 and bf16."""
     if device.kind == "cpu":
         return _installed(device, dict.fromkeys(("PyTorch", "PyTorch compiled", "JAX", "Keras"), device.precisions))
     precisions = dict.fromkeys(("PyTorch", "PyTorch graph", "JAX"), device.precisions)
@@ -114,7 +114,7 @@ def pytorch_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: Device,
         return (p / torch.empty_like(p).exponential_()).argmax(dim=1), h
 
     if mode == "compiled":
-        torch.compiler.reset()  # what was compiled for other sizes; else it compiles for any sizes, or gives up
+        torch.compiler.reset()  # or it compiles for any sizes after the second one, or gives up
         mean_loss, next_ids = torch.compile(mean_loss), torch.compile(next_ids)
 
     def one_step(ids_tb, targets_tb):
@@ -142,7 +142,7 @@ def pytorch_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: Device,
 
     @functools.cache
     def recorded_step(T: int, B: int):
-        """Ids, targets and loss of a step, and what makes the step."""
+        """Ids, targets and loss of a step, and the function that makes the step."""
         ids_tb, targets_tb = (torch.empty((T, B), dtype=torch.long, device=library.kind) for _ in range(2))
         loss = torch.empty((), device=library.kind)
         return ids_tb, targets_tb, loss, library.replayable(lambda: loss.copy_(one_step(ids_tb, targets_tb)))
@@ -172,7 +172,7 @@ def pytorch_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: Device,
 
     @functools.cache
     def recorded_next_ids(R: int, temperature: float):
-        """Ids and states, and what moves both on by a character."""
+        """Ids and states, and the function that moves both on by a character."""
         ids = torch.empty((R,), dtype=torch.long, device=library.kind)
         h = torch.empty((1, R, sizes.H), device=library.kind)
 
@@ -370,4 +370,4 @@ PEERS: Mapping[str, tuple[str, Callable[..., Peer]]] = {
     "PyTorch graph": ("torch", functools.partial(pytorch_peer, mode="graph")),
     "PyTorch FlashRNN": ("flashrnn", functools.partial(pytorch_peer, mode="flashrnn")),
     "JAX": ("jax", jax_peer), "Keras": ("keras", keras_peer)}
-"""By name: the library that has to be installed, and what makes the peer."""
+"""By name: the library that has to be installed, and the function that makes the peer."""

@@ -80,5 +80,5 @@ def _colours(names: Sequence[str]) -> list[str]:
 
 
 def _milliseconds(seconds: float) -> float:
-    """Rounded to what a plot can show, so that a file says the same on every machine."""
+    """Rounded to the digits that a plot can show, so that the file is the same on every machine."""
     return float(f"{1e3 * seconds:.4g}")

@@ -1,7 +1,7 @@
-// What it costs to launch, and to wait for all blocks: kernels that do nothing else.
+// Kernels that only launch, or only wait for all blocks, to measure what both cost.
 //   empty      nothing
 //   barriers   counters (2), zero before and after: `count` barriers among all blocks of a cooperative launch
-// A block owns nothing; bytes are those of the counters.
+// A block owns nothing; only the counters are read and written.
 #include "barrier.cuh"
 
 extern "C" __global__ void empty()

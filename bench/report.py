@@ -29,8 +29,8 @@ WHOLE_JOBS = ("train_step", "generate", "time_to_loss")
 
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(?:(?!<!-- table: ).)*?(<!-- end -->)", re.DOTALL)
 
-Figure = Callable[[Mapping[str, int], float, dict], float | None]
-"""What a column shows of a candidate: a function of the sizes, the median of its seconds, and what was recorded."""
+Figure = Callable[[dict, dict, float], float | None]
+"""The number in a column: a function of an entry, one of its candidates, and the median of the candidate's seconds."""
 
 
 # RESULTS.md
@@ -58,33 +58,28 @@ def _device_section(groups: dict) -> str:
     return "\n\n".join(parts)
 
 
-def train_step_flop(T: int, B: int, V: int, E: int, H: int) -> int:
-    """Floating-point operations of one step in the products with W_hh and W_out: forward, and twice that backward.
-
-    Every candidate is credited with these. The input products are left out, since a table needs V rows
-    of them and a plain product T*B.
-    """
-    return 3 * 2 * T * B * (3 * H * H + H * V)
-
-
 def train_step_table(entries: Sequence[dict]) -> str:
     """One training step at each of its sizes."""
-    return "Floating-point operations are those of recurrence and output layer.\n\n" + _jobs_table(entries, {
-        "characters/s": lambda sizes, seconds, made: sizes["T"] * sizes["B"] / seconds,
-        "GFLOP/s": lambda sizes, seconds, made: train_step_flop(**sizes) / seconds / 1e9,
-        "MiB": lambda sizes, seconds, made: made.get("memory_mib")})
+    return "Every candidate is credited with the operations that a step needs at least.\n\n" + _jobs_table(entries, {
+        "characters/s": lambda entry, made, seconds: _characters(entry, "TB") / seconds,
+        "GFLOP/s": lambda entry, made, seconds: entry["work"]["flop"] / seconds / 1e9,
+        "MiB": lambda entry, made, seconds: made.get("memory_mib")})
 
 
 def time_to_loss_table(entries: Sequence[dict]) -> str:
     """Training until the validation loss is low enough."""
     return "The validation loss is that of `bench/bench_time_to_loss.py`.\n\n" + _jobs_table(
-        entries, {"steps": lambda sizes, seconds, made: made["steps"]})
+        entries, {"steps": lambda entry, made, seconds: made["steps"]})
 
 
 def generate_table(entries: Sequence[dict]) -> str:
     """R texts of T characters, for each R."""
-    return "R texts of T characters each.\n\n" + _jobs_table(entries, {
-        "characters/s": lambda sizes, seconds, made: sizes["T"] * sizes["R"] / seconds})
+    return "R texts of T characters each.\n\n" + _jobs_table(
+        entries, {"characters/s": lambda entry, made, seconds: _characters(entry, "TR") / seconds})
+
+
+def _characters(entry: dict, axes: str) -> int:
+    return math.prod(entry["sizes"][axis] for axis in axes)
 
 
 def _jobs_table(entries: Sequence[dict], figures: Mapping[str, Figure]) -> str:
@@ -95,7 +90,7 @@ def _jobs_table(entries: Sequence[dict], figures: Mapping[str, Figure]) -> str:
         for index, (name, made) in enumerate(entry["candidates"].items()):
             rows.append([_sizes(entry) if index == 0 else "", name, *_median_and_range(made), _ratio(entry, name)])
             for column, figure in figures.items():
-                value = figure(entry["sizes"], spread(made["seconds"]).median, made)
+                value = figure(entry, made, spread(made["seconds"]).median)
                 cells[column].append("" if value is None else _figures(value))
     shown = {column: values for column, values in cells.items() if any(values)}
     return _table(["sizes", "", "ms", "range", "time against ours", *shown],
@@ -149,10 +144,16 @@ def kernels_table(results: Path) -> str:
     rows = []
     for op, variant in _ops_shown_once():
         ran = {entry["machine"]["gpu"] for groups in gpus for entry in _of(groups, variant.benchmark)
-               if any(name.startswith(OURS) and variant.word in ("", *name.split()) for name in entry["candidates"])}
+               if any(_is_of(variant, name) for name in entry["candidates"])}
         rows.append([op, f"{variant.variant}: {variant.text}", variant.precisions,
                      f"yes: {', '.join(sorted(ran))}" if ran else "no"])
     return _table(["op", "variant", "products in", "has run on a GPU"], rows)
+
+
+def _is_of(variant: Variant, candidate: str) -> bool:
+    """Whether a candidate of the variant's benchmark is the variant."""
+    words = candidate.split()
+    return words[0] == OURS and (variant.word in words if variant.word else "naive" not in words)
 
 
 def files_table(results: Path) -> str:
@@ -195,7 +196,7 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
-    """A text with every marked table replaced by what the results give.
+    """A text with every marked table made anew from the results.
 
     Raises: ValueError for a table that does not exist or that has no end.
     """
@@ -233,7 +234,7 @@ def main(arguments: Sequence[str] | None = None, pages: Sequence[Path] = PAGES, 
     if check:
         differing = [path.name for path in (*old_pages, *old_plots, *surplus)]
         if differing:
-            print(f"{', '.join(differing)}: not what bench/results gives; run python -m bench.report", file=sys.stderr)
+            print(f"{', '.join(differing)}: differs from bench/results; run python -m bench.report", file=sys.stderr)
         return 1 if differing else 0
     for page in old_pages:
         page.write_text(texts[page])

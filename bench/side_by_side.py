@@ -1,13 +1,9 @@
 """An op, its candidates, and measuring them in turns.
 
 A benchmark is an op with the ways to compute it: our variants, the libraries', a plain one. At each of its sizes, every
-candidate is first verified against the reference; one that is wrong or fails is left out and its test fails. Those that
-are right are then timed in turns, all of them within each round, so that a machine that slows down does so for all.
-`pytest bench/` runs them, and pytest-benchmark shows, compares and saves them: each candidate is a test, each benchmark
-at some sizes a group. Its own loop would finish with one candidate before it starts the next, so conftest.py measures a
-group of several when the first of its tests runs, and plays the seconds of each candidate back to pytest-benchmark
-through `Clock`. A candidate that was selected alone, with nothing to take turns with, pytest-benchmark calls and times
-itself, where a clock on the wall is the right one.
+candidate is first verified against the reference; a candidate that is wrong or fails is not timed, and its test fails.
+The right candidates are then timed in turns, all of them within each round, so that a machine that slows down does so
+for all. conftest.py says how pytest-benchmark, the front end, takes part.
 """
 
 from __future__ import annotations
@@ -29,12 +25,12 @@ PAUSE_SECONDS = {"cpu": 0.1, "cuda": 0.002}
 """Rest before each sample: the worker threads of BLAS libraries spin for a while after the product that woke them."""
 
 SAMPLE_SECONDS, JOB_SECONDS = {"cpu": 0.02, "cuda": 0.001}, 0.05
-"""A sample of an op, and of a whole job, is at least as long: many times what clocks and events err."""
+"""A sample of an op, and of a whole job, is at least as long: many times the error of clocks and events."""
 
 MAX_CALLS, MAX_SETS = 1000, 64
 
 TOLERANCES = {"fp32": 2**-13, "tf32": 2**-7, "bf16": 2**-4}
-"""How far a result may lie from the reference, as a share of the largest entry. Bounds for what is plainly wrong, over
+"""How far a result may lie from the reference, as a share of the largest entry. Bounds for plainly wrong results, over
 sums as long as a benchmark's; tests/ holds the bounds that rounding allows."""
 
 Arrays = Mapping[str, np.ndarray]
@@ -43,8 +39,8 @@ Result = TypeVar("Result")
 
 
 class Runnable(NamedTuple):
-    """A candidate on arrays of its own. run() queues or does the work; results() does it once and gives what is
-    verified, as NumPy arrays; notes() what else there is to record, after results()."""
+    """A candidate on arrays of its own. run() queues or does the work; results() does it once and gives the results to
+    be verified, as NumPy arrays; notes(), called after results(), gives further numbers to record."""
 
     run: Callable[[], object]
     results: Callable[[], Arrays]
@@ -105,7 +101,7 @@ class Failed(NamedTuple):
 
 def measure(benchmark: Benchmark, sizes: Mapping[str, int], candidates: Sequence[Candidate], device: Device,
             rounds: int, pause: Callable[[float], None] = time.sleep) -> dict[str, Measured | Failed]:
-    """Verify candidates, then time those that are right in turns; by name."""
+    """Verify candidates, then time the right ones in turns; outcomes by name."""
     inputs = benchmark.inputs(**sizes)
     expected = benchmark.reference(inputs)
     outcomes: dict[str, Measured | Failed] = {}
@@ -181,13 +177,13 @@ def assert_right(name: str, actual: Arrays, expected: Arrays, tolerance: float) 
 
 def copies_beyond_cache(size: int, cache_bytes: int) -> int:
     """How many copies of an op's arrays, of so many bytes, to take in turn so that each has left the cache when it
-    comes: between two calls on the same arrays, the others go through more than twice what the cache holds."""
+    comes: between two calls on the same copy, the calls on the other copies move more than twice the cache's bytes."""
     return min(math.ceil(2 * cache_bytes / size) + 1, MAX_SETS) if size < 2 * cache_bytes else 1
 
 
 def interleave(candidates: Mapping[str, Callable[[], Result]], rounds: int,
                pause: Callable[[], None]) -> dict[str, list[Result]]:
-    """What each candidate gives in each round.
+    """The result of each candidate in each round.
 
     In a round each is called once, and every round starts with another one. Entry k of every list is from round k:
     ratios are taken within a round.

@@ -64,7 +64,7 @@ def entry(benchmark: Benchmark, sizes: Mapping[str, int], device: Device, ceilin
 
 
 def record(group: str, entry: dict, folder: Path = RESULTS) -> None:
-    """Write a group's results into the file of this device, in place of those of an earlier run.
+    """Write a group's results into the file of this device, in place of the results of an earlier run.
 
     The file maps the name of each group to its entry.
     """

@@ -4,6 +4,7 @@ import numpy as np
 
 from char_gru.kernels import runtime
 from char_gru.kernels.scratch import scratch
+from char_gru.kernels.sizes import ceil_div
 
 THREADS = 256
 MAX_BLOCKS = 1024  # of square_sums; the one block of norm_of_sums adds the sums of all of them
@@ -18,7 +19,7 @@ def global_norm(grads, norm) -> None:
     """
     check_global_norm(grads, norm)
     N = grads.size
-    blocks = min(-(-N // (4 * THREADS)), MAX_BLOCKS)
+    blocks = min(ceil_div(N, 4 * THREADS), MAX_BLOCKS)
     sums = scratch("global_norm", (MAX_BLOCKS,))
     runtime.launch("adam", "square_sums", blocks, THREADS, [sums, grads, np.uint64(N)], constants={})
     runtime.launch("adam", "norm_of_sums", 1, THREADS, [norm, sums, np.int32(blocks)], constants={})
@@ -36,7 +37,7 @@ def adam(params, grads, m, v, norm, step_size, clip_norm=0.0, beta_1=0.9, beta_2
     """
     check_adam(params, grads, m, v, norm, step_size)
     N = params.size
-    runtime.launch("adam", "adam", -(-N // (4 * THREADS)), THREADS,
+    runtime.launch("adam", "adam", ceil_div(N, 4 * THREADS), THREADS,
                    [params, m, v, grads, norm, step_size, *adam_scalars(clip_norm, beta_1, beta_2, epsilon),
                     np.uint64(N)], constants={})
 

@@ -5,6 +5,7 @@ import numpy as np
 from char_gru.kernels import runtime
 from char_gru.kernels.matmul import TILE_THREADS, column_sums, constants, matmul
 from char_gru.kernels.scratch import scratch
+from char_gru.kernels.sizes import ceil_div
 
 # The tutorial's 66 characters in one sweep; long rounds, since each round waits for global memory.
 TILE = {"TILE_M": 64, "TILE_N": 80, "TILE_K": 32}
@@ -24,7 +25,7 @@ def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, *, p
     (T, B, H), V = h_tb.shape, len(W_out)
     module = constants(precision) | TILE
     losses = scratch("cross_entropy_forward", (T * B,))
-    runtime.launch("cross_entropy", "cross_entropy_forward", -(-T * B // TILE["TILE_M"]), TILE_THREADS,
+    runtime.launch("cross_entropy", "cross_entropy_forward", ceil_div(T * B, TILE["TILE_M"]), TILE_THREADS,
                    [dlogits_tb, losses, h_tb, W_out, b_out, targets_tb, np.int32(T * B), np.int32(V), np.int32(H)],
                    constants=module)
     runtime.launch("cross_entropy", "mean_loss", 1, MEAN_THREADS, [loss, losses, np.int32(T * B)], constants=module)

@@ -3,6 +3,7 @@
 import numpy as np
 
 from char_gru.kernels import runtime
+from char_gru.kernels.sizes import ceil_div
 
 THREADS = 256
 ELEMENTS_PER_THREAD = 8  # dropout_forward
@@ -21,7 +22,7 @@ def dropout_forward(x_tb, rate, seed, layer, step, keep_tb, y_tb) -> None:
     runtime.check("step", step, np.uint64, (1,))
     runtime.check("keep_tb", keep_tb, bool, x_tb.shape)
     runtime.check("y_tb", y_tb, np.float32, x_tb.shape)
-    runtime.launch("dropout", "dropout_forward", -(-x_tb.size // (THREADS * ELEMENTS_PER_THREAD)), THREADS,
+    runtime.launch("dropout", "dropout_forward", ceil_div(x_tb.size, THREADS * ELEMENTS_PER_THREAD), THREADS,
                    [keep_tb.view(np.uint8), y_tb, x_tb, step, np.uint64(seed), np.uint64(layer),
                     np.uint32(int(rate * 2**32)), scale, np.uint64(x_tb.size)], constants={})
 
@@ -37,7 +38,7 @@ def dropout_backward(dy_tb, rate, keep_tb, dx_tb) -> None:
     runtime.check("dy_tb", dy_tb, np.float32, dy_tb.shape)
     runtime.check("keep_tb", keep_tb, bool, dy_tb.shape)
     runtime.check("dx_tb", dx_tb, np.float32, dy_tb.shape)
-    runtime.launch("dropout", "dropout_backward", -(-dy_tb.size // THREADS), THREADS,
+    runtime.launch("dropout", "dropout_backward", ceil_div(dy_tb.size, THREADS), THREADS,
                    [dx_tb, dy_tb, keep_tb.view(np.uint8), scale, np.uint64(dy_tb.size)], constants={})
 
 

@@ -4,6 +4,7 @@ import numpy as np
 
 from char_gru.kernels import runtime
 from char_gru.kernels.matmul import column_sums, matmul
+from char_gru.kernels.sizes import ceil_div, round_up
 
 RADIX = 256  # of input_table.cu: digits, positions of a chunk, threads of a block
 COLUMNS = 128  # of input_table.cu: columns of a block that sums
@@ -36,7 +37,7 @@ def input_table_backward(dP, x, W_ih, dx, dW_ih, db_ih, *, precision="fp32") -> 
 
 def sum_by_id_scratch_size(N: int) -> int:
     """Integers that `sum_by_id` needs to sort N positions: twice ids and positions, and the digits' counts."""
-    return 4 * N + -(-N // RADIX) * RADIX
+    return 4 * N + round_up(N, RADIX)
 
 
 def sum_by_id(da_tb, di_n_tb, ids_tb, dP, scratch) -> None:
@@ -53,7 +54,7 @@ def sum_by_id(da_tb, di_n_tb, ids_tb, dP, scratch) -> None:
     H, V, N = di_n_tb.shape[2], len(dP), ids_tb.size
     runtime.check("scratch", scratch, np.int32, (sum_by_id_scratch_size(N),))
     buffers, counts = scratch[:4 * N].reshape(2, 2, N), scratch[4 * N:]
-    chunks = -(-N // RADIX)
+    chunks = ceil_div(N, RADIX)
     ids = positions = ids_tb  # the first pass does not read positions
     for digit in range(_digits(V)):
         shift = np.int32(8 * digit)
@@ -64,7 +65,7 @@ def sum_by_id(da_tb, di_n_tb, ids_tb, dP, scratch) -> None:
         ids, positions = sorted_ids, sorted_positions
     # Two positions a warp on average: texts repeat their commonest characters many times more often.
     warps = min(max(N // (2 * V), 1), MAX_WARPS)
-    runtime.launch("input_table", "sum_by_id", (V, -(-3 * H // COLUMNS)), warps * WARP,
+    runtime.launch("input_table", "sum_by_id", (V, ceil_div(3 * H, COLUMNS)), warps * WARP,
                    [dP, da_tb, di_n_tb, ids, positions, np.int32(N), np.int32(H)], constants={},
                    shared_bytes=warps * COLUMNS * 4)
 
@@ -100,7 +101,7 @@ def check_sum_by_id(da_tb, di_n_tb, ids_tb, dP) -> None:
 
 def _digits(V: int) -> int:
     """How many digits of 8 bits the ids below V have."""
-    return max(-(-(V - 1).bit_length() // 8), 1)
+    return max(ceil_div((V - 1).bit_length(), 8), 1)
 
 
 def _launch(kernel: str, blocks: int, args: list) -> None:

@@ -28,7 +28,7 @@ def check_precision(precision: str) -> None:
 
 
 def constants(precision: str, tile: int = TILES[0]) -> dict[str, int]:
-    """What tile.cuh is compiled with.
+    """The constants of tile.cuh.
 
     Raises: ValueError for an unknown precision.
     """
@@ -38,12 +38,12 @@ def constants(precision: str, tile: int = TILES[0]) -> dict[str, int]:
 
 
 def tiled_constants(precision: str, operand_bytes: int = 4, tile: int = TILES[0]) -> dict[str, int]:
-    """What matmul.cu is compiled with."""
+    """The constants of matmul.cu."""
     return constants(precision, tile) | {"OPERAND_BYTES": operand_bytes}
 
 
 def multistage_constants(precision: str, operand_bytes: int, tile: int) -> dict[str, int]:
-    """What matmul_multistage.cu is compiled with."""
+    """The constants of matmul_multistage.cu."""
     return constants(precision) | {"TILE_M": tile, "TILE_N": MULTISTAGE_COLUMNS, "TILE_K": STAGE_BYTES // operand_bytes,
                                    "OPERAND_BYTES": operand_bytes, "STAGES": STAGES}
 

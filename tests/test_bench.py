@@ -249,7 +249,7 @@ def test_ceilings_of_a_gpu_come_from_its_events(executor, monkeypatch):
     assert ceilings.bytes_per_second == pytest.approx(2 * 4096 / 1e-3)
     assert ceilings.flop_per_second == pytest.approx({"fp32": 2e12, "bf16": 4e12})
     assert ceilings.launch_seconds == pytest.approx(1e-3 / 3)
-    assert ceilings.barrier_seconds == 0  # the fake driver's time does not depend on what was queued
+    assert ceilings.barrier_seconds == 0  # the fake driver's time does not depend on the queued kernels
     assert max(launch.group_barriers for launch in executor.launches if launch.kernel == "barriers") == 21 * 8
 
 
@@ -385,7 +385,7 @@ def test_front_end_measures_a_group_in_turns_and_plays_it_back(tmp_path):
 
 
 def test_candidate_that_is_alone_is_called_and_timed_by_pytest_benchmark(tmp_path):
-    """Every call of it is a real one, and what is recorded is what pytest-benchmark saw."""
+    """Every call of it is a real one, and the recorded seconds are those of pytest-benchmark."""
     suite = SUITE.replace("import", "import time,", 1).replace("lambda: None, ", "lambda: time.sleep(0.03), ")
     suite = suite.replace('[candidate("char-gru", 2.0), candidate("other", 2.0), candidate("wrong", 3.0)]',
                           '[candidate("char-gru", 2.0)]')
@@ -448,7 +448,7 @@ def test_on_gpu_goes_on_past_failures_and_names_files_that_exist(tmp_path, optio
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in peers.PEERS if name != "PyTorch compiled"])
 def test_peer_learns_and_writes_what_the_reference_does(name, monkeypatch):
-    """On the CPU: graphs are not recorded, what they would be recorded of is called, and FlashRNN runs its `vanilla`
+    """On the CPU: no graphs are recorded, their functions are called instead, and FlashRNN runs its `vanilla`
     backend."""
     library, make = peers.PEERS[name]
     if not implementations.installed(library, "cpu"):

@@ -84,7 +84,7 @@ def _tiled_splits(M: int, N: int, K: int, tile: int) -> tuple[int, int]:
 
 def _balanced(M: int, N: int, K: int, TILE_K: int, multiprocessors: int, tiles: tuple[int, ...]) -> ProductPlan:
     """The fewest splits, and of these the fastest and largest tile, that take at most a fifth longer than the fastest
-    plan: partial sums have to gain what it costs to write and add them. A multiprocessor holds one block.
+    plan: a split has to gain more than its partial sums cost. A multiprocessor holds one block.
     """
     def time(plan: ProductPlan) -> int:
         """Rows of C times K that the busiest multiprocessor goes through, tile after tile."""
