@@ -58,7 +58,7 @@ def torch_backward(library, inputs):
 
 
 def forward_candidates(device, **sizes):
-    return our_candidates(device, forward_of, products=False)
+    return our_candidates(device, forward_of, products=False, twin=False)
 
 
 def benchmark(name, work, by_reference, candidates):
@@ -68,7 +68,7 @@ def benchmark(name, work, by_reference, candidates):
 
 FORWARD = benchmark("dropout_forward", floors.dropout_forward, forward_by_reference, forward_candidates)
 BACKWARD = benchmark("dropout_backward", floors.dropout_backward, backward_by_reference,
-                     op_candidates(backward_of, plain_backward, torch_backward, products=False))
+                     op_candidates(backward_of, plain_backward, torch_backward, products=False, twin=False))
 
 
 @pytest.mark.side_by_side(FORWARD)

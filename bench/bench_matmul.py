@@ -17,7 +17,7 @@ from bench.implementations import (
     torch_candidates,
 )
 from bench.side_by_side import Benchmark, Candidate
-from char_gru.kernels import op_set
+from char_gru.kernels import naive, op_set
 from char_gru.kernels.matmul import OPERANDS, matmul
 from char_gru.kernels.plan.products import ALIGNMENT, VARIANTS
 
@@ -29,6 +29,13 @@ def inputs(M, N, K):
 def reference(inputs):
     A, B = in_float64(inputs).values()
     return {"C": A.T @ B}
+
+
+def ours_naive(inputs):
+    ops = naive.op_set()
+    A, B = (on(ops, array) for array in inputs.values())
+    C = ops.empty((A.shape[1], B.shape[1]))
+    return runnable(ops, lambda: naive.matmul(A, B, C, transpose_a=True), C=C)
 
 
 def ours(variant, precision, stored, inputs):
@@ -57,6 +64,7 @@ def pytorch(library, inputs):
 
 def candidates(device, M, N, K):
     if device.kind == "cuda":
+        yield Candidate(f"{OURS} naive fp32", "fp32", ours_naive)
         for precision, operand_bytes in OPERANDS:
             stored, aligned = operand_bytes < FLOAT, all(operand_bytes * rows % ALIGNMENT == 0 for rows in (M, N))
             for variant in VARIANTS:

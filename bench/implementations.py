@@ -14,6 +14,7 @@ import numpy as np
 from bench.devices import Device, cores, cublas_matmul
 from bench.side_by_side import Arrays, Candidate, Runnable
 from char_gru import kernels
+from char_gru.kernels import naive
 from char_gru.rnn import cpu, reference
 
 OURS = "char-gru"
@@ -48,13 +49,15 @@ def runnable(ops: Any, run: Callable[[], None], **outputs: Any) -> Runnable:
 
 
 def our_candidates(
-        device: Device, make: Callable[..., Runnable], products: bool = True,
+        device: Device, make: Callable[..., Runnable], products: bool = True, twin: bool = True,
         variants: Callable[[str], Mapping[str, Mapping]] = lambda precision: {"": {}}) -> Iterator[Candidate]:
     """Our op sets: make(ops, inputs, **options). On a GPU, each variant in each precision, an op without products in
-    fp32; variants(precision) gives the options of each variant by its name."""
+    fp32, after the naive twin, if it has one; variants(precision) gives the options of each variant by its name."""
     if device.kind == "cpu":
         yield Candidate(OURS, "fp32", functools.partial(make, cpu))
         return
+    if twin:
+        yield Candidate(f"{OURS} naive fp32", "fp32", functools.partial(make, naive.op_set()))
     for precision in device.precisions if products else ("fp32",):
         for variant, options in variants(precision).items():
             yield Candidate(" ".join(filter(None, (OURS, variant, precision))), precision,
@@ -163,10 +166,10 @@ def torch_candidates(device: Device, make: Callable[[Torch, Arrays], Runnable], 
 
 
 def op_candidates(ours: Callable[..., Runnable], plain: Callable[[Plain, Arrays], Runnable],
-                  pytorch: Callable[[Torch, Arrays], Runnable], products: bool = True) -> Callable:
+                  pytorch: Callable[[Torch, Arrays], Runnable], products: bool = True, twin: bool = True) -> Callable:
     """The candidates of an op that has no variants, as a `Benchmark` wants them."""
     def candidates(device: Device, **sizes: int) -> Iterator[Candidate]:
-        yield from our_candidates(device, ours, products)
+        yield from our_candidates(device, ours, products, twin)
         yield from plain_candidates(device, plain, products)
         yield from torch_candidates(device, pytorch, products)
 

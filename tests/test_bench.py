@@ -144,9 +144,11 @@ def test_candidates_on_the_harness_compute_what_the_reference_does(executor, nam
     outcomes = measured(BENCHMARKS[name], fake_gpu(executor), lambda name: name.startswith(("char-gru", "CuPy")))
     chosen = {name: outcome for name, outcome in outcomes.items() if name.startswith("char-gru")}
     assert chosen
+    has_twin = name not in ("generate", "dropout_forward", "dropout_backward")
+    assert (next(iter(chosen)) == "char-gru naive fp32") is has_twin
     if name in ("gru_forward", "gru_backward", "generate"):
         variants = {"stepwise", "persistent"} | (
-            {"persistent-all-draw", "batched"} if name == "generate" else set())
+            {"persistent-all-draw", "batched"} if name == "generate" else {"naive"})
         assert variants == {variant.split()[1] for variant in chosen}
         assert {"fp32", "bf16"} <= {variant.split()[2] for variant in chosen}
     if BENCHMARKS[name].whole_job:
