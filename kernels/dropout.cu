@@ -12,6 +12,7 @@
 // eight times, the lanes take 32 neighbouring elements and get their mask bits from the lanes that drew these bits, so
 // that every access to memory is contiguous. A thread of dropout_backward owns one element.
 // Bytes: forward 4 N read, 5 N written; backward 5 N read, 4 N written.
+// Why no twin in naive.cu: a thread owns one element here already, or the eight of a Philox block.
 // Variants: none.
 // Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", table 2; numpy/random/src/philox/philox.h.
 

@@ -22,6 +22,8 @@
 // Bytes: 4 M K read for each column of tiles and 4 K N for each row of tiles (half of it for bfloat16), mostly from L2;
 // 4 M N written. A round of a tile of 192 x 128 reads 20 KiB for 786,432 operations in tf32, 38 a byte, and twice as
 // many with bfloat16 operands; a warp reads 28 words a lane from shared memory for 24 mma.
+// Why not naive.cu's way: see matmul.cu. Why not matmul.cu's: its loads pass through registers, one round ahead; here
+// two rounds are on their way without registers, and larger tiles load less.
 // Variants: PRECISION and OPERAND_BYTES; tiles of 192 or 256 rows, whichever keep more multiprocessors busy; split-K,
 // whose partial sums add_partial_sums of matmul.cu adds.
 // Source: CUTLASS, "Efficient GEMM in CUDA", section "Pipelining".

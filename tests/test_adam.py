@@ -9,7 +9,7 @@ from char_gru.kernels import runtime
 from char_gru.rnn import reference
 from tests import host_cuda
 from tests.helpers.compare import assert_close
-from tests.helpers.variants import each_variant
+from tests.helpers.variants import each_sanitizer, each_variant
 
 launchers = importlib.import_module("char_gru.kernels.adam")  # the package's attribute of that name is the op
 SIZES = [1, 3, 4, 5, 1023, 1024, 1025, 2051]  # a block takes 4 * 256
@@ -142,7 +142,7 @@ def test_norm_and_adam_do_not_depend_on_the_order_of_threads(ops):
 
 
 @each_variant(launchers)
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+@each_sanitizer
 def test_sanitizer_finds_nothing_in_norm_and_adam(ops, sanitizer):
     def step():
         arrays = parameters(1031)

@@ -386,6 +386,7 @@ def test_front_end_measures_a_group_in_turns_and_plays_it_back(tmp_path):
         assert run["stats"]["median"] == pytest.approx(np.median(made["seconds"]))
 
 
+@pytest.mark.slow
 def test_candidate_that_is_alone_is_called_and_timed_by_pytest_benchmark(tmp_path):
     """Every call of it is a real one, and the recorded seconds are those of pytest-benchmark."""
     suite = SUITE.replace("import", "import time,", 1).replace("lambda: None, ", "lambda: time.sleep(0.03), ")

@@ -308,6 +308,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_file_is_whole_whenever_the_writer_is_killed(tmp_path):
     rng = random.Random(0)
     for name, seed in (("a", 0), ("b", 1)):

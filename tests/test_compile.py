@@ -10,7 +10,7 @@ import pytest
 
 from char_gru.kernels.__main__ import HEADER, resource_use, row
 from char_gru.kernels.modules import MODULES, PLANNED
-from char_gru.kernels.runtime import ARCHITECTURES
+from char_gru.kernels.runtime import ARCHITECTURES, compile_for, source
 
 TABLE = Path(__file__).parent / "kernel_resources.txt"
 ROOT = Path(__file__).parents[1]
@@ -32,6 +32,19 @@ def test_every_kernel_file_is_registered():
     assert files == {f"{stem}.cu" for stem in (*MODULES, *PLANNED)}
 
 
+@pytest.mark.parametrize("stem", ["naive", "adam", "gru"])
+def test_some_kernels_take_what_the_table_says(stem):
+    """A quick part of the test of all kernels."""
+    expected = table("sm_90")
+    for constants in MODULES[stem]:
+        sizes = " ".join(f"{name}={value}" for name, value in constants.items())
+        for kernel, use in compile_for(source(stem, constants), "sm_90").items():
+            registers, shared_bytes, spilled = expected[stem, sizes, kernel]
+            assert use.spill_stores == use.spill_loads == spilled == 0, kernel
+            assert use.shared_bytes == shared_bytes and use.registers <= registers + MORE_REGISTERS, kernel
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_take_what_the_table_says_and_spill_nothing(architecture):
     expected = table(architecture)

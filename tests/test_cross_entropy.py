@@ -8,7 +8,7 @@ from char_gru.kernels import runtime
 from char_gru.rnn import reference
 from tests import host_cuda
 from tests.helpers.compare import assert_close
-from tests.helpers.variants import each_variant, each_variant_and_precision
+from tests.helpers.variants import each_sanitizer, each_variant, each_variant_and_precision
 
 TILE_M, TILE_N, TILE_K = (launchers.TILE[name] for name in ("TILE_M", "TILE_N", "TILE_K"))
 SIZES = [  # T, B, H, V: one below, at and above each tile; V of one sweep and of several
@@ -101,7 +101,7 @@ def test_cross_entropy_forward_does_not_depend_on_the_order_of_threads(ordered_e
 
 
 @each_variant(launchers)
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+@each_sanitizer
 def test_sanitizer_finds_nothing_in_cross_entropy_forward(ops, sanitizer):
     assert host_cuda.run_sanitized(lambda: device_forward(*layer(1, 3, 5, TILE_N + 3), ops=ops), sanitizer) == ""
 

@@ -7,6 +7,7 @@ from char_gru.kernels import dropout as launchers
 from char_gru.kernels import runtime
 from char_gru.rnn import reference
 from tests import host_cuda
+from tests.helpers.variants import each_sanitizer
 
 SHAPES = [(1, 1, 1), (3, 2, 5), (1, 17, 15), (2, 4, 32), (1, 1, 257), (5, 19, 23)]  # a warp takes 256, a block 2048
 
@@ -74,7 +75,7 @@ def test_dropout_does_not_depend_on_the_order_of_threads():
         np.testing.assert_array_equal(keep_tb, expected)
 
 
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+@each_sanitizer
 def test_sanitizer_finds_nothing_in_dropout(sanitizer):
     def both_directions():
         keep_tb, y_tb = forward(sequence((1, 3, 101)), 0.4, 5, 1, 9)

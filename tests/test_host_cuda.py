@@ -73,6 +73,7 @@ def test_thread_sanitizer_names_the_line_of_a_missing_syncthreads():
     assert report_of(REVERSE, "reverse", 1, 64, reverse_args(), "thread") == ""
 
 
+@pytest.mark.slow
 def test_thread_sanitizer_finds_a_missing_syncwarp():
     right = """
     extern "C" __global__ void shift(float *out)
@@ -142,6 +143,7 @@ def test_thread_sanitizer_finds_a_missing_group_barrier():
     assert "data race" in report and "kernels/ring.cu" in report
 
 
+@pytest.mark.slow
 def test_thread_sanitizer_finds_blocks_that_write_the_same_place():
     right = 'extern "C" __global__ void fill(float *out) { out[blockIdx.x * blockDim.x + threadIdx.x] = blockIdx.x; }'
     wrong = right.replace("blockIdx.x * blockDim.x + threadIdx.x", "threadIdx.x")

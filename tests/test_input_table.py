@@ -8,7 +8,7 @@ from char_gru.kernels import matmul, runtime
 from char_gru.rnn import reference
 from tests import host_cuda
 from tests.helpers.compare import assert_close
-from tests.helpers.variants import each_variant, each_variant_and_precision
+from tests.helpers.variants import each_sanitizer, each_variant, each_variant_and_precision
 
 
 def random(*shape: int) -> np.ndarray:
@@ -77,7 +77,7 @@ def skewed_ids(T: int, B: int, V: int) -> np.ndarray:
     (4, 64, 2, 5),  # 256 positions, every warp at work
     (257, 1, 256, 14),  # the largest V of one digit
     (3, 100, 257, 2),  # two digits
-    (2, 150, 66_000, 1)])  # three
+    pytest.param(2, 150, 66_000, 1, marks=pytest.mark.slow)])  # three
 def test_sum_by_id_matches_numpy(executor, ops, T, B, V, H):
     ids_tb = skewed_ids(T, B, V) if V < 1000 else np.random.default_rng(0).integers(0, 50, (T, B)) * 1319
     di, dP = sums_by_id(ids_tb, V, H, ops)
@@ -115,7 +115,7 @@ def test_sum_by_id_does_not_depend_on_the_order_of_threads(ordered_executor):
 
 
 @each_variant(launchers)
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+@each_sanitizer
 def test_sanitizer_finds_nothing_in_sum_by_id(monkeypatch, ops, sanitizer):
     monkeypatch.setattr(launchers, "MAX_WARPS", 2)  # a sanitizer is slow to start a thread
     assert host_cuda.run_sanitized(lambda: sums_by_id(skewed_ids(3, 86, 5), 5, 2, ops), sanitizer) == ""

@@ -15,7 +15,6 @@ from char_gru.kernels.modules import MODULES, PLANNED
 
 ROOT = Path(__file__).parents[1]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +68,7 @@ OURS = ("import char_gru; generator = char_gru.Generator; "
         "from char_gru.kernels import runtime; runtime.source('adam', {}); print(char_gru.__file__)")
 
 
+@pytest.mark.slow
 def test_wheel_leaves_other_peoples_kernels_and_rnn_alone(wheel, environment, tmp_path):
     """Installed beside them, used with them, and uninstalled."""
     pip(environment, "install", "--no-deps", wheel_of_somebody_else(tmp_path))
@@ -81,17 +81,23 @@ def test_wheel_leaves_other_peoples_kernels_and_rnn_alone(wheel, environment, tm
     assert run(environment, THEIRS, tmp_path) == theirs
 
 
+@pytest.mark.slow
 def test_installed_wheel_brings_its_kernels(wheel, tmp_path):
-    """They are compiled from where they were installed."""
+    """All sources are assembled, and one of them is compiled, from where they were installed."""
     home = tmp_path / "home"
     subprocess.run([*PIP, "install", "-q", "--no-deps", "--target", home, wheel], check=True)
-    program = ("import sys, char_gru.kernels.__main__ as m; assert sys.argv[1] in m.__file__, m.__file__; "
-               "sys.exit(m.main(arch=('sm_90',)))")
+    program = """if True:
+        import sys
+        from char_gru.kernels import modules, runtime
+        assert sys.argv[1] in runtime.__file__, runtime.__file__
+        sources = {stem: runtime.source(stem, constants) for stem, constants in modules.modules_for("sm_90")}
+        print(*sources, *runtime.compile_for(sources["gru"], "sm_90"))"""
     done = subprocess.run([sys.executable, "-c", program, str(home)], cwd=tmp_path, check=True, text=True,
                           capture_output=True, env={"PYTHONPATH": str(home)})
-    assert {line.split("|")[1].strip() for line in done.stdout.splitlines()[1:]} == {*MODULES, *PLANNED}
+    assert {*done.stdout.split()} == {*MODULES, *PLANNED, "gru_forward_step", "gru_backward_step"}
 
 
+@pytest.mark.slow
 def test_editable_install_uses_the_checkout(environment, tmp_path):
     checkout = tmp_path / "checkout"
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", "tests", "results"))
@@ -101,6 +107,7 @@ def test_editable_install_uses_the_checkout(environment, tmp_path):
     assert run(environment, where, tmp_path) == f"{checkout}/kernels/__init__.py {checkout}/rnn/__init__.py\n"
 
 
+@pytest.mark.slow
 def test_programs_of_a_checkout_run_the_checkout_even_where_another_one_is_installed(wheel, environment, tmp_path):
     pip(environment, "install", "--no-deps", wheel)
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); "

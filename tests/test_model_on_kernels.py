@@ -53,6 +53,7 @@ def test_loss_and_gradients_match_reference(ops, layers, dropout):
     assert_all_close(*results(case, gradients_of(case), ops, dropout=dropout))
 
 
+@pytest.mark.slow
 def test_large_vocabulary(ops):
     case = random_case(T=3, B=2, E=3, H=5, V=20_000)
     assert_all_close(*results(case, gradients_of(case), ops))
@@ -217,6 +218,7 @@ def test_generator_steps_as_on_the_reference(ops):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--stateful", "--layers", "2", "--dropout", "0.3", "--clip-norm", "0.5")],
                          ids=["one layer", "stateful, two layers with dropout"])
 def test_run_on_the_kernels_resumes_on_the_cpu(ops, tmp_path, monkeypatch, options):
@@ -239,6 +241,7 @@ def test_run_on_the_kernels_resumes_on_the_cpu(ops, tmp_path, monkeypatch, optio
     assert (moved / "run" / "samples.txt").read_text() == (expected / "samples.txt").read_text()
 
 
+@pytest.mark.slow
 def test_run_without_graphs_writes_the_same_files(ops, tmp_path, monkeypatch):
     """`--no-graph` tells how steps are launched, so that it may change whenever a run resumes."""
     monkeypatch.setattr(training, "op_set", lambda device, precision: ops)

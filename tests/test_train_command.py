@@ -158,6 +158,7 @@ def test_another_seed_gives_another_run(finished, folder):
     assert all(other[name] != content for name, content in contents(finished).items())
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_run(finished, folder):
     """Stopped inside an epoch, in the next process one step before its end, then at its end."""
     train(*FINISHED, "--steps", 3, cwd=folder)
@@ -223,6 +224,7 @@ def long_run(tmp_path_factory) -> Path:
     return train(*TEXT, *LONG, *COSINE, cwd=folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_run_stopped_by_a_signal_is_saved_and_resumes_to_the_same_end(tmp_path, long_run, number, status):
     make_text(tmp_path / "text.txt", LONG_TEXT)
@@ -248,6 +250,7 @@ sys.exit(commands.train())
 """
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_end(finished, folder):
     rng, run_folder = random.Random(0), folder / "run"
     options = (ROOT, *FINISHED, "--out", "run")

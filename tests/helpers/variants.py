@@ -1,4 +1,4 @@
-"""The naive twin beside the fast kernels of an op."""
+"""What the tests of many ops run over: the naive twin beside the fast kernels, precisions, sanitizers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import pytest
 
 from char_gru.kernels import naive
 from char_gru.kernels.matmul import PRECISIONS
+
+each_sanitizer = pytest.mark.parametrize(
+    "sanitizer", ["address,undefined", pytest.param("thread", marks=pytest.mark.slow)])
+"""Runs a test under each sanitizer, as its argument `sanitizer`."""
 
 
 def each_variant(launchers: ModuleType) -> pytest.MarkDecorator:
