@@ -4,7 +4,11 @@ import pytest
 from hypothesis import settings
 
 from char_gru.kernels import runtime
+from char_gru.kernels.matmul import PRECISIONS
+from char_gru.kernels.plan.gpus import precisions
 from tests import host_cuda
+
+pytest_plugins = ["tests.cuda_device.plugin"]
 
 settings.register_profile("char-gru", deadline=None)  # a slow machine is no failure
 settings.load_profile("char-gru")
@@ -23,8 +27,16 @@ def _session_executor(request):
 
 
 @pytest.fixture
-def executor(_session_executor):
-    """Runs the launches of a test: the CPU, or with --gpu the GPU."""
+def executor(_session_executor, request):
+    """Runs the launches of a test: the CPU, or with --gpu the GPU; that GPU may lack the test's precision or compute
+    capability, which skips the test."""
+    gpu = _session_executor.gpu
+    precision = request.node.callspec.params.get("precision") if hasattr(request.node, "callspec") else None
+    if precision in set(PRECISIONS) - set(precisions(gpu)):
+        pytest.skip(f"{gpu.name} does not compute in {precision}")
+    needed = request.node.get_closest_marker("capability")
+    if needed and gpu.capability < needed.args[0]:
+        pytest.skip(f"{gpu.name} has compute capability {gpu.capability / 10}; this needs {needed.args[0] / 10}")
     with runtime.use(_session_executor) as executor:
         yield executor
 

@@ -161,7 +161,7 @@ def test_gru_names_the_argument_that_does_not_fit(executor, ops):
     saved = launchers.gru_saved(T, B, H)
     dP, dW_hh, db_hh, dh0 = (runtime.empty(array.shape, np.float32) for array in (P, W_hh, b_hh, h0))
     with pytest.raises(ValueError, match="^ids_tb: expected .* int32"):
-        ops.gru_forward(P, ids_tb.astype(np.int64), W_hh, b_hh, h0, saved)
+        ops.gru_forward(P, runtime.zeros((T, B), np.int64), W_hh, b_hh, h0, saved)
     with pytest.raises(ValueError, match="^ids_tb: expected 1 to 2 steps, .* got 4"):
         ops.gru_forward(P, runtime.zeros((4, B), np.int32), W_hh, b_hh, h0, saved)
     with pytest.raises(ValueError, match="^W_hh: expected .* strided"):

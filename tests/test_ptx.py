@@ -122,6 +122,7 @@ def operands(k):
 FORMATS = {"tf32": (8, truncated_tf32), "bf16": (16, lambda x: rounded(x, "bf16"))}
 
 
+@pytest.mark.capability(80)
 @pytest.mark.parametrize("kernel", FORMATS)
 def test_product_of_fragments_equals_numpy(executor, kernel):
     k, as_read = FORMATS[kernel]
@@ -158,6 +159,7 @@ def test_ldmatrix_gives_each_lane_two_neighbours_of_its_row(executor):
         np.testing.assert_array_equal(got.view(np.uint16).reshape(4, 8, 8), matrices)
 
 
+@pytest.mark.capability(80)
 def test_asynchronous_copies_arrive_and_fill_with_zeros_outside(executor):
     values = np.random.default_rng(0).normal(size=160).astype(np.float32)
     (out,) = launched(executor, "copies", [((160,), np.float32)], [values])
@@ -197,6 +199,7 @@ def assert_rounded_to_bf16(executor, source):
     np.testing.assert_array_equal(two_bf16, bf16.astype(np.uint32) | bf16[np.arange(256) ^ 1].astype(np.uint32) << 16)
 
 
+@pytest.mark.capability(80)
 def test_tf32_rounds_to_nearest_away_from_zero(executor):
     values = awkward_floats()
     values = values[np.abs(values) > 1e-30]  # neither NaN nor zero
@@ -211,6 +214,7 @@ def test_tf32_rounds_to_nearest_away_from_zero(executor):
     np.testing.assert_array_equal(truncated_tf32(operand), out.view(np.float32))
 
 
+@pytest.mark.capability(80)
 def test_tf32_operand_keeps_nan(executor):
     values = np.full(256, 0x7FFFFFFF, np.uint32).view(np.float32)  # as the GPU itself makes them
     _, operand = launched(executor, "rounded_tf32", [((256,), np.uint32)] * 2, [values], threads=256)

@@ -1,0 +1,89 @@
+"""``python -m pytest --cuda-device``: the tests that need a GPU, and only they, on the device of this folder."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+import pytest
+
+from tests import cuda_device
+
+FIXTURES = {"executor", "device"}
+"""A test that asks for one of these runs on the device."""
+
+WAITING = "test_gpu_tests_pass_on_the_device"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--cuda-device", action="store_true",
+                     help="run the tests of --gpu, and those of the device, on a device made of host memory")
+    parser.addoption("--device-like", default="h100", metavar="GPU",
+                     help="what that device is: t4, ..., 5090, or small")
+    parser.addoption("--at-once", action="store_true",
+                     help="the device does its work when it is queued, not as late as it may")
+
+
+def pytest_configure(config):
+    if config.getoption("cuda_device"):
+        config.option.gpu = True
+        config.stash[DEVICE] = cuda_device.install(config.getoption("device_like"), at_once=config.getoption("at_once"))
+
+
+def pytest_collection_modifyitems(config, items):
+    on_device = config.getoption("cuda_device")
+    wanted = FIXTURES if on_device else {"device"}
+    chosen = [item for item in items if bool(wanted & set(item.fixturenames)) == on_device]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = sorted(chosen, key=lambda item: item.name == WAITING)  # that one waits for what runs beside the others
+
+
+class Run(NamedTuple):
+    """All tests of the device, in a process beside this one."""
+
+    process: subprocess.Popen
+    folder: pathlib.Path  # of output.txt and results.xml
+
+
+def pytest_collection_finish(session):
+    if session.config.option.collectonly or not any(item.name == WAITING for item in session.items):
+        return
+    if cuda_device.installable():
+        folder = pathlib.Path(tempfile.mkdtemp())
+        with open(folder / "output.txt", "w") as output:
+            process = subprocess.Popen([sys.executable, "-m", "pytest", "--cuda-device", "-q", "-p", "no:cacheprovider",
+                                        "--junitxml", folder / "results.xml"], stdout=output, stderr=subprocess.STDOUT,
+                                       cwd=session.config.rootpath)
+        session.config.stash[RUN] = Run(process, folder)
+
+
+def pytest_unconfigure(config):
+    if run := config.stash.get(RUN, None):
+        run.process.kill()
+        run.process.wait()
+        shutil.rmtree(run.folder)
+
+
+@pytest.fixture
+def device(request):
+    """The device of this process; a test may disturb it, and reads the reports that it expects."""
+    device = request.config.stash[DEVICE]
+    yield device
+    device.fail_launch("any", 0)
+    device.reset()
+    device.set(request.config.getoption("device_like"), at_once=request.config.getoption("at_once"))
+
+
+@pytest.fixture(autouse=True)
+def _no_reports(request):
+    """A report that a test does not read is a failure of it."""
+    yield
+    device = request.config.stash.get(DEVICE, None)
+    if device is not None and (reports := device.reports()):
+        pytest.fail("the device reports: " + "; ".join(reports))
+
+
+DEVICE = pytest.StashKey[cuda_device.Device]()
+RUN = pytest.StashKey[Run]()
