@@ -1,17 +1,15 @@
 """The op sets of the CPU and of the GPU are interchangeable, and the specification has every op."""
 
-import collections
 import inspect
 import subprocess
 import sys
 import types
-import weakref
 
 import numpy as np
 import pytest
 
 from char_gru import kernels
-from char_gru.kernels import arrays, runtime
+from char_gru.kernels import runtime
 from char_gru.rnn import cpu, reference
 from tests.helpers import reference_ops
 
@@ -140,133 +138,3 @@ def test_an_array_is_read_as_it_was(executor):
 
 def test_floats_are_32_bits_wide_unless_told(executor):
     assert kernels.empty((2,)).dtype == kernels.empty_activations((2,)).dtype == np.float32
-
-
-class FakeStream:
-    """Work that is done in its order, when somebody waits for it."""
-
-    def __init__(self, device):
-        self.device, self.started = device, []
-
-    def __enter__(self):
-        self.before, self.device.current = self.device.current, self
-
-    def __exit__(self, *_):
-        self.device.current = self.before
-
-    def synchronize(self):
-        while self.started:
-            self.started.pop(0)()
-
-    def wait_event(self, event):
-        self.started.append(event.synchronize)
-
-
-class FakeEvent:
-    def __init__(self, device):
-        self.device, self.done = device, False
-
-    def record(self, stream=None):
-        self.stream = stream or self.device.current
-        self.stream.started.append(lambda: setattr(self, "done", True))
-
-    def synchronize(self):
-        if not self.done:
-            self.stream.synchronize()
-
-
-class FakeDevice:
-    """As much of CuPy as copies call, with the stream that computes and that of copies."""
-
-    def __init__(self):
-        self.computing = self.current = FakeStream(self)
-        self.copying = FakeStream(self)
-        self.memory = []
-
-    def empty_pinned(self, shape, dtype):
-        memory = np.full(shape, 77, dtype)
-        self.memory.append(weakref.ref(memory))
-        return memory
-
-    def empty(self, shape, dtype):
-        content = np.full(shape, 88, dtype)
-        self.memory.append(weakref.ref(content))
-        return self.array(content)
-
-    def array(self, content):
-        """An array that is not NumPy's."""
-        def start(destination, source) -> None:
-            self.current.started.append(lambda: np.copyto(destination, source))
-
-        data = types.SimpleNamespace(content=content)
-        data.copy_from_device_async = lambda source, nbytes: start(content, source.content)
-        return types.SimpleNamespace(
-            shape=content.shape, dtype=content.dtype, nbytes=content.nbytes, content=content, data=data,
-            set=lambda memory: start(content, memory), get=lambda out, blocking: start(out, content))
-
-
-@pytest.fixture
-def device(monkeypatch):
-    device = FakeDevice()
-    cuda = types.SimpleNamespace(Event=lambda disable_timing: FakeEvent(device),
-                                 Stream=lambda non_blocking: device.copying,
-                                 get_current_stream=lambda: device.current)
-    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, empty=device.empty))
-    monkeypatch.setitem(sys.modules, "cupyx", types.SimpleNamespace(empty_pinned=device.empty_pinned))
-    monkeypatch.setattr(arrays, "_in_flight", collections.deque())
-    arrays._copy_stream.cache_clear()
-    yield device
-    arrays._copy_stream.cache_clear()
-
-
-def test_asynchronous_copies_move_what_was_there_when_they_were_started(device):
-    array, source = device.array(np.zeros(1)), np.array([1.0])
-    kernels.copy_in(array, source)
-    first = kernels.read_scalar(array)
-    source[0] = 2
-    kernels.copy_in(array, source)
-    second = kernels.read_scalar(array)
-    assert array.content == [0], "starting a copy waited for it"
-    assert [float(second), float(first), float(second)] == [2, 1, 2]
-    assert array.content == [2]
-
-
-def test_reading_waits_when_the_content_is_wanted(device):
-    array = device.array(np.zeros(3))
-    kernels.copy_in(array, np.arange(3))
-    read = kernels.read(array)
-    kernels.copy_in(array, np.zeros(3))
-    assert len(device.computing.started) > 0, "starting to read waited for it"
-    np.testing.assert_array_equal(read(), [0, 1, 2])
-
-
-def test_data_of_the_next_step_reaches_the_device_while_this_step_is_computed(device):
-    array = device.array(np.zeros(1))
-    kernels.copy_in(array, np.array([1.0]))
-    kernels.copy_in(array, np.array([2.0]))
-    device.copying.synchronize()
-    assert array.content == [0], "the stream of copies wrote an array that a step may still read"
-    device.computing.synchronize()
-    assert array.content == [2]
-
-
-def test_large_arrays_are_copied_at_once_and_without_pinned_memory(device):
-    values = np.arange(arrays.PINNED_BYTES // 4 + 1, dtype=np.float64)
-    array = device.array(np.zeros(len(values), np.float32))
-    kernels.copy_in(array, values)
-    np.testing.assert_array_equal(array.content, values)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(arrays.runtime, "to_host", lambda array: array.content.copy())
-        np.testing.assert_array_equal(kernels.read(array)(), values)
-    assert device.memory == []
-
-
-def test_memory_of_an_asynchronous_copy_lives_until_its_end(device):
-    array = device.array(np.zeros(1))
-    for value in range(3):
-        kernels.copy_in(array, np.array([value]))
-        kernels.read_scalar(array)
-    assert len(device.memory) == 9 and all(memory() is not None for memory in device.memory)
-    device.computing.synchronize()
-    kernels.read_scalar(array)
-    assert [memory() is not None for memory in device.memory] == 9 * [False] + [True]

@@ -1,11 +1,11 @@
 """`train.py` as its users run it: the files that a run leaves, how it ends, and that a resumed run is the same run."""
 
-import importlib.util
 import json
 import random
 import resource
 import shutil
 import signal
+import sys
 from contextlib import chdir
 from pathlib import Path
 
@@ -398,8 +398,8 @@ def test_options_that_contradict_each_other_are_refused(folder, capfd):
     assert "--patience" in said and "--val-fraction" in said
 
 
-@pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed")
-def test_cuda_without_cupy_is_refused_with_what_to_install(folder, capfd):
+def test_cuda_without_cupy_is_refused_with_what_to_install(folder, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
     said = refused_here(folder, capfd, *TEXT, "--device", "cuda", "--out", "run")
     assert "char-gru[cuda13]" in said and "--device cpu" in said
 
