@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
@@ -86,6 +87,13 @@ def _parse(config_type: type, arguments: Sequence[str] | None, prog: str, **opti
         raise UserError(f"{' '.join(said[:1]) or complaint.getvalue()}; see {prog} --help") from None
 
 
+def _end_at_once(error: RuntimeError) -> None:
+    """End the process, after a failure of the GPU: nothing on it can be freed any more, and CuPy would say so for each
+    of its objects. Until then the error keeps them, by its traceback."""
+    sys.stdout.flush()
+    os._exit(USAGE_ERROR)
+
+
 def _reporting(prog: str, command: Callable[[], int]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
@@ -96,9 +104,13 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
     except RuntimeError as error:
         from char_gru.kernels.runtime import DeviceError  # imports NumPy, which --help does without
 
-        if not isinstance(error, DeviceError):
+        if isinstance(error, DeviceError):
+            print(f"{prog}: {error}", file=sys.stderr)
+        elif type(error).__name__ in ("CUDARuntimeError", "CUDADriverError"):  # of CuPy, which a CPU does without
+            atexit.register(_end_at_once, error)
+            print(f"{prog}: the GPU failed: {error}; what was saved before still stands", file=sys.stderr)
+        else:
             raise
-        print(f"{prog}: {error}", file=sys.stderr)
     except BrokenPipeError:  # the reader of stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

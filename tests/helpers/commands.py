@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from char_gru.rnn import commands
@@ -49,10 +49,13 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def start(program: str, *arguments: object, cwd: Path, environ: dict[str, str] | None = None,
-          **options) -> subprocess.Popen:
+          cuda_device: Sequence[str] | None = None, **options) -> subprocess.Popen:
     """Start `train.py` or `generate.py`, or Python code if `program` is none of them; output as bytes in pipes. Ctrl-C
-    ends it even if the tests themselves run in the background, where shells have it ignored."""
+    ends it even if the tests themselves run in the background, where shells have it ignored. With options of
+    `tests/cuda_device`, it runs on that device."""
     called = [str(ROOT / program)] if program in ("train.py", "generate.py") else ["-c", program]
+    if cuda_device is not None:
+        called = [str(ROOT / "tests" / "cuda_device"), *cuda_device, *called]
     defaults = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
     defaults["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen([sys.executable, *called, *map(str, arguments)], cwd=cwd,
