@@ -29,6 +29,7 @@ from bench import (
 from bench.devices import Cpu, Gpu, Sample, queued_sample
 from bench.side_by_side import Benchmark, Candidate, Failed, Measured, Runnable, measure
 from char_gru.kernels import runtime
+from tests import host_cuda
 
 ROOT = Path(__file__).parent.parent
 
@@ -102,6 +103,15 @@ class Ticking:
         return 1e-3 * (end - start)
 
 
+@pytest.fixture
+def harness():
+    """Runs the launches of a test on the CPU, on a machine with a GPU too."""
+    if host_cuda.compiler() is None:
+        pytest.skip("the kernels run on the CPU only where there is a C++ compiler")
+    with runtime.use(host_cuda.HostExecutor()) as executor:
+        yield executor
+
+
 def tiny(benchmark: Benchmark) -> dict[str, int]:
     return {axis: TINY[axis] for axis in benchmark.sizes[0]}
 
@@ -135,13 +145,13 @@ def test_candidates_on_the_cpu_compute_what_the_reference_does(name, monkeypatch
 
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=[pytest.mark.slow] * (name == "generate")) for name in BENCHMARKS])
-def test_candidates_on_the_harness_compute_what_the_reference_does(executor, name, monkeypatch):
+def test_candidates_on_the_harness_compute_what_the_reference_does(harness, name, monkeypatch):
     """CuPy's array code runs as well, on NumPy in its place."""
     one_call_a_sample(monkeypatch)
     numpy_as_cupy = types.SimpleNamespace(**vars(np), asnumpy=np.array)
     monkeypatch.setattr(implementations, "_cupy", lambda: numpy_as_cupy)
     monkeypatch.setattr(implementations, "cublas_matmul", lambda A, B, C, precision: np.matmul(A, B, out=C))
-    outcomes = measured(BENCHMARKS[name], fake_gpu(executor), lambda name: name.startswith(("char-gru", "CuPy")))
+    outcomes = measured(BENCHMARKS[name], fake_gpu(harness), lambda name: name.startswith(("char-gru", "CuPy")))
     chosen = {name: outcome for name, outcome in outcomes.items() if name.startswith("char-gru")}
     assert chosen
     has_twin = name not in ("generate", "dropout_forward", "dropout_backward")
@@ -210,7 +220,7 @@ def test_copies_are_more_than_the_cache_holds_twice(nbytes, cache, copies):
     assert side_by_side.copies_beyond_cache(nbytes, cache) == copies
 
 
-def test_calls_of_a_sample_go_through_all_copies_in_turn(executor):
+def test_calls_of_a_sample_go_through_all_copies_in_turn(harness):
     calls, made = [], itertools.count()
 
     def make(inputs):
@@ -218,7 +228,7 @@ def test_calls_of_a_sample_go_through_all_copies_in_turn(executor):
         return Runnable(lambda: calls.append(k), lambda: {"y": np.full(3, 2.0)})
 
     candidate = Candidate("counting", "fp32", make)
-    device = fake_gpu(executor)
+    device = fake_gpu(harness)
     device.cache_bytes = 24
     prepared = side_by_side.prepare(doubled([candidate]), {"n": 3}, candidate, device, {}, {"y": np.full(3, 2.0)})
     assert calls == [0, 1, 2, 0, 1, 2, 0]
@@ -243,16 +253,16 @@ def test_host_that_is_never_ahead_is_reported():
     assert driver.waits == list(devices.WAITS)
 
 
-def test_ceilings_of_a_gpu_come_from_its_events(executor, monkeypatch):
+def test_ceilings_of_a_gpu_come_from_its_events(harness, monkeypatch):
     monkeypatch.setattr(devices, "COPIED_BYTES", 4096)
     monkeypatch.setattr(devices, "PROBE_LAUNCHES", 3)
     monkeypatch.setattr(devices, "PROBE_BARRIERS", 20)
-    ceilings = fake_gpu(executor).ceilings()
+    ceilings = fake_gpu(harness).ceilings()
     assert ceilings.bytes_per_second == pytest.approx(2 * 4096 / 1e-3)
     assert ceilings.flop_per_second == pytest.approx({"fp32": 2e12, "bf16": 4e12})
     assert ceilings.launch_seconds == pytest.approx(1e-3 / 3)
     assert ceilings.barrier_seconds == 0  # the fake driver's time does not depend on the queued kernels
-    assert max(launch.group_barriers for launch in executor.launches if launch.kernel == "barriers") == 21 * 8
+    assert max(launch.group_barriers for launch in harness.launches if launch.kernel == "barriers") == 21 * 8
 
 
 def test_ceilings_of_a_cpu_are_positive(monkeypatch):
