@@ -61,25 +61,3 @@ struct Group {
         }
     }
 };
-
-// Arrive, wait, barrier and leave for kernels that count by themselves: `target` is the number of blocks in the group
-// times the number of barriers up to and including this one.
-__device__ __forceinline__ void group_arrive(unsigned *counter) { Group(counter, 0, 0, 0).arrive(); }
-
-__device__ __forceinline__ void group_wait(const unsigned *counter, unsigned target)
-{
-    if (threadIdx.x == 0)
-        wait_at_least(counter, target);
-    __syncthreads();
-}
-
-__device__ __forceinline__ void group_barrier(unsigned *counter, unsigned target)
-{
-    group_arrive(counter);
-    group_wait(counter, target);
-}
-
-__device__ __forceinline__ void group_leave(unsigned *counter, unsigned *, unsigned blocks)
-{
-    Group(counter, 0, 0, blocks).leave();
-}

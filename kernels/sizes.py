@@ -1,4 +1,4 @@
-"""Whole numbers of tiles, blocks and steps."""
+"""Numbers of tiles, blocks and steps, and of bytes in words."""
 
 
 def ceil_div(n: int, divisor: int) -> int:
@@ -9,3 +9,8 @@ def ceil_div(n: int, divisor: int) -> int:
 def round_up(n: int, multiple: int) -> int:
     """The next multiple of a number, or the number itself."""
     return ceil_div(n, multiple) * multiple
+
+
+def kib(size: float) -> str:
+    """Bytes, as a number of KiB."""
+    return f"{size / 2**10:.0f} KiB"

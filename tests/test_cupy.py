@@ -40,10 +40,11 @@ SOURCES = {
         #include "barrier.cuh"
         extern "C" __global__ void meet(unsigned *counters, float *x)
         {
+            Group group(counters, 0, blockIdx.x, gridDim.x);
             x[blockIdx.x] += 1;
-            group_barrier(counters, gridDim.x);
+            group.barrier();
             if (x[(blockIdx.x + 1) % gridDim.x] != 1) x[blockIdx.x] = -1;
-            group_leave(counters, counters + 1, gridDim.x);
+            group.leave();
         }""",
     "widths": """
         extern "C" __global__ void widths(long long *to, int a, unsigned b, long long c, unsigned long long d, float e)

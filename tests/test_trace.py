@@ -29,7 +29,7 @@ tiny(float *out, unsigned *counters, const float *__restrict__ in, int n)  // ou
     __syncthreads();
     __syncthreads();
     const float sum = warp_sum(1.0f);
-    group_barrier(counters, 2);
+    Group(counters, 0, blockIdx.x, 2).barrier();
     out[(blockIdx.x * 2 + threadIdx.x / 32) * 32 + lane()] = sum;
     if (threadIdx.x == 5)
         atomicAdd(counters + 2, 1u);

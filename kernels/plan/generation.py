@@ -32,7 +32,7 @@ from char_gru.kernels.plan.recurrence import (
     weight_registers,
     weights_bytes,
 )
-from char_gru.kernels.sizes import ceil_div, round_up
+from char_gru.kernels.sizes import ceil_div, kib, round_up
 
 WEIGHTS = ("fp32", "bf16")
 PERSISTENT = ("persistent", "persistent-all-draw")  # in the order in which generate_persistent.cu numbers DRAWS
@@ -101,7 +101,7 @@ def generation_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
     megahertz = rates_of(gpu).gigahertz * 1000
     notes = ["predicted: " + ", ".join(f"{plan.variant} {cycles / megahertz:.1f} us" for cycles, plan in fitting)
              + " a character"]
-    notes += [f"{plan.variant} would take {_kib(plan.shared_bytes)} of shared memory a block"
+    notes += [f"{plan.variant} would take {kib(plan.shared_bytes)} of shared memory a block"
               for _, plan in persistent if not plan.fits(gpu)]
     if layers > 1 and R >= FEWEST_ROWS:
         notes.append("batched is for one layer")
@@ -133,10 +133,6 @@ def _logits_bytes(V: int) -> int:
     """Shared memory for the logits of one row, which several threads sum."""
     quads = ceil_div(V, 4)
     return max(THREADS // quads, 1) * 16 * quads
-
-
-def _kib(size: float) -> str:
-    return f"{size / 1024:.0f} KiB"
 
 
 # ---- Stepwise -------------------------------------------------------------------------------------------------------
@@ -221,10 +217,10 @@ def _persistent_reason(plan: GenerationPlan, H: int, layers: int, weights: str) 
     column = (2 * layers - 1) * GATES * plan.units * 4 // (1 + plan.constants["BF16"])  # bytes
     held = f"{weights} weights on chip"
     if plan.off_chip:
-        held = (f"{column * (width - plan.off_chip) / 1024:.0f} of {_kib(column * width)} of {weights} weights a block "
+        held = (f"{column * (width - plan.off_chip) / 1024:.0f} of {kib(column * width)} of {weights} weights a block "
                 "on chip, the rest through L2")
     barriers = layers + (plan.variant == "persistent")
-    return (f"{plan.groups} x {plan.blocks} blocks, {held}, in {_kib(plan.shared_bytes)} each, {barriers} "
+    return (f"{plan.groups} x {plan.blocks} blocks, {held}, in {kib(plan.shared_bytes)} each, {barriers} "
             f"barrier{'s' * (barriers > 1)} per character")
 
 
@@ -289,7 +285,7 @@ def _batched_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
             shared_bytes -= register_steps * step_bytes
             module = {"PRECISION": PRECISION_3XTF32, "BF16": bf16, "ROWS": rows, "COLUMNS": GATES * units,
                       "K_STEPS": k_steps, "REGISTER_STEPS": register_steps}
-            reason = (f"{groups} x {blocks} blocks hold {weights} weights on chip, in {_kib(shared_bytes)} each, "
+            reason = (f"{groups} x {blocks} blocks hold {weights} weights on chip, in {kib(shared_bytes)} each, "
                       "2 barriers per character")
             plan = GenerationPlan("batched", reason, module, groups, group_rows, blocks, units,
                                   shared_bytes=shared_bytes)

@@ -43,7 +43,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from char_gru.kernels.plan.gpus import GPU, precisions, rates_of
-from char_gru.kernels.sizes import ceil_div, round_up
+from char_gru.kernels.sizes import ceil_div, kib, round_up
 
 WARPS, WORDS = 8, 8  # warps of a block; words of k that a warp multiplies in a step
 THREADS = 32 * WARPS
@@ -233,7 +233,7 @@ def _plan(gpu: GPU, stepwise: RecurrencePlan, variant: str) -> RecurrencePlan:
     if not fitting:
         smallest = min(persistent, key=operator.attrgetter("shared_bytes"))
         misfit = (f"nothing persistent fits: cut for {gpu.multiprocessors} multiprocessors, W_hh takes "
-                  f"{_kib(smallest.shared_bytes)} of shared memory a block, of {_kib(gpu.shared_bytes)}, and "
+                  f"{kib(smallest.shared_bytes)} of shared memory a block, of {kib(gpu.shared_bytes)}, and "
                   f"{smallest.registers} registers a thread, of {REGISTERS}")
         if variant == "persistent":
             raise ValueError(f"variant: {misfit}")
@@ -287,9 +287,9 @@ def _described(plan: RecurrencePlan) -> str:
     groups = f"{plan.groups} group{'s' * (plan.groups > 1)} of {plan.blocks * plan.splits} blocks"
     splits = f", K cut in {plan.splits}" if plan.splits > 1 else ""
     in_registers = weights_bytes(plan.register_steps, plan.columns)
-    registers = f" ({_kib(in_registers)} in registers)" if in_registers else ""
-    return (f"{groups}{splits}: W_hh takes {_kib(weights_bytes(plan.k_steps, plan.columns))} a block{registers}, "
-            f"a step gathers {_kib(_gathered_bytes(plan) * plan.row_tiles)} per block")
+    registers = f" ({kib(in_registers)} in registers)" if in_registers else ""
+    return (f"{groups}{splits}: W_hh takes {kib(weights_bytes(plan.k_steps, plan.columns))} a block{registers}, "
+            f"a step gathers {kib(_gathered_bytes(plan) * plan.row_tiles)} per block")
 
 
 # Costs
@@ -339,7 +339,3 @@ def _gathered_bytes(plan: RecurrencePlan) -> float:
     """Bytes that a block gathers for each row tile."""
     k = plan.K + (plan.V_out if plan.fused_output_steps else 0)
     return min(plan.rows, plan.B) * k / plan.splits * 4 / PACK[plan.precision]
-
-
-def _kib(size: float) -> str:
-    return f"{size / 2**10:.0f} KiB"
