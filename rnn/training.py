@@ -211,7 +211,8 @@ class Run:
                                        learning_rate(self.config, progress.step, self.total_steps))
         progress.step += 1
         progress.batch += 1
-        self._record_unread_loss()  # of the step before: reading this step's loss would wait until the device has computed it
+        # Of the step before: reading this step's loss would wait until the device has computed it.
+        self._record_unread_loss()
         self._unread = (progress.step, result)
 
     def _record_unread_loss(self) -> None:
