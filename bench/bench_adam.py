@@ -70,7 +70,7 @@ def torch_norm(library, inputs):
 
 
 def torch_adam(library, inputs):
-    """PyTorch's fused Adam, far enough into training that its corrections have gone: only then is it Keras's."""
+    """PyTorch's fused Adam, at so late a step that its bias corrections are 1: only then is it Keras's Adam."""
     torch = library.torch
     params = library.array(inputs["params"], requires_grad=True)
     params.grad = library.array(inputs["grads"])

@@ -113,7 +113,7 @@ BACKWARD = Benchmark("cross_entropy_backward", floors.cross_entropy_backward, in
 
 @pytest.mark.side_by_side(FORWARD)
 def test_cross_entropy_forward(turn):
-    """loss and dlogits from h."""
+    """The loss, and dlogits, from h."""
     turn()
 
 

@@ -1,4 +1,4 @@
-"""Dropout between layers. Which elements are dropped differs between libraries, so only ours is measured forward."""
+"""Dropout between layers. Libraries drop different elements, so forward only char-gru is measured."""
 
 import numpy as np
 import pytest

@@ -20,9 +20,9 @@ from char_gru.rnn.params import initial_parameters, named_views
 TEMPERATURE = 1.0
 
 PARAMETER_SCALE = np.float32(2)
-"""Initial parameters as they are soon write one character for ever; verified texts should vary. With these, the two
-largest logits of a verified character at the default sizes lie 8e-6 apart or more, and rounding moves a logit by 2e-6
-at most: texts have to be equal."""
+"""Factor of the initial parameters: without it, the model soon repeats one character, and verified texts should vary.
+With it, the two largest logits of a verified character at the default sizes lie at least 8e-6 apart, and rounding moves
+a logit by at most 2e-6: texts have to be equal."""
 
 
 def inputs(T, R, V, E, H):
@@ -32,15 +32,15 @@ def inputs(T, R, V, E, H):
 
 
 def texts(generate, inputs, weights="fp32"):
-    """Texts by any library's generate(first_ids, length, temperature); verified where nothing is drawn."""
+    """Texts by a library's generate(first_ids, length, temperature); verified at temperature 0, which draws nothing."""
     first_ids, length = inputs["first_ids_tb"], int(inputs["length_tb"])
     return Runnable(lambda: generate(first_ids, length, TEMPERATURE),
                     lambda: {f"{weights}_tr": generate(first_ids, length, 0.0)})
 
 
 def ours(ops, inputs, **options):
-    """The op set's generate on all characters in one call, from ids on the host to ids on the host. options are the
-    launcher's."""
+    """The op set's generate on all characters in one call, from ids on the host to ids on the host. options: those of
+    the launcher."""
     sizes, params = params_of(inputs)
     T, R = int(inputs["length_tb"]), len(inputs["first_ids_tb"])
     params = {name: on(ops, array) for name, array in params.items()}

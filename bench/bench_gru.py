@@ -1,7 +1,8 @@
 """The recurrence over a window, forward and backward.
 
-The libraries' recurrences multiply every position with W_ih, which ours never do: their input product, of T*B rows for
-a table's V, is part of their time. Backward, theirs gives the gradient of W_ih, ours the sums of di by character.
+A library's recurrence multiplies W_ih with every position, T*B rows, and this product is part of its time; char-gru
+multiplies W_ih with the V rows of the input table, in another op. Backward, a library computes the gradient of W_ih,
+char-gru the sums of di by character.
 """
 
 import functools
@@ -33,7 +34,7 @@ def inputs(T, B, V, H):
               "h0": (B, H), "dlogits_tb": (T, B, V), "W_out": (V, H)}
     arrays = random_inputs(shapes, ids_tb=((T, B), V))
     for name in ("W_ih", "b_ih", "W_hh", "b_hh", "W_out"):
-        arrays[name] /= np.float32(2 * np.sqrt(H))  # as initial values are: errors do not grow from step to step
+        arrays[name] /= np.float32(2 * np.sqrt(H))  # as small as initial values: errors do not grow from step to step
     return arrays | {"P": arrays["W_emb"] @ arrays["W_ih"].T + arrays["b_ih"]}
 
 
@@ -49,7 +50,7 @@ def by_reference(direction, inputs):
 
 
 def ours(direction, ops, inputs, **options):
-    """The op of a direction on an op set; backward, after a forward pass. options are the launcher's."""
+    """The op of a direction on an op set; backward, after a forward pass. options: those of the launcher."""
     P, ids_tb, W_hh, b_hh, h0, W_out = (on(ops, inputs[name])
                                         for name in ("P", "ids_tb", "W_hh", "b_hh", "h0", "W_out"))
     dlogits_tb = on(ops, inputs["dlogits_tb"], activations=True)
@@ -66,8 +67,7 @@ def ours(direction, ops, inputs, **options):
 
 
 def variants(direction, B, V, H, precision):
-    """The stepwise plan and, if it is another, the plan that the GPU takes by itself: options of the launcher, by
-    variant."""
+    """By variant, the options of the launcher: the stepwise plan and, if it is persistent, the plan of this GPU."""
     gpu = runtime.current_executor().gpu
     if direction == "forward":
         chosen = forward_plan(gpu, B, H, precision)

@@ -100,5 +100,5 @@ def test_input_table_forward(turn):
 
 @pytest.mark.side_by_side(BACKWARD)
 def test_input_table_backward(turn):
-    """dx, dW_ih and db_ih from dP."""
+    """The gradients dx, dW_ih and db_ih from dP."""
     turn()

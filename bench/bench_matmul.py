@@ -39,7 +39,7 @@ def ours_naive(inputs):
 
 
 def ours(variant, precision, stored, inputs):
-    """stored: operands given as bfloat16 bits, as the recurrence leaves them in bf16."""
+    """stored: whether the operands are given as bfloat16 bits, as the recurrence stores them in bf16."""
     ops = op_set(precision)
     A, B = (on(ops, bfloat16_bits(array) if stored else array) for array in inputs.values())
     C = ops.empty((A.shape[1], B.shape[1]))
@@ -81,5 +81,5 @@ MATMUL = Benchmark("matmul", floors.matmul, inputs, reference, candidates,
 
 @pytest.mark.side_by_side(MATMUL)
 def test_matmul(turn):
-    """C = A^T B: the gradient of the recurrent weights, and of the output layer's."""
+    """C = A^T B: dW_hh and dW_out."""
     turn()

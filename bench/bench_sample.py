@@ -43,7 +43,7 @@ def plain(library, inputs):
 
 
 def pytorch(library, inputs):
-    """By the same rule, with given uniform numbers, since torch.multinomial draws its own."""
+    """By inverse CDF from the given uniform numbers; torch.multinomial would draw numbers of its own."""
     logits, uniforms = library.array(inputs["logits"]), library.array(inputs["uniforms"])
 
     def run():
@@ -60,5 +60,5 @@ SAMPLE = Benchmark("sample", floors.sample, inputs, by_reference,
 
 @pytest.mark.side_by_side(SAMPLE)
 def test_sample(turn):
-    """By inverse CDF, temperature 1."""
+    """A character by inverse CDF, at temperature 1."""
     turn()

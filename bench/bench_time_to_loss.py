@@ -20,7 +20,7 @@ from char_gru.rnn.params import initial_parameters, named_views
 from char_gru.rnn.vocabulary import Vocabulary
 
 TARGET = 2.3
-"""Nats per character."""
+"""Validation loss to reach, in nats per character."""
 
 EVALUATED_EVERY, MOST_STEPS = 10, 2000
 
@@ -32,7 +32,7 @@ CPU_SIZES = {"T": 50, "B": 32, "E": 64, "H": 128}
 
 @functools.cache
 def characters():
-    """The ids of the default text, and how many different ones there are."""
+    """The ids of the default text, and V."""
     text = load_corpus(()).text
     vocabulary = Vocabulary.of(text)
     return vocabulary.encode(text), len(vocabulary)
@@ -46,7 +46,8 @@ def inputs(T, B, E, H):
 
 
 def learner(make, inputs):
-    """make(sizes, params, T, B) -> (train_step, loss), by any library."""
+    """Training by a library: make(sizes, params, T, B) -> (train_step, loss). Verifying finds out how many steps reach
+    the target; a timed run trains for as many."""
     T, B = map(int, inputs["window"])
     params = {name: array for name, array in inputs.items() if name.partition(".")[0] in
               ("W_emb", "W_ih", "W_hh", "b_ih", "b_hh", "W_out", "b_out")}
@@ -101,5 +102,5 @@ TIME_TO_LOSS = Benchmark(
 
 @pytest.mark.side_by_side(TIME_TO_LOSS)
 def test_time_to_loss(turn):
-    """All steps, without the evaluations between them."""
+    """All training steps, without the evaluations between them."""
     turn()

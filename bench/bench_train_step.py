@@ -18,7 +18,7 @@ from char_gru.rnn.params import initial_parameters, named_views
 VERIFIED_STEPS = 4
 
 TOLERANCES = {"fp32": 3e-5, "tf32": 1e-3, "bf16": 1e-2}
-"""Of the losses of the first steps."""
+"""Errors allowed in the losses of the first VERIFIED_STEPS steps, as shares of the largest loss."""
 
 
 def inputs(T, B, V, E, H):
@@ -35,7 +35,7 @@ def params_of(inputs):
 
 
 def steps(train_step, inputs):
-    """Steps on one batch, by any library's train_step."""
+    """Training steps on one batch by a library's train_step."""
     def run():
         return train_step(inputs["inputs_tb"], inputs["targets_tb"], tutorial.LEARNING_RATE)
 
@@ -79,4 +79,3 @@ TRAIN_STEP = Benchmark(
 def test_train_step(turn):
     """Forward, backward, Adam."""
     turn()
-

@@ -10,8 +10,8 @@ selected, its first test measures all of them in turns (bench/side_by_side.py), 
 within a round; pytest-benchmark, which would finish one test before it starts the next, is given the measured seconds
 through its timer. A candidate that was selected alone is called and timed by pytest-benchmark itself, unless it is a
 single op on a GPU, which only events on the device can time. The results of a group go into bench/results/ if all its
-candidates were selected, the rounds are enough, and none of ours is wrong; `python -m bench.report` makes the tables
-and the plots of them.
+candidates were selected, the rounds are enough, and no candidate of char-gru is wrong; `python -m bench.report`
+makes tables and plots from these files.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _CLOCK = Clock()
 
 
 class Turn(NamedTuple):
-    """A candidate, which one test measures."""
+    """The candidate that one test measures, with its benchmark and sizes."""
 
     benchmark: Benchmark
     sizes: dict[str, int]
@@ -66,7 +66,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
-    config.addinivalue_line("filterwarnings", "default")  # a warning of a library is no failure
+    config.addinivalue_line("filterwarnings", "default")  # a library's warning is no failure
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -142,7 +142,7 @@ def _measured_by(benchmark, turn: Turn, group: Group) -> Measured:
 
 
 def _record(config: pytest.Config, group: Group) -> None:
-    """Keep the results of a group that ran whole, with enough rounds and none of ours wrong."""
+    """Keep the results of a group that ran whole, with enough rounds, and with no candidate of char-gru wrong."""
     benchmark, sizes = group.turns[0].benchmark, group.turns[0].sizes
     whole = {candidate.name for candidate in benchmark.candidates(group.device, **sizes)} == group.outcomes.keys()
     measured = {name: outcome for name, outcome in group.outcomes.items() if isinstance(outcome, Measured)}
@@ -162,7 +162,7 @@ def _turn_of(item: pytest.Item) -> Turn | None:
 def _device(kind: str) -> Device:
     """The device of an option.
 
-    Raises: pytest.UsageError where there is no GPU and one was asked for.
+    Raises: pytest.UsageError for cuda where there is no GPU.
     """
     if kind != "cpu":
         try:
@@ -175,5 +175,5 @@ def _device(kind: str) -> Device:
 
 @functools.cache
 def _ceilings(device: Device) -> floors.Ceilings:
-    """Measured once, in the same run as the candidates."""
+    """The ceilings of a device, measured once, in the same run as the candidates."""
     return device.ceilings()

@@ -1,11 +1,11 @@
-"""The devices that are measured: how time is taken on each, and the ceilings that it reaches.
+"""The devices to measure on: how time is taken on each device, and the ceilings that the device reaches.
 
 On the CPU, a sample is the clock before and after some calls. On a GPU a clock of the host would mostly measure how
-fast Python launches kernels, so a sample is taken by the device's own events: the device is first given something to
-wait for, the host meanwhile queues an event, the calls and another event, and the time between the two events is then
-that of kernels which follow each other without a pause. If the first event has passed before the last call is queued,
+fast Python launches kernels, so a sample is taken by the device's own events: the device first runs a kernel that only
+waits, the host meanwhile queues an event, the calls and another event, and the time between the two events is then the
+time of kernels which follow each other without a pause. If the first event has passed before the last call is queued,
 the host was too slow; the wait is made longer, and a sample for which no wait is long enough is marked `host_bound`.
-Our kernels, CuPy and PyTorch all queue on the stream of the executor, so one pair of events times any of them.
+char-gru's kernels, CuPy and PyTorch all queue on the stream of the executor, so one pair of events times any of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PROBES = Path(__file__).with_name("probes.cu")
 PROBE_LAUNCHES, PROBE_BARRIERS = 200, 1000
 
 COPIED_BYTES, PRODUCT_SIZE = 2**28, 2048
-"""Of the copy that measures the memory, larger than any cache; rows and columns of the CPU's product."""
+"""Bytes of the copy that measures the memory, larger than any cache; rows and columns of the CPU's product."""
 
 CEILING_SAMPLES = 7
 
@@ -52,14 +52,14 @@ extern "C" __global__ void wait(unsigned long long nanoseconds)
 
 
 class Sample(NamedTuple):
-    """Seconds of one call, as the mean of several, and whether the host was slower than the device."""
+    """Seconds of one call, the mean of several calls, and whether the host was slower than the device."""
 
     seconds: float
     host_bound: bool = False
 
 
 class Cpu:
-    """The processor that NumPy runs on: what its last cache holds, and the precisions of its matrix products."""
+    """The processor that NumPy runs on: the bytes of its last cache, and the precisions of its matrix products."""
 
     kind, precisions = "cpu", ("fp32",)
 
@@ -70,7 +70,7 @@ class Cpu:
         return self.clock_sample(calls)
 
     def clock_sample(self, calls: Sequence[Callable[[], object]]) -> Sample:
-        """By the clock on the wall, from nothing started to everything done."""
+        """One sample by the host's clock, from the start of the first call to the end of the last."""
         return clocked_sample(calls, self.synchronize)
 
     def synchronize(self) -> None:
@@ -88,7 +88,7 @@ class Cpu:
         return Ceilings(2 * COPIED_BYTES / min(copied, changed), {"fp32": 2 * PRODUCT_SIZE**3 / multiplied}, 0.0, 0.0)
 
     def facts(self) -> dict[str, str]:
-        """Further facts that results depend on, beside `timing.machine()`."""
+        """Facts that results depend on, beyond `timing.machine()`."""
         return {}
 
     def memory_bytes(self, release: bool) -> int:
@@ -97,7 +97,7 @@ class Cpu:
 
 
 def clocked_sample(calls: Sequence[Callable[[], object]], synchronize: Callable[[], None]) -> Sample:
-    """One sample by the clock."""
+    """One sample by the host's clock, the device idle before and after."""
     synchronize()
     started = time.perf_counter()
     for call in calls:
@@ -122,7 +122,7 @@ def queued_sample(driver: CupyDriver, calls: Sequence[Callable[[], object]]) -> 
 
 
 class CupyDriver:
-    """CUDA events on the current stream, and the memory in use by whatever library."""
+    """CUDA events on the current stream, and the device memory that all libraries use together."""
 
     def __init__(self) -> None:
         import cupy
@@ -131,7 +131,7 @@ class CupyDriver:
         self._wait = cupy.RawKernel(WAIT, "wait")
 
     def wait(self, seconds: float) -> None:
-        """Queue a kernel that takes so long."""
+        """Queue a kernel that takes a number of seconds."""
         self._wait((1,), (1,), (np.uint64(seconds * 1e9),))
 
     def record(self):
@@ -144,7 +144,7 @@ class CupyDriver:
         return event.done
 
     def seconds(self, start, end) -> float:
-        """Between two events, after waiting for the second."""
+        """Seconds between two events, after waiting for the second event."""
         end.synchronize()
         return self._cuda.get_elapsed_time(start, end) / 1e3
 
@@ -152,7 +152,7 @@ class CupyDriver:
         self._cuda.runtime.deviceSynchronize()
 
     def memory_bytes(self, release: bool) -> int:
-        """In use; with `release`, after giving back the memory that libraries hold and do not use."""
+        """Device memory in use; with `release`, after freeing the memory that libraries hold and do not use."""
         if release:
             gc.collect()
             self._cupy.get_default_memory_pool().free_all_blocks()
@@ -215,7 +215,7 @@ Device = Cpu | Gpu
 
 
 def best(device: Device, call: Callable[[], object]) -> float:
-    """The shortest of some samples of a call: a ceiling is a rate that was reached."""
+    """Seconds of the shortest of CEILING_SAMPLES samples of a call: a ceiling is a rate that was reached."""
     device.sample([call])
     return min(device.sample([call]).seconds for _ in range(CEILING_SAMPLES))
 
@@ -237,8 +237,8 @@ def current_gpu() -> Gpu:
 
 
 def cublas_products() -> dict[str, tuple[Callable[[], None], int]]:
-    """A large product of cuBLAS's in each precision, and its operations. CuPy has no bfloat16: its product is one of
-    float16, which has the same rate."""
+    """By precision, a large product by cuBLAS and its floating-point operations. CuPy has no bfloat16, so the bf16
+    product multiplies float16, which has the same rate."""
     import cupy
 
     n, products = 8192, {}
@@ -264,7 +264,7 @@ def cores() -> int:
 
 
 def _cpu_cache_bytes() -> int:
-    """Of the largest cache; 0 where the system does not tell."""
+    """Bytes of the largest cache; 0 where the system does not tell."""
     sizes = [re.fullmatch(r"(\d+)([KM])", path.read_text().strip())
              for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size[1]) * {"K": 2**10, "M": 2**20}[size[2]] for size in sizes if size), default=0)

@@ -1,8 +1,8 @@
 """The least work of an op, and the least time that it takes on a device: the floor that a kernel is measured by.
 
 An op's work follows from its sizes alone. Only matrix products count as floating-point operations (two for a
-multiply-add); elementwise operations never decide. Every array that comes from memory or goes there counts once, in
-float32; a table that is looked up counts as one pass over its rows. `launches` is the least number of kernels, and
+multiply-add); elementwise operations never limit an op. Every array that comes from memory or goes there counts once,
+in float32; a table that is looked up counts as one pass over its rows. `launches` is the least number of kernels, and
 `barriers` the number of times that all blocks inside a launch must wait for each other: once per step of a recurrence.
 A device's ceilings are measured, in the same run as the op.
 """
@@ -25,7 +25,7 @@ class Work(NamedTuple):
 
     def then(self, other: Work) -> Work:
         """This op followed by another."""
-        return Work(*(mine + its for mine, its in zip(self, other)))
+        return Work(*map(sum, zip(self, other)))
 
 
 class Ceilings(NamedTuple):

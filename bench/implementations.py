@@ -1,4 +1,4 @@
-"""The implementations of ops that are compared: our op sets, plain array code on NumPy or CuPy, and PyTorch."""
+"""The implementations of ops that are compared: char-gru's op sets, plain array code on NumPy or CuPy, and PyTorch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from char_gru.rnn import cpu, reference
 OURS = "char-gru"
 
 BUILT_ON = {"flashrnn": "torch", "keras": "jax"}
+"""Library -> the library that it runs on here."""
 
 WARM_UP_CALLS = 3
-"""Before PyTorch records a graph, as its documentation asks."""
+"""Calls before PyTorch records a graph, as its documentation asks."""
 
 
 def on(ops: Any, array: np.ndarray, activations: bool = False):
-    """An array of an op set; activations in the memory order in which it keeps them."""
+    """A copy of a NumPy array on an op set; activations in the memory order in which the op set keeps sequences."""
     new = (ops.empty_activations if activations else ops.empty)(array.shape, array.dtype)
     ops.copy_in(new, array)
     return new
@@ -38,7 +39,7 @@ def bfloat16_bits(array: np.ndarray) -> np.ndarray:
 
 
 def runnable(ops: Any, run: Callable[[], None], **outputs: Any) -> Runnable:
-    """An op of ours on fixed arrays: replayed as a graph where the op set does that, as a training step is."""
+    """An op of char-gru on fixed arrays: replayed as a CUDA graph where the op set can, as in a training step."""
     run = ops.replayable(run)
 
     def results() -> Arrays:
@@ -51,8 +52,9 @@ def runnable(ops: Any, run: Callable[[], None], **outputs: Any) -> Runnable:
 def our_candidates(
         device: Device, make: Callable[..., Runnable], products: bool = True, twin: bool = True,
         variants: Callable[[str], Mapping[str, Mapping]] = lambda precision: {"": {}}) -> Iterator[Candidate]:
-    """Our op sets: make(ops, inputs, **options). On a GPU, each variant in each precision, an op without products in
-    fp32, after the naive twin, if it has one; variants(precision) gives the options of each variant by its name."""
+    """The candidates of char-gru: make(ops, inputs, **options) for the CPU's op set; or, on a GPU, for the naive op set
+    (twin: whether the op has a naive twin), then for each variant in each precision (products: whether the op
+    multiplies matrices; if not, in fp32 only). variants(precision) gives the options of each variant by its name."""
     if device.kind == "cpu":
         yield Candidate(OURS, "fp32", functools.partial(make, cpu))
         return
@@ -91,7 +93,7 @@ class Plain:
 
 def plain_candidates(device: Device, make: Callable[[Plain, Arrays], Runnable],
                      products: bool = True) -> Iterator[Candidate]:
-    """Plain array code in each precision that CuPy multiplies float32 in; an op without products in one."""
+    """Plain array code in each precision in which CuPy multiplies float32; an op without products in fp32 only."""
     for precision in device.precisions[:2] if products else ("fp32",):
         name = "NumPy" if device.kind == "cpu" else f"CuPy {precision}"
         yield Candidate(name, precision, lambda inputs, precision=precision: make(Plain(device, precision), inputs))
@@ -121,8 +123,8 @@ class Torch:
             yield
 
     def replayable(self, function: Callable[[], None]) -> Callable[[], None]:
-        """A function that works on fixed tensors: on a GPU its first calls as they are, all later ones a replay of a
-        CUDA graph that is recorded of it."""
+        """A function that works on fixed tensors. On a GPU, its first calls run as they are; then it is recorded as a
+        CUDA graph, which later calls replay."""
         if self.kind == "cpu":
             return function
         calls, graph = 0, None
@@ -156,8 +158,8 @@ class Torch:
 def torch_candidates(device: Device, make: Callable[[Torch, Arrays], Runnable], products: bool = True,
                      name: str = "PyTorch", package: str = "torch",
                      precisions: Sequence[str] | None = None) -> Iterator[Candidate]:
-    """PyTorch, or a package built on it, in each precision, an op without products in one; none where it is not
-    installed."""
+    """PyTorch, or a package built on it, in each precision, an op without matrix products in fp32 only; no candidate
+    where the package is not installed."""
     if not installed(package, device.kind):
         return
     for precision in (device.precisions if products else ("fp32",)) if precisions is None else precisions:
@@ -179,7 +181,7 @@ def op_candidates(ours: Callable[..., Runnable], plain: Callable[[Plain, Arrays]
 def flashrnn_gru(library: Torch, gru):
     """A module with the parameters of a torch.nn.GRU and FlashRNN's kernels: (x_tb, h0) -> (h_tb, last), like the GRU.
 
-    FlashRNN's reset gate, too, acts after the recurrent product and its bias, so it is the same function. It wants the
+    FlashRNN's reset gate, too, acts after the recurrent product and its bias, so it is the same function. It takes the
     gates r, z, n of the input product, but n, r, z of the recurrent one and of its biases; then a bias of n outside the
     reset gate, which is zero here and not trained, as b_ih is part of the input product. Parameters stay in float32;
     in bf16 FlashRNN keeps states, too, in bfloat16. On a CPU its `vanilla` backend runs, which is plain PyTorch.
@@ -203,7 +205,7 @@ def flashrnn_gru(library: Torch, gru):
             i_tb = torch.nn.functional.linear(x_tb, self.W_ih, self.b_ih).unflatten(2, (3, 1, H)).to(dtype)
             b = torch.cat([self.b_hh, torch.zeros_like(self.b_hh[:1])]).to(dtype)
             states = None if h0 is None else h0[:, :, None, None].to(dtype)
-            # It takes batch-major arrays, and turns them: of the transposed views nothing is copied.
+            # FlashRNN takes batch-major arrays and makes them time-major: transposed views need no copy.
             h_bt, last = flashrnn(i_tb.transpose(0, 1), self.W_hh.to(dtype), b, states, function="gru",
                                   backend=backend, dtype=dtype_name)
             return h_bt[0, :, :, 0].transpose(0, 1), last[0, :, :, 0].transpose(0, 1)
@@ -212,7 +214,7 @@ def flashrnn_gru(library: Torch, gru):
 
 
 def installed(library: str, kind: str) -> bool:
-    """Whether a library is installed, with the one that it builds on, and for a GPU, whether it has one."""
+    """Whether a library is installed, the library that it is built on as well, and, for a GPU, finds one."""
     if importlib.util.find_spec(library) is None:
         return False
     if library in BUILT_ON:
@@ -226,7 +228,7 @@ def installed(library: str, kind: str) -> bool:
 
 
 def imported_jax():
-    """JAX, told not to take most of a GPU's memory at once."""
+    """JAX, set not to reserve most of a GPU's memory at its start."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
     return jax
@@ -240,7 +242,7 @@ def random_inputs(shapes: dict[str, tuple[int, ...]], **ids: tuple[tuple[int, ..
 
 
 def in_float64(inputs: Arrays) -> dict[str, np.ndarray]:
-    """The inputs, the floating ones in float64."""
+    """The inputs, with floating arrays in float64."""
     return {name: array.astype(np.float64) if array.dtype == np.float32 else array for name, array in inputs.items()}
 
 

@@ -1,7 +1,7 @@
-"""The same training step and the same generation in other libraries, each as its good users would write it.
+"""The same training step and the same generation in other libraries, each as an experienced user would write it.
 
-All start from the same parameters and compute the same numbers, so that a benchmark can verify them before it times
-them. Nothing of a library is imported until its peer is made.
+All peers start from the same parameters and compute the same numbers, so that a benchmark can verify a peer before it
+times the peer. Nothing of a library is imported until its peer is made.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from char_gru.rnn.params import checkpoint_name
 JAX_PRECISIONS = {"fp32": "float32", "tf32": "tensorfloat32", "bf16": "bfloat16"}
 
 CORRECTED_STEP = 1e6
-"""The step at which PyTorch's Adam starts, so that its corrections of the moments are 1: it adds epsilon to the root of
-the corrected moment, Keras and char-gru add it to the root itself and correct the learning rate."""
+"""The step at which PyTorch's Adam starts, so that its bias corrections are 1: PyTorch adds epsilon to the root of the
+corrected moment; Keras and char-gru add epsilon to the root of the moment and correct the learning rate."""
 
 
 class Peer(NamedTuple):
@@ -110,11 +110,11 @@ def pytorch_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: Device,
         if temperature == 0:
             return logits.argmax(dim=1), h
         p = torch.softmax(logits / temperature, dim=1)
-        # As torch.multinomial draws, but that also checks p.
+        # As torch.multinomial draws, without its check of p.
         return (p / torch.empty_like(p).exponential_()).argmax(dim=1), h
 
     if mode == "compiled":
-        torch.compiler.reset()  # or it compiles for any sizes after the second one, or gives up
+        torch.compiler.reset()  # otherwise it compiles for variable sizes from the second size on, or gives up
         mean_loss, next_ids = torch.compile(mean_loss), torch.compile(next_ids)
 
     def one_step(ids_tb, targets_tb):
@@ -186,7 +186,7 @@ def pytorch_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: Device,
 
 
 def _pytorch_model(library: Torch, sizes: Sizes, params: Mapping[str, np.ndarray], mode: str) -> tuple:
-    """Modules with the given parameters, their Adam, and the tensor of its learning rate where a graph records it."""
+    """Modules with the given parameters, their Adam, and the learning rate as the tensor that a graph reads."""
     torch = library.torch
     model = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(sizes.V, sizes.E),
                                  "gru": torch.nn.GRU(sizes.E, sizes.H),
@@ -335,8 +335,8 @@ def keras_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: Device, p
 
     @functools.cache
     def one_step(temperature: float):
-        """The model of one step, from ids (R, 1) and states (R, H) to ids and states of the next character; and its
-        compiled call, without `predict_on_batch`, with which a step takes nearly twice as long."""
+        """The model of one step, from ids (R, 1) and states (R, H) to ids and states of the next character; and the
+        compiled call of this model: with `predict_on_batch`, a step takes nearly twice as long."""
         y_bt, h_next_b = gru(embedding(ids_bt), initial_state=h_b)
         step_model = keras.Model([ids_bt, h_b], [Draw(temperature)(output(y_bt[:, -1])), h_next_b])
         return step_model, jax.jit(step_model.stateless_call)
@@ -370,4 +370,4 @@ PEERS: Mapping[str, tuple[str, Callable[..., Peer]]] = {
     "PyTorch graph": ("torch", functools.partial(pytorch_peer, mode="graph")),
     "PyTorch FlashRNN": ("flashrnn", functools.partial(pytorch_peer, mode="flashrnn")),
     "JAX": ("jax", jax_peer), "Keras": ("keras", keras_peer)}
-"""By name: the library that has to be installed, and the function that makes the peer."""
+"""Name -> the library that has to be installed, and the function that makes the peer."""

@@ -1,7 +1,8 @@
 """Tables and plots, rendered from the recorded results: `python -m bench.report [--check]`.
 
-In each of PAGES, the text between `<!-- table: NAME -->` and `<!-- end -->` is replaced, by nothing where nothing was
-recorded. The plots are bench/results/*.svg, one for each device; each file also holds the plotted numbers as JSON.
+In each of PAGES, the text between `<!-- table: NAME -->` and `<!-- end -->` is replaced by the table, or removed where
+no results are recorded. The plots are bench/results/*.svg, one for each device; each file also holds the plotted
+numbers as JSON.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def init_table(results: Path) -> str:
 # README.md and kernels/README.md
 
 def kernels_table(results: Path) -> str:
-    """Every variant of every op, and the GPUs that results of it are recorded from."""
+    """Every variant of every op, and the GPUs from which results of the variant are recorded."""
     gpus = _devices(results, "cuda").values()
     rows = []
     for op, variant in _ops_shown_once():
@@ -151,7 +152,7 @@ def kernels_table(results: Path) -> str:
 
 
 def _is_of(variant: Variant, candidate: str) -> bool:
-    """Whether a candidate of the variant's benchmark is the variant."""
+    """Whether a candidate, by its name, runs the variant."""
     words = candidate.split()
     return words[0] == OURS and (variant.word in words if variant.word else "naive" not in words)
 
@@ -165,7 +166,7 @@ def files_table(results: Path) -> str:
 
 
 def _ops_shown_once() -> Iterator[tuple[str, Variant]]:
-    """Each variant with its op, which is left empty where the row before it has the same."""
+    """Op and variant of each row; the op is empty where it is the op of the row before."""
     before = ""
     for variant in VARIANTS:
         yield "" if variant.op == before else variant.op, variant
@@ -246,7 +247,7 @@ def main(arguments: Sequence[str] | None = None, pages: Sequence[Path] = PAGES, 
 
 
 def _devices(results: Path, kind: str = "*") -> dict[Path, dict]:
-    """The file of each device, or of each of a kind, and the groups in it; GPUs first."""
+    """Path of each device's file -> its groups, of all devices or of one kind; GPUs first."""
     paths = sorted(results.glob(f"{kind}-*.json"), key=lambda path: (path.name.startswith("cpu"), path.name))
     return {path: json.loads(path.read_text()) for path in paths}
 
@@ -262,14 +263,14 @@ def _tutorial(groups: dict, benchmark: str) -> dict | None:
 
 
 def _ours(entry: dict, precision: str | None = None) -> dict:
-    """Our fastest candidate; where one has that precision, the fastest in it."""
+    """The fastest candidate of char-gru; if there is a precision, the fastest in it, where char-gru has any in it."""
     ours = [made for name, made in entry["candidates"].items() if name.startswith(OURS)]
     equal = [made for made in ours if made["precision"] == precision]
     return min(equal or ours, key=lambda made: statistics.median(made["seconds"]))
 
 
 def _ratio(entry: dict, name: str, decimals: int = 2) -> str:
-    """Time of a candidate against ours in its precision: the median of the ratios within each round."""
+    """Time of a candidate against char-gru's fastest in its precision: the median of the ratios within each round."""
     made = entry["candidates"][name]
     ratios = (other / ours for other, ours in zip(made["seconds"], _ours(entry, made["precision"])["seconds"]))
     return f"{statistics.median(ratios):.{decimals}f}"
@@ -280,7 +281,7 @@ def _sizes(entry: dict) -> str:
 
 
 def _median_and_range(made: dict) -> tuple[str, str]:
-    """Of a candidate's rounds, in milliseconds."""
+    """Median, and lowest to highest, of a candidate's rounds, in milliseconds."""
     median, low, high = (_figures(1e3 * seconds) for seconds in spread(made["seconds"]))
     return median, f"{low} to {high}"
 
@@ -299,7 +300,7 @@ def _circumstances(entry: dict) -> str:
 
 
 def _libraries(facts: dict) -> str:
-    """The machine, and the libraries that take part."""
+    """The machine, and the versions of the libraries that are compared."""
     numpy = [facts["blas"]]
     if facts["blas_kernels"]:
         numpy += [f"kernels {facts['blas_kernels']}", _count(facts["blas_threads"], "thread")]
@@ -329,7 +330,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _figures(value: float) -> str:
-    """Three significant digits, all digits of the whole part."""
+    """A number with three significant digits, or with all digits of its whole part."""
     if value == 0:
         return "0"
     decimals = max(0, 2 - math.floor(math.log10(value)))

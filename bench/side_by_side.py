@@ -1,9 +1,9 @@
 """An op, its candidates, and measuring them in turns.
 
-A benchmark is an op with the ways to compute it: our variants, the libraries', a plain one. At each of its sizes, every
-candidate is first verified against the reference; a candidate that is wrong or fails is not timed, and its test fails.
-The right candidates are then timed in turns, all of them within each round, so that a machine that slows down does so
-for all. conftest.py says how pytest-benchmark, the front end, takes part.
+A benchmark is an op with the ways to compute it: char-gru's variants, other libraries, plain array code. At each of its
+sizes, every candidate is first verified against the reference; a candidate that is wrong or fails is not timed, and its
+test fails. The right candidates are then timed in turns, all of them within each round, so that a machine that slows
+down slows all of them. conftest.py says how pytest-benchmark, the front end, takes part.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ PAUSE_SECONDS = {"cpu": 0.1, "cuda": 0.002}
 """Rest before each sample: the worker threads of BLAS libraries spin for a while after the product that woke them."""
 
 SAMPLE_SECONDS, JOB_SECONDS = {"cpu": 0.02, "cuda": 0.001}, 0.05
-"""A sample of an op, and of a whole job, is at least as long: many times the error of clocks and events."""
+"""The least seconds of a sample of an op, by device, and of a whole job: many times the error of clocks and events."""
 
 MAX_CALLS, MAX_SETS = 1000, 64
+"""The most calls of a sample, and the most sets of arrays that they take in turn."""
 
 TOLERANCES = {"fp32": 2**-13, "tf32": 2**-7, "bf16": 2**-4}
 """How far a result may lie from the reference, as a share of the largest entry. Bounds for plainly wrong results, over
@@ -48,7 +49,8 @@ class Runnable(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A way to compute an op: its name in tables, the precision of its products, and what makes it from inputs."""
+    """A way to compute an op: its name in tables, the precision of its products, and the function that makes its
+    Runnable from the inputs."""
 
     name: str
     precision: str
@@ -58,10 +60,10 @@ class Candidate(NamedTuple):
 class Benchmark(NamedTuple):
     """An op with its candidates, and the sizes at which it is measured.
 
-    work, inputs and candidates are functions of the sizes by name, candidates of the device, too. reference maps the
+    work, inputs and candidates are functions of the sizes by name; candidates also takes the device. reference maps the
     inputs to the expected results; a candidate's results are some or all of these. The first of the sizes are the
-    tutorial's; cpu_sizes, if there are any, take the place of all sizes on a CPU. whole_job: timed by the clock on the
-    wall, not by events, and on one set of arrays.
+    tutorial's; cpu_sizes, if there are any, take the place of all sizes on a CPU. whole_job: timed by the host's clock,
+    not by events, and on one set of arrays.
     """
 
     name: str
@@ -75,7 +77,7 @@ class Benchmark(NamedTuple):
     tolerances: Mapping[str, float] = TOLERANCES
 
     def sizes_on(self, device: Device) -> Sequence[Mapping[str, int]]:
-        """The sizes at which it is measured on a device."""
+        """The sizes at which the benchmark is measured on a device."""
         return self.cpu_sizes if device.kind == "cpu" and self.cpu_sizes else self.sizes
 
     def group(self, sizes: Mapping[str, int]) -> str:
@@ -109,7 +111,7 @@ def measure(benchmark: Benchmark, sizes: Mapping[str, int], candidates: Sequence
     for candidate in candidates:
         try:
             prepared[candidate.name] = prepare(benchmark, sizes, candidate, device, inputs, expected)
-        except Exception as error:  # noqa: BLE001 of a library as of ours: the others are measured all the same
+        except Exception as error:  # noqa: BLE001 any error: the other candidates are measured all the same
             outcomes[candidate.name] = Failed(error)
     samplers = {name: functools.partial(sample, device, made) for name, made in prepared.items()}
     samples = interleave(samplers, rounds, lambda: pause(PAUSE_SECONDS[device.kind]))
@@ -120,7 +122,7 @@ def measure(benchmark: Benchmark, sizes: Mapping[str, int], candidates: Sequence
 
 class Prepared(NamedTuple):
     """A candidate that was verified: its runs, to be called in turn, how many calls a sample takes, and its notes;
-    by_clock: whether its time is that of a clock on the wall."""
+    by_clock: whether its time is taken by the host's clock."""
 
     runs: Iterator[Callable[[], object]]
     calls: int
@@ -134,7 +136,7 @@ def prepare(benchmark: Benchmark, sizes: Mapping[str, int], candidate: Candidate
 
     An op is called on other arrays from call to call, so that each array has left the cache when it comes again.
 
-    Raises: AssertionError for a candidate that is wrong; whatever it raises itself.
+    Raises: AssertionError for a candidate that is wrong; any error of the candidate.
     """
     before = device.memory_bytes(release=True) if benchmark.whole_job else 0
     runnable = candidate.make(inputs)
@@ -185,8 +187,8 @@ def interleave(candidates: Mapping[str, Callable[[], Result]], rounds: int,
                pause: Callable[[], None]) -> dict[str, list[Result]]:
     """The result of each candidate in each round.
 
-    In a round each is called once, and every round starts with another one. Entry k of every list is from round k:
-    ratios are taken within a round.
+    In a round each candidate is called once, and each round starts with the next candidate. Entry k of every list is
+    from round k: ratios are taken within a round.
     """
     names = list(candidates)
     results: dict[str, list[Result]] = {name: [] for name in names}

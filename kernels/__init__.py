@@ -1,7 +1,7 @@
 """The op set of the GPU: the functions of `char_gru.rnn.cpu`, each a launcher of CUDA kernels.
 
 Importing this package imports neither CuPy nor a driver; kernels compile at their first use. An op hides the module of
-its name (`kernels.adam` is the function); what else is in that module comes by `from kernels.adam import ...`.
+the same name: `kernels.adam` is the function, and `from char_gru.kernels.adam import ...` gives the module's names.
 """
 
 import functools
@@ -38,18 +38,18 @@ __all__ += [op.__name__ for op in _OPS]
 def op_set(precision: str = "auto") -> types.SimpleNamespace:
     """All ops, their matrix products in one precision: fp32, tf32, bf16, or auto: tf32 where the GPU has it.
 
-    tf32 and bf16 round the operands of products, never sums, states or parameters. Generation computes in fp32, in bf16
-    with rounded weights, of which twice as many fit on chip.
+    tf32 and bf16 round the operands of products, never sums, states or parameters. Generation computes in fp32; the op
+    set of bf16 rounds the weights for it, so that twice as many fit on chip.
 
-    Raises: ValueError for a precision that there is not, or not on this GPU; DeviceError without a GPU.
+    Raises: ValueError for a precision that is unknown or that this GPU lacks; DeviceError without a GPU.
     """
     if precision not in ("auto", *PRECISIONS):
         raise ValueError(f"precision: expected auto, {', '.join(PRECISIONS)}, got {precision!r}")
     executor = runtime.current_executor()
-    on_host, has_all = executor.array_type is np.ndarray, executor.gpu.capability >= TENSOR_CORES_FROM
+    on_host, has_tf32 = executor.array_type is np.ndarray, executor.gpu.capability >= TENSOR_CORES_FROM
     if precision == "auto":
-        precision = "tf32" if has_all and not on_host else "fp32"
-    if precision != "fp32" and not has_all:
+        precision = "tf32" if has_tf32 and not on_host else "fp32"
+    if precision != "fp32" and not has_tf32:
         raise ValueError(f"precision: {precision} needs a GPU of compute capability {TENSOR_CORES_FROM / 10} or more")
     ops = {op.__name__: functools.partial(op, precision=precision) if op in _BY_PRECISION else op for op in _OPS}
     if precision == "bf16":

@@ -49,9 +49,9 @@ class Entry(NamedTuple):
 
 
 def resource_use(architecture: str) -> Iterator[Entry]:
-    """Compile everything that an architecture can run.
+    """Compile every module that an architecture can run.
 
-    Raises: DeviceError where the compiler is missing; CompileError.
+    Raises: DeviceError where the compiler is missing; CompileError where a source does not compile.
     """
     modules = list(modules_for(architecture))
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # the compiler takes seconds for some, without Python's lock
@@ -81,8 +81,8 @@ def main(arch: tuple[str, ...] = ARCHITECTURES) -> int:
             compile_for("", architecture)  # before any output: is there a compiler, does it know the name?
         print(row(HEADER))
         for architecture in arch:
-            for *what, use in resource_use(architecture):
-                print(row((*what, use.registers, use.shared_bytes, use.spill_stores + use.spill_loads)))
+            for *names, use in resource_use(architecture):
+                print(row((*names, use.registers, use.shared_bytes, use.spill_stores + use.spill_loads)))
     except DeviceError as error:
         print(error, file=sys.stderr)
         return 2
@@ -96,7 +96,7 @@ def plan_lines(gpu: GPU, precision: str = "auto", batch_size: int = 64, rnn_unit
                vocabulary: int = 66) -> Iterator[str]:
     """How each layer's recurrence and the generation of text run on a GPU, and why.
 
-    Raises: ValueError for a precision that the GPU has not.
+    Raises: ValueError for a precision that the GPU lacks.
     """
     if precision == "auto":
         precision = "tf32" if "tf32" in precisions(gpu) else "fp32"
@@ -119,7 +119,7 @@ def plan_lines(gpu: GPU, precision: str = "auto", batch_size: int = 64, rnn_unit
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one line."""
+    """Reports a wrong command line in one line on stderr, with exit status 2."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -132,9 +132,9 @@ def _positive(text: str) -> int:
 
 
 def _run(op: str, **options) -> int:
-    """One op on the CPU.
+    """Run one op on the CPU; returns the exit status.
 
-    Raises: ValueError for options that do not fit, and where the harness or a C++ compiler is missing.
+    Raises: ValueError for options that do not fit the op, and where the harness or a C++ compiler is missing.
     """
     if not (_ROOT / "tests" / "host_cuda" / "run.py").exists():
         raise ValueError("--run needs the harness in tests/host_cuda: use a checkout of the repository")
@@ -158,7 +158,7 @@ def command(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plan", action="store_true",
                         help="print how recurrence and generation run on a GPU; compile nothing")
     parser.add_argument("--run", metavar="OP", help="run the kernels of an op, such as gru_forward, on the CPU, print "
-                                                    "what they do and compare their results; in a checkout")
+                                                    "their accesses and waits, and check their results; in a checkout")
     parser.add_argument("--precision", choices=("auto", *PACK), help="with --plan or --run (default: auto)")
     of_plan = parser.add_argument_group("with --plan")
     of_plan.add_argument("--device-like", choices=GPUS, help="the GPU to plan for (default: this machine's)")
@@ -168,7 +168,7 @@ def command(arguments: Sequence[str] | None = None) -> int:
     of_plan.add_argument("--vocabulary", type=_positive, help="(default: 66)")
     of_run = parser.add_argument_group("with --run")
     of_run.add_argument("--sizes", help="such as T=3,B=2,H=8 (default: small ones)")
-    of_run.add_argument("--variant", help="of the op (default: the one that its launcher chooses)")
+    of_run.add_argument("--variant", help="of the op (default: chosen by its launcher)")
     of_run.add_argument("--order", choices=("ascending", "descending", "random"),
                         help="in which threads and blocks get their turns (default: ascending)")
     of_run.add_argument("--trace", action="store_true", help="print every access and every wait, not only their sums")

@@ -7,13 +7,13 @@ from char_gru.kernels.scratch import scratch
 from char_gru.kernels.sizes import ceil_div
 
 THREADS = 256
-MAX_BLOCKS = 1024  # of square_sums; the one block of norm_of_sums adds the sums of all of them
+MAX_BLOCKS = 1024  # of square_sums; norm_of_sums, a single block, adds the sums of all blocks
 
 
 def global_norm(grads, norm) -> None:
     """Euclidean norm of all gradients together.
 
-    Shapes: grads (N,), the flat buffer; result norm (1,).
+    Shapes: grads (N,) float32, the flat buffer; result norm (1,) float32.
     Raises: ValueError.
     Equals: sqrt(sum(grads**2)).
     """
@@ -30,8 +30,8 @@ def adam(params, grads, m, v, norm, step_size, clip_norm=0.0, beta_1=0.9, beta_2
 
     If `norm` is not finite, nothing changes.
 
-    Shapes: params, grads, m, v (N,), updated in place except grads; norm (1,), from `global_norm`; step_size (1,),
-    learning_rate sqrt(1 - beta_2^t) / (1 - beta_1^t).
+    Shapes: params, m, v (N,), updated in place; grads (N,); norm (1,), from `global_norm`; step_size (1,),
+    learning_rate sqrt(1 - beta_2^t) / (1 - beta_1^t), t counted from 1; all float32.
     Raises: ValueError.
     Equals: params - step_size * m / (sqrt(v) + epsilon), with the new m and v.
     """
@@ -43,13 +43,13 @@ def adam(params, grads, m, v, norm, step_size, clip_norm=0.0, beta_1=0.9, beta_2
 
 
 def check_global_norm(grads, norm) -> None:
-    """The arguments of `global_norm`. Raises: ValueError."""
+    """Check the arrays of `global_norm`. Raises: ValueError."""
     runtime.check("grads", grads, np.float32, (grads.size,))
     runtime.check("norm", norm, np.float32, (1,))
 
 
 def check_adam(params, grads, m, v, norm, step_size) -> None:
-    """The arrays of `adam`. Raises: ValueError."""
+    """Check the arrays of `adam`. Raises: ValueError."""
     for name, array in (("params", params), ("grads", grads), ("m", m), ("v", v)):
         runtime.check(name, array, np.float32, (params.size,))
     runtime.check("norm", norm, np.float32, (1,))
@@ -57,5 +57,5 @@ def check_adam(params, grads, m, v, norm, step_size) -> None:
 
 
 def adam_scalars(clip_norm: float, beta_1: float, beta_2: float, epsilon: float) -> list:
-    """The numbers that the kernel takes: each 1 - beta is rounded once."""
+    """The scalar arguments of the kernel; 1 - beta is computed in double precision and rounded once."""
     return [np.float32(scalar) for scalar in (clip_norm, beta_1, 1 - beta_1, beta_2, 1 - beta_2, epsilon)]

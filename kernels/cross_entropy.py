@@ -7,18 +7,18 @@ from char_gru.kernels.matmul import TILE_THREADS, column_sums, constants, matmul
 from char_gru.kernels.scratch import scratch
 from char_gru.kernels.sizes import ceil_div
 
-# The tutorial's 66 characters in one sweep; long rounds, since each round waits for global memory.
+# TILE_N covers the tutorial's 66 characters in one sweep; TILE_K is large: each round over K waits for memory.
 TILE = {"TILE_M": 64, "TILE_N": 80, "TILE_K": 32}
 MEAN_THREADS = 1024  # of the one block of mean_loss
 
 
 def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, *, precision="fp32") -> None:
-    """Output layer, softmax and mean cross-entropy, and its gradient with respect to the logits h W_out^T + b_out.
+    """Output layer, softmax and mean cross-entropy, and the gradient of this loss with respect to the logits.
 
     Shapes: h_tb (T, B, H); W_out (V, H); b_out (V,); targets_tb (T, B) int32, in [0, V); results loss (1,), in nats per
-    character, and dlogits_tb (T, B, V).
+    character, and dlogits_tb (T, B, V); floating arrays are float32.
     Raises: ValueError.
-    Equals: loss = mean(log(sum(exp(logits))) - logits[target]),
+    Equals: logits = h W_out^T + b_out, loss = mean(log(sum(exp(logits))) - logits[target]),
     dlogits_tb = (softmax(logits) - onehot(target)) / (T*B).
     """
     check_cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb)
@@ -35,7 +35,7 @@ def cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out, *, precision="fp32"
     """Gradients of the output layer's parameters. The gradient of h_tb, dlogits_tb W_out, is computed by
     `gru_backward`.
 
-    Shapes: dlogits_tb (T, B, V); h_tb (T, B, H); results dW_out (V, H), db_out (V,).
+    Shapes: dlogits_tb (T, B, V); h_tb (T, B, H); results dW_out (V, H), db_out (V,); all float32.
     Raises: ValueError.
     Equals: dlogits^T h and dlogits, summed over positions.
     """
@@ -47,7 +47,7 @@ def cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out, *, precision="fp32"
 
 
 def check_cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb) -> None:
-    """The arrays of `cross_entropy_forward`. Raises: ValueError."""
+    """Check the arrays of `cross_entropy_forward`. Raises: ValueError."""
     (T, B, H), V = h_tb.shape, len(W_out)
     runtime.check("h_tb", h_tb, np.float32, (T, B, H))
     runtime.check("W_out", W_out, np.float32, (V, H))
@@ -58,7 +58,7 @@ def check_cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb
 
 
 def check_cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out) -> None:
-    """The arrays of `cross_entropy_backward`. Raises: ValueError."""
+    """Check the arrays of `cross_entropy_backward`. Raises: ValueError."""
     (T, B, V), H = dlogits_tb.shape, h_tb.shape[2]
     runtime.check("dlogits_tb", dlogits_tb, np.float32, (T, B, V))
     runtime.check("h_tb", h_tb, np.float32, (T, B, H))

@@ -9,16 +9,18 @@ from char_gru.kernels.plan.recurrence import RecurrencePlan, forward_plan, weigh
 
 DRAWING = Path(__file__).with_name("persistent.svg")
 
+ELEMENT_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2}  # of h in the exchange
+
 _WIDTH, _HEIGHT = 1080, 532
 _ROW_HEIGHT, _TOP = 74, 112
 _ON_CHIP, _TIME = 40, 262  # x where the blocks and their weights are drawn, and where time begins
-_LOAD, _STEP, _STEPS = 78, 236, 3  # widths: loading the weights, a step; steps drawn
+_LOAD, _STEP, _STEPS = 78, 236, 3  # widths of loading the weights and of a step; the number of steps
 _PHASES = (("gather h", 54, "#9ecae1"), ("product", 58, "#fdae6b"), ("reduce", 42, "#fdd0a2"), ("cell", 32, "#a1d99b"))
 _WAIT = _STEP - sum(width for _, width, _ in _PHASES)
 
 
 class _Picture:
-    """Shapes and words, in the order in which they are painted."""
+    """SVG shapes and texts, in the order in which they are painted."""
 
     def __init__(self) -> None:
         self._shapes: list[str] = []
@@ -52,8 +54,8 @@ def drawing(plan: RecurrencePlan) -> str:
     picture.words(_ON_CHIP, 28, f"The persistent recurrence: one launch for all steps, W_hh on chip (forward, "
                   f"H {plan.H:,}, B {plan.B}, {plan.precision}, an H100)", size=16, weight="bold")
     picture.words(_ON_CHIP, 52, f"{plan.groups} groups of {plan.blocks} blocks, one block on each multiprocessor. A "
-                  f"group owns {plan.rows} rows of the batch, a block {plan.units} hidden units of them: their r, z "
-                  "and n need no other block.", size=12)
+                  f"group owns {plan.rows} rows of the batch, a block {plan.units} hidden units in these rows; their "
+                  "r, z and n need no other block.", size=12)
     picture.words(_ON_CHIP, 70, "All that a step exchanges is h, through L2. Groups never wait for each other.",
                   size=12)
     picture.words(_ON_CHIP, 100, "on chip, for the whole launch", weight="bold")
@@ -95,7 +97,7 @@ def _block(picture: _Picture, plan: RecurrencePlan, block: int, y: float) -> Non
 
 
 def _exchange(picture: _Picture, plan: RecurrencePlan, y: float) -> None:
-    """The two halves of the exchange in L2, which take turns, and what goes in and out."""
+    """The two halves of the exchange in L2, which take turns, and the bytes that a block writes and reads there."""
     top = y + 58
     for step in range(_STEPS):
         x = _TIME + _LOAD + step * _STEP
@@ -109,18 +111,14 @@ def _exchange(picture: _Picture, plan: RecurrencePlan, y: float) -> None:
             picture.line(published + _WAIT, _TOP - 4, published + _WAIT, top,
                          'stroke-width="1.2" stroke-dasharray="5 4"')
             picture.words(published + _WAIT + 4, top + 46, f"barrier of the group before step {step + 1}", "middle", 10)
-    words = PACKED_BYTES[plan.precision]
+    element_bytes = ELEMENT_BYTES[plan.precision]
     x = _TIME + _LOAD + _STEP - _WAIT
-    picture.words(x - 22, y + 18, f"each block publishes {plan.rows * plan.units * words / 1024:g} KiB", "end")
+    picture.words(x - 22, y + 18, f"each block publishes {plan.rows * plan.units * element_bytes / 1024:g} KiB", "end")
     picture.words(x - 22, y + 33, "(its units of h)", "end")
-    picture.words(x + _WAIT + 34, y + 18, f"and gathers {plan.rows * plan.H * words / 1024:g} KiB")
+    picture.words(x + _WAIT + 34, y + 18, f"and gathers {plan.rows * plan.H * element_bytes / 1024:g} KiB")
     picture.words(x + _WAIT + 34, y + 33, "(all units of its rows)")
     picture.words(_ON_CHIP, top + 14, "L2 cache", weight="bold")
     picture.words(_ON_CHIP, top + 28, "two halves of the exchange take turns")
-
-
-PACKED_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2}
-"""Bytes of an element of h in the exchange."""
 
 
 def main() -> None:

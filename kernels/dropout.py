@@ -10,9 +10,10 @@ ELEMENTS_PER_THREAD = 8  # dropout_forward
 
 
 def dropout_forward(x_tb, rate, seed, layer, step, keep_tb, y_tb) -> None:
-    """Set a share `rate` of the elements to zero and scale the rest by 1 / (1 - rate).
+    """Set a share `rate` of the elements to zero and scale the kept elements by 1 / (1 - rate).
 
-    Shapes: x_tb (T, B, H); step (1,) uint64, the training step; results keep_tb (T, B, H) bool, y_tb (T, B, H).
+    Shapes: x_tb (T, B, H) float32; step (1,) uint64, the training step; results keep_tb (T, B, H) bool, y_tb (T, B, H)
+    float32.
     Raises: ValueError.
     Equals: keep_tb = words >= rate 2^32, y_tb = x_tb * keep_tb / (1 - rate), with the words of NumPy's
     `Philox(key=[seed, layer], counter=[0, step, 0, 0])`.
@@ -30,7 +31,7 @@ def dropout_forward(x_tb, rate, seed, layer, step, keep_tb, y_tb) -> None:
 def dropout_backward(dy_tb, rate, keep_tb, dx_tb) -> None:
     """Gradient of `dropout_forward`: the same mask and the same scale. dx_tb may be dy_tb.
 
-    Shapes: dy_tb (T, B, H); keep_tb (T, B, H) bool; result dx_tb (T, B, H).
+    Shapes: dy_tb (T, B, H) float32; keep_tb (T, B, H) bool; result dx_tb (T, B, H) float32.
     Raises: ValueError.
     Equals: dy_tb * keep_tb / (1 - rate).
     """

@@ -1,4 +1,4 @@
-"""Drawing characters, and writing text with a model: launchers of generate.cu, and the way to the other variants."""
+"""Drawing characters and writing text: launchers of generate.cu; `generate` calls the other variants' launchers."""
 
 import functools
 from typing import Any, NamedTuple
@@ -13,21 +13,15 @@ from char_gru.kernels.plan.generation import WEIGHTS, constants, generation_plan
 from char_gru.kernels.plan.recurrence import THREADS, WARPS
 from char_gru.kernels.sizes import ceil_div
 
-GRAPH_STEPS = 8  # of one launch: its cost is little beside 8 characters, and the sampler's chunks are multiples of 8
+GRAPH_STEPS = 8  # of a CUDA graph: 8 characters outweigh its launch, and the sampler's chunks are multiples of 8
 
 
 def sample(logits, uniforms, ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> None:
-    """Draw one character per row by inverse CDF; `[UNK]`, id 0, is never drawn.
+    """Draw one character per row by inverse CDF, by the rules of `rnn.reference.sample`; `[UNK]`, id 0, is never drawn.
 
-    The logits are divided by the temperature (0 takes the most likely character, the first of several). Then only
-    these characters stay: the top_k most likely (0: all; equally likely ones in the order of their ids); of them, the
-    fewest most likely ones whose share reaches top_p; of them, the ones at least min_p times as likely as the most
-    likely one.
-    The character drawn is the first whose cumulative share, in the order of ids, exceeds the row's uniform number.
-
-    Shapes: logits (R, V), V at least 2; uniforms (R,), in [0, 1); result ids (R,), int32.
+    Shapes: logits (R, V) float32, V at least 2; uniforms (R,) float32, in [0, 1); result ids (R,) int32.
     Raises: ValueError.
-    Equals: rnn.reference.sample, but for numbers within rounding of where one character's share ends.
+    Equals: rnn.reference.sample, except where a uniform number lies within rounding of the end of a character's share.
     """
     R, V = check_sample(logits, uniforms, ids)
     runtime.launch("generate", "sample", R, THREADS,
@@ -36,10 +30,13 @@ def sample(logits, uniforms, ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0
 
 
 class GenerationSaved(NamedTuple):
-    """Room for `generate` to work in: h_new_r (2, R, H), new states on their way to the next layer; logits_r (R, V);
-    counters (R, 32), of the barriers of up to R groups, zero between two launches; t (1,), the number of the step that
-    runs; t_before (1,), its value before the first step, -1; graphs, a graph of GRAPH_STEPS steps by everything that is
-    fixed in it: that of the last call with as many steps."""
+    """Scratch arrays of `generate`.
+
+    Shapes: h_new_r (2, R, H), new states of a layer and of the layer above it; logits_r (R, V); counters (R, 32)
+    uint32, of the barriers of up to R groups, zero between two launches; t (1,) int32, the number of the step that
+    runs; t_before (1,) int32, the value of t before the first step, -1. graphs holds one CUDA graph at most, the last
+    one that was captured, of GRAPH_STEPS steps, by the constants and arguments that are frozen in it.
+    """
 
     h_new_r: Any
     logits_r: Any
@@ -60,18 +57,19 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
              temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, *, weights="fp32", variant=None) -> None:
     """Read and write R rows of text, one character per row and step.
 
-    Each step reads the character before, moves the states on and yields the next character: the forced one where
-    forced_tr is not negative (that is how prompts are read), else one drawn as `sample` says.
+    Each step reads the last character of each row, moves the states on and yields the next character: the forced one
+    where forced_tr is not negative (prompts are read this way), else one drawn as `sample` says. Two calls, the second
+    from the states and ids of the first, leave the same bits as one call of all their steps.
 
-    weights: bf16 rounds W_hh, W_ih above layer 0 and W_out, and nothing else, so that larger models fit on chip.
-    variant: one that `kernels.plan.generation.generation_plans` gives; None takes the first. Calls that continue each
-    other leave the same bits as one call.
+    weights: fp32, or bf16, which rounds W_hh, W_ih above layer 0 and W_out, so that larger models fit on chip.
+    variant: for tests and benchmarks, one of `kernels.plan.generation.generation_plans`; None takes the quickest.
 
     Shapes: params name -> array, as `rnn.params.named_views` gives them; P (V, 3H), the input table of layer 0;
     h (layers, R, H), moved on in place; ids (R,) int32, the characters before the first step, replaced by the last
-    ones; forced_tr (T, R) int32; uniforms_tr (T, R) in [0, 1); result ids_tr (T, R) int32.
+    characters; forced_tr (T, R) int32; uniforms_tr (T, R) in [0, 1); result ids_tr (T, R) int32; floating arrays are
+    float32.
     Raises: ValueError.
-    Equals: rnn.reference.generate, but for what `sample` says.
+    Equals: rnn.reference.generate, with the exception of `sample`.
     """
     layers, R, H = h.shape
     T, V = len(forced_tr), len(P)
@@ -103,22 +101,22 @@ def _generate_stepwise(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved:
                        module: dict[str, int]) -> None:
     layers, R, H = h.shape
     V, h_of_layer, h_new = len(P), list(h), list(saved.h_new_r)
-    step = []  # its launches: kernel, blocks, arguments
+    step = []  # the launches of one step: kernel, blocks, arguments
 
-    def of_warps(kernel: str, outputs: int, args: list) -> None:
-        """A kernel whose warps own one of so many outputs each, for ROWS rows."""
-        warps = outputs * ceil_div(R, module["ROWS"])
+    def add_kernel(kernel: str, columns: int, args: list) -> None:
+        """Add a launch in which a warp computes one of the columns for ROWS rows."""
+        warps = columns * ceil_div(R, module["ROWS"])
         step.append((kernel, ceil_div(warps, WARPS), args))
 
     for layer, h_layer in enumerate(h_of_layer):
         recurrence = [params[f"W_hh.{layer}"], params[f"b_hh.{layer}"], np.int32(R), np.int32(H)]
         if layer == 0:
-            of_warps("step_first", H, [h_new[0], saved.t, h_layer, P, ids, *recurrence])
+            add_kernel("step_first", H, [h_new[0], saved.t, h_layer, P, ids, *recurrence])
         else:
-            of_warps("step_upper", H, [h_new[layer % 2], h_of_layer[layer - 1], h_layer, h_new[(layer - 1) % 2],
-                                       params[f"W_ih.{layer}"], params[f"b_ih.{layer}"], *recurrence])
-    of_warps("output_layer", V, [saved.logits_r, h_of_layer[-1], h_new[(layers - 1) % 2], params["W_out"],
-                                 params["b_out"], forced_tr, saved.t, np.int32(R), np.int32(V), np.int32(H)])
+            add_kernel("step_upper", H, [h_new[layer % 2], h_of_layer[layer - 1], h_layer, h_new[(layer - 1) % 2],
+                                         params[f"W_ih.{layer}"], params[f"b_ih.{layer}"], *recurrence])
+    add_kernel("output_layer", V, [saved.logits_r, h_of_layer[-1], h_new[(layers - 1) % 2], params["W_out"],
+                                   params["b_out"], forced_tr, saved.t, np.int32(R), np.int32(V), np.int32(H)])
     step.append(("next_character", R, [ids, ids_tr, saved.logits_r, forced_tr, uniforms_tr, saved.t, np.int32(R),
                                        np.int32(V), *options]))
 
@@ -127,7 +125,7 @@ def _generate_stepwise(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved:
             runtime.launch("generate", kernel, blocks, THREADS, args, constants=module)
 
     copy(saved.t, saved.t_before)
-    graphs, others = divmod(len(forced_tr), GRAPH_STEPS)
+    graphs, remaining = divmod(len(forced_tr), GRAPH_STEPS)
     if graphs:
         fixed = (*module.values(), *(arg if isinstance(arg, np.generic) else runtime.address(arg)
                                      for kernel, blocks, args in step for arg in args))
@@ -136,16 +134,16 @@ def _generate_stepwise(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved:
             saved.graphs[fixed] = runtime.replayable(functools.partial(steps, GRAPH_STEPS))
         for _ in range(graphs):
             saved.graphs[fixed]()
-    steps(others)
+    steps(remaining)
 
 
 def draw_options(V: int, temperature: float, top_k: int, top_p: float, min_p: float) -> list:
-    """The numbers that kernels which draw take."""
+    """The scalar arguments of a kernel that draws characters."""
     return [np.float32(temperature), np.int32(min(top_k, V)), np.float32(top_p), np.float32(min_p)]
 
 
 def check_sample(logits, uniforms, ids) -> tuple[int, int]:
-    """Rows and characters of the arrays of `sample`. Raises: ValueError."""
+    """Check the arrays of `sample`; returns R and V. Raises: ValueError."""
     if len(logits.shape) != 2 or logits.shape[1] < 2:
         raise ValueError(f"logits: expected (R, V) with V of at least 2, got {logits.shape}")
     R, V = logits.shape

@@ -11,7 +11,7 @@ from char_gru.kernels.sizes import ceil_div, round_up
 
 def generate_batched(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, counters, options: list,
                      plan: GenerationPlan) -> None:
-    """`kernels.generate.generate`, its arguments checked, as a batched plan says."""
+    """`kernels.generate.generate` by a batched plan, on arguments that are already checked."""
     if len(forced_tr) == 0:
         return
     (T, R), V, H, rows = forced_tr.shape, len(P), h.shape[2], plan.constants["ROWS"]

@@ -1,4 +1,4 @@
-"""Launcher of generate_persistent.cu: text written with weights that stay on chip, or as many as fit."""
+"""Launcher of generate_persistent.cu: text written with weights that stay on chip, as many of them as fit."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from char_gru.kernels.sizes import ceil_div, round_up
 
 def generate_persistent(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, counters, options: list,
                         plan: GenerationPlan) -> None:
-    """`kernels.generate.generate`, its arguments checked, as a persistent plan says."""
+    """`kernels.generate.generate` by a persistent plan, on arguments that are already checked."""
     if len(forced_tr) == 0:
         return
     (layers, R, H), T, V = h.shape, len(forced_tr), len(P)
@@ -22,9 +22,9 @@ def generate_persistent(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, count
     partial_logits = scratch("generate partial_logits",
                              (2, plan.groups * plan.blocks, plan.group_rows, round_up(V, 4)), zeros=True)
     for matrix in range(matrices):
-        of = f"hh.{matrix // 2}" if matrix % 2 == 0 else f"ih.{matrix // 2 + 1}"
+        name = f"hh.{matrix // 2}" if matrix % 2 == 0 else f"ih.{matrix // 2 + 1}"
         runtime.launch("generate_persistent", "pack_weights", ceil_div(weights[matrix].size, THREADS), THREADS,
-                       [weights[matrix], biases[matrix], params[f"W_{of}"], params[f"b_{of}"], np.int32(H),
+                       [weights[matrix], biases[matrix], params[f"W_{name}"], params[f"b_{name}"], np.int32(H),
                         np.int32(width), np.int32(padded_units)], constants=plan.constants)
     sizes = [T, R, V, H, layers, plan.group_rows, plan.units, plan.stage_rows, plan.off_chip]
     runtime.launch("generate_persistent", "generate_persistent", plan.groups * plan.blocks, THREADS,

@@ -1,4 +1,4 @@
-"""The recurrence over a window and back through time: launchers of gru.cu, or gru_persistent.py where the plan says."""
+"""The recurrence over a window and back through time: launchers of gru.cu, and of gru_persistent.py by the plan."""
 
 from typing import Any, NamedTuple
 
@@ -12,17 +12,17 @@ from char_gru.kernels.plan.recurrence import RecurrencePlan, backward_plan, forw
 from char_gru.kernels.scratch import scratch
 from char_gru.kernels.sizes import ceil_div
 
-TILE_M, TILE_N = 32, 48  # rows, and columns: three gates of 16 units forward, 48 units of one gate's share backward
+TILE_M, TILE_N = 32, 48  # rows, and columns: forward the three gates of 16 units, backward 48 units for one gate
 
 
 class GRUSaved(NamedTuple):
     """The arrays that one layer's forward pass leaves to its backward pass, and scratch arrays of both.
 
     Shapes: h_tb (T+1, B, H): states, `h_tb[0]` the initial one; gates_tb (T, B, 3H): r, z, n; a_n_tb (T, B, H): the
-    recurrent product of n; da_tb (T, B, 3H) and di_n_tb (T, B, H): gradients, written by the backward pass; h16_tb
-    (T, B, H) and da16_tb (T, B, 3H): the operands of dW_hh in bf16, with T = 0 in other precisions; dh_z_b (B, H),
-    products_gb (3, B, H) and arrived (tiles of dh,): scratch of the backward pass, as gru.cu says; sorting: scratch of
-    `sum_by_id`.
+    recurrent product of gate n; da_tb (T, B, 3H) and di_n_tb (T, B, H): gradients, written by the backward pass; h16_tb
+    (T, B, H) and da16_tb (T, B, 3H), bfloat16 bits as uint16: the operands of dW_hh, with T = 0 unless the precision is
+    bf16; dh_z_b (B, H), products_gb (3, B, H) and arrived (tiles of dh,) uint32: scratch of gru_backward_step, as
+    gru.cu says; sorting (sum_by_id_scratch_size(T*B),) int32: scratch of `sum_by_id`. All other arrays are float32.
     """
 
     h_tb: Any
@@ -60,8 +60,9 @@ def gru_forward(P, ids_tb, W_hh, b_hh, h0, saved: GRUSaved, *, precision="fp32",
     tf32 and bf16 round the operands of W_hh h, nothing else. The window may be shorter than `saved` was made for.
     `plan` is for tests and benchmarks; the default is the plan of this GPU.
 
-    Shapes: P (N, 3H); ids_tb (T, B) int32, in [0, N); W_hh (3H, H); b_hh (3H,); h0 (B, H), no part of `saved`; result
-    in `saved`: the states `saved.h_tb[:T + 1]`, of which the last is the state to carry on.
+    Shapes: P (N, 3H); ids_tb (T, B) int32, in [0, N); W_hh (3H, H); b_hh (3H,); h0 (B, H), not a view of `saved`;
+    result in `saved`: the states `saved.h_tb[:T + 1]`, of which the last is the state to carry on. Floating arrays are
+    float32.
     Raises: ValueError.
     Equals: `rnn.reference.gru_forward`.
     """
@@ -86,8 +87,9 @@ def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh
     tf32 and bf16 round the operands of dy_tb W_y, of W_hh^T da and of dW_hh, nothing else. `plan` is for tests and
     benchmarks; the default is the plan of this GPU.
 
-    Shapes: dy_tb (T, B, M) and W_y (M, H), for the layer below the output dlogits_tb and W_out, or dy_tb (T, B, H) and
-    None; ids_tb (T, B) int32; W_hh (3H, H); results dP (N, 3H), dW_hh (3H, H), db_hh (3H,), dh0 (B, H).
+    Shapes: dy_tb (T, B, M) and W_y (M, H), which are dlogits_tb and W_out for the layer below the output, or dy_tb
+    (T, B, H) and None; ids_tb (T, B) int32; W_hh (3H, H); results dP (N, 3H), dW_hh (3H, H), db_hh (3H,), dh0 (B, H).
+    Floating arrays are float32.
     Raises: ValueError.
     Equals: `rnn.reference.gru_backward`.
     """
@@ -110,7 +112,7 @@ def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh
 
 
 def _backward_stepwise(dh_tb, W_hh, saved: GRUSaved, db_hh, dh0, T: int, precision: str) -> None:
-    """da, di_n, db_hh and dh0, one launch per time step."""
+    """Computes da, di_n, db_hh and dh0 with one launch per time step."""
     B, H = dh0.shape
     grid, module = (ceil_div(H, TILE_N), ceil_div(B, TILE_M), 3), constants(precision)
     for t in range(T - 1, -2, -1):
@@ -122,7 +124,7 @@ def _backward_stepwise(dh_tb, W_hh, saved: GRUSaved, db_hh, dh0, T: int, precisi
 
 
 def check_gru_forward(P, ids_tb, W_hh, b_hh, h0, saved: GRUSaved, precision: str) -> None:
-    """The arrays of `gru_forward`. Raises: ValueError."""
+    """Check the arrays of `gru_forward`. Raises: ValueError."""
     B, H = ids_tb.shape[1], W_hh.shape[1]
     runtime.check("P", P, np.float32, (len(P), 3 * H))
     runtime.check("b_hh", b_hh, np.float32, (3 * H,))
@@ -131,7 +133,7 @@ def check_gru_forward(P, ids_tb, W_hh, b_hh, h0, saved: GRUSaved, precision: str
 
 
 def check_gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh0, precision: str) -> None:
-    """The arrays of `gru_backward`. Raises: ValueError."""
+    """Check the arrays of `gru_backward`. Raises: ValueError."""
     (T, B), H = ids_tb.shape, W_hh.shape[1]
     M = H if W_y is None else len(W_y)
     runtime.check("dy_tb", dy_tb, np.float32, (T, B, M))
@@ -145,7 +147,7 @@ def check_gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_
 
 
 def _check_both(ids_tb, W_hh, saved: GRUSaved, precision: str) -> None:
-    """The arrays that both directions take."""
+    """Check the arrays that both directions take. Raises: ValueError."""
     (T, B), H = ids_tb.shape, W_hh.shape[1]
     T_saved = len(saved.gates_tb)
     if not 1 <= T <= T_saved:
@@ -163,6 +165,7 @@ def _check_both(ids_tb, W_hh, saved: GRUSaved, precision: str) -> None:
 
 
 def _bf16_steps(T: int, precision: str) -> int:
+    """Steps for which the operands of dW_hh are kept in bfloat16."""
     return T if precision == "bf16" else 0
 
 
@@ -176,4 +179,5 @@ def constants(precision: str) -> dict[str, int]:
 
 
 def _dh_tiles(B: int, H: int) -> int:
+    """Tiles of dh (B, H) in gru_backward_step."""
     return ceil_div(B, TILE_M) * ceil_div(H, TILE_N)

@@ -7,11 +7,11 @@ from char_gru.kernels.matmul import PRECISIONS, add_partial_sums
 from char_gru.kernels.plan.recurrence import THREADS, WARPS, WORDS, RecurrencePlan
 from char_gru.kernels.scratch import scratch
 
-COUNTER_WORDS = 32  # a counter has a line of L2 to itself
+COUNTER_WORDS = 32  # from counter to counter, so that each has a line of L2 to itself
 
 
 def forward(plan: RecurrencePlan, P, ids_tb, W_hh, b_hh, h0, saved) -> None:
-    """`kernels.gru.gru_forward`, its arguments checked, as a persistent plan says."""
+    """`kernels.gru.gru_forward` by a persistent plan, on arguments that are already checked."""
     (T, B), H = ids_tb.shape, W_hh.shape[1]
     runtime.launch("gru_forward_persistent", "gru_forward_persistent", plan.grid, THREADS,
                    [saved.h_tb, saved.gates_tb, saved.a_n_tb, saved.h16_tb, _exchange("gru_forward", plan),
@@ -21,8 +21,8 @@ def forward(plan: RecurrencePlan, P, ids_tb, W_hh, b_hh, h0, saved) -> None:
 
 
 def backward(plan: RecurrencePlan, dy_tb, W_y, ids_tb, W_hh, saved, dP, db_hh, dh0) -> None:
-    """`kernels.gru.gru_backward`, its arguments checked, as a persistent plan says; without dW_hh, and without dP
-    unless `plan.sums_on_chip`. Where W_y is not None, `plan.fused_output_steps` is not 0."""
+    """`kernels.gru.gru_backward` by a persistent plan, on arguments that are already checked, but without dW_hh, and
+    without dP unless `plan.sums_on_chip`. W_y is None unless the plan has `fused_output_steps`."""
     (T, B), H = ids_tb.shape, W_hh.shape[1]
     groups, N, V = plan.groups, 0 if W_y is None else len(W_y), len(dP) if plan.sums_on_chip else 0
     dP_g = scratch("gru_backward dP", (groups, V, 3 * H)) if V and groups > 1 else dP
@@ -46,18 +46,18 @@ def backward(plan: RecurrencePlan, dy_tb, W_y, ids_tb, W_hh, saved, dP, db_hh, d
 def constants(plan: RecurrencePlan) -> dict[str, int]:
     """The constants that the kernel of a persistent plan is compiled with."""
     sizes = {"PRECISION": PRECISIONS[plan.precision], "ROWS": plan.rows, "K_STEPS": plan.k_steps,
-             "REGISTER_STEPS": plan.register_steps, "COLUMNS": plan.gates * plan.units}
+             "REGISTER_STEPS": plan.register_steps, "COLUMNS": plan.unit_columns * plan.units}
     return sizes if plan.direction == "forward" else sizes | {"SPLITS": plan.splits}
 
 
 def _exchange(op: str, plan: RecurrencePlan):
-    """The operands that blocks hand to each other. Elements at k >= K stay zero: in this precision and for this K, no
-    launch writes them."""
+    """The array through which blocks hand each other the operands of the next step. Elements at k >= K stay zero: no
+    launch in this precision and with this K writes there."""
     steps = plan.splits * WARPS * plan.k_steps
     shape = 2, plan.groups * plan.row_tiles, steps, plan.rows * WORDS
     return scratch(f"{op} {plan.precision} {plan.K}", shape, np.uint32, zeros=True)
 
 
 def _counters(op: str, groups: int):
-    """The counters of a number of groups, zero before and after a launch (barrier.cuh)."""
+    """A barrier's counters for each group, zero before and after a launch (barrier.cuh)."""
     return scratch(f"{op} counters", (groups, COUNTER_WORDS), np.uint32, zeros=True)

@@ -1,4 +1,4 @@
-"""Launchers of the input table, of its gradients, and of input_table.cu: sums by id, from which the gradients start."""
+"""Launchers of the input table, of its gradients, and of input_table.cu, which sums di by id: dP."""
 
 import numpy as np
 
@@ -6,15 +6,15 @@ from char_gru.kernels import runtime
 from char_gru.kernels.matmul import column_sums, matmul
 from char_gru.kernels.sizes import ceil_div, round_up
 
-RADIX = 256  # of input_table.cu: digits, positions of a chunk, threads of a block
-COLUMNS = 128  # of input_table.cu: columns of a block that sums
+RADIX = 256  # of input_table.cu: values of a digit, positions of a chunk, threads of a block
+COLUMNS = 128  # of input_table.cu: columns of dP that a block of sum_by_id owns
 WARP, MAX_WARPS = 32, 32
 
 
 def input_table_forward(x, W_ih, b_ih, P, *, precision="fp32") -> None:
     """Input products of a layer, one row for each distinct input.
 
-    Shapes: x (N, E); W_ih (3H, E); b_ih (3H,); result P (N, 3H).
+    Shapes: x (N, E); W_ih (3H, E); b_ih (3H,); result P (N, 3H); all float32.
     Raises: ValueError.
     Equals: x @ W_ih.T + b_ih
     """
@@ -25,7 +25,7 @@ def input_table_forward(x, W_ih, b_ih, P, *, precision="fp32") -> None:
 def input_table_backward(dP, x, W_ih, dx, dW_ih, db_ih, *, precision="fp32") -> None:
     """Gradients of `input_table_forward`.
 
-    Shapes: dP (N, 3H); x (N, E); W_ih (3H, E); results dx (N, E), dW_ih (3H, E), db_ih (3H,).
+    Shapes: dP (N, 3H); x (N, E); W_ih (3H, E); results dx (N, E), dW_ih (3H, E), db_ih (3H,); all float32.
     Raises: ValueError.
     Equals: dP @ W_ih, dP.T @ x, dP.sum(axis=0)
     """
@@ -36,17 +36,17 @@ def input_table_backward(dP, x, W_ih, dx, dW_ih, db_ih, *, precision="fp32") -> 
 
 
 def sum_by_id_scratch_size(N: int) -> int:
-    """Integers that `sum_by_id` needs to sort N positions: twice ids and positions, and the digits' counts."""
+    """Integers that `sum_by_id` needs for N positions: two buffers of ids and positions, and the counts of digits."""
     return 4 * N + round_up(N, RADIX)
 
 
 def sum_by_id(da_tb, di_n_tb, ids_tb, dP, scratch) -> None:
-    """For each id, the sum of di over its positions; 0 for an id without any.
+    """For each id, the sum of di over its positions; 0 for an id that does not occur.
 
     di and da, the gradients of the input and of the recurrent products, are equal in the columns of r and z.
 
     Shapes: da_tb (T, B, 3H), its last H columns are not read; di_n_tb (T, B, H); ids_tb (T, B) int32, in [0, V);
-    result dP (V, 3H); scratch (sum_by_id_scratch_size(T*B),) int32, overwritten.
+    result dP (V, 3H); scratch (sum_by_id_scratch_size(T*B),) int32, overwritten. Floating arrays are float32.
     Raises: ValueError.
     Equals: np.add.at(dP, ids_tb, np.concatenate([da_tb[:, :, :2 * H], di_n_tb], axis=2)), from dP = 0
     """
@@ -63,7 +63,7 @@ def sum_by_id(da_tb, di_n_tb, ids_tb, dP, scratch) -> None:
         _launch("scan_digits", 1, [counts, np.int32(chunks)])
         _launch("place_by_digit", chunks, [sorted_ids, sorted_positions, ids, positions, counts, np.int32(N), shift])
         ids, positions = sorted_ids, sorted_positions
-    # Two positions a warp on average: texts repeat their commonest characters many times more often.
+    # Warps for two positions each of an average character: the commonest characters of a text have many times as many.
     warps = min(max(N // (2 * V), 1), MAX_WARPS)
     runtime.launch("input_table", "sum_by_id", (V, ceil_div(3 * H, COLUMNS)), warps * WARP,
                    [dP, da_tb, di_n_tb, ids, positions, np.int32(N), np.int32(H)], constants={},
@@ -71,7 +71,7 @@ def sum_by_id(da_tb, di_n_tb, ids_tb, dP, scratch) -> None:
 
 
 def check_input_table_forward(x, W_ih, b_ih, P) -> None:
-    """The arrays of `input_table_forward`. Raises: ValueError."""
+    """Check the arrays of `input_table_forward`. Raises: ValueError."""
     N, E = x.shape
     runtime.check("x", x, np.float32, (N, E))
     runtime.check("W_ih", W_ih, np.float32, (len(W_ih), E))
@@ -80,7 +80,7 @@ def check_input_table_forward(x, W_ih, b_ih, P) -> None:
 
 
 def check_input_table_backward(dP, x, W_ih, dx, dW_ih, db_ih) -> None:
-    """The arrays of `input_table_backward`. Raises: ValueError."""
+    """Check the arrays of `input_table_backward`. Raises: ValueError."""
     N, E = x.shape
     runtime.check("x", x, np.float32, (N, E))
     runtime.check("W_ih", W_ih, np.float32, (len(W_ih), E))
@@ -91,7 +91,7 @@ def check_input_table_backward(dP, x, W_ih, dx, dW_ih, db_ih) -> None:
 
 
 def check_sum_by_id(da_tb, di_n_tb, ids_tb, dP) -> None:
-    """The arrays of `sum_by_id`, but scratch. Raises: ValueError."""
+    """Check the arrays of `sum_by_id`, except scratch. Raises: ValueError."""
     (T, B, H), V = di_n_tb.shape, len(dP)
     runtime.check("da_tb", da_tb, np.float32, (T, B, 3 * H))
     runtime.check("di_n_tb", di_n_tb, np.float32, (T, B, H))
@@ -100,7 +100,7 @@ def check_sum_by_id(da_tb, di_n_tb, ids_tb, dP) -> None:
 
 
 def _digits(V: int) -> int:
-    """How many digits of 8 bits the ids below V have."""
+    """How many digits of 8 bits an id below V has, at least 1."""
     return max(ceil_div((V - 1).bit_length(), 8), 1)
 
 

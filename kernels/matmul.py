@@ -1,4 +1,4 @@
-"""Launchers of matmul.cu and matmul_multistage.cu: products of two matrices, and sums over the rows of one."""
+"""Launchers of matmul.cu and matmul_multistage.cu: products of two matrices, and sums over the rows of a matrix."""
 
 import numpy as np
 
@@ -22,7 +22,7 @@ SUM_THREADS, SUM_COLUMNS = 1024, 32  # of a block of column_sums
 
 
 def check_precision(precision: str) -> None:
-    """Raises: ValueError for an unknown precision."""
+    """Check a precision. Raises: ValueError for an unknown one."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
 
@@ -57,10 +57,10 @@ def matmul(A, B, C, *, transpose_a=False, transpose_b=False, bias=None, precisio
     """C = A B, with one operand transposed if asked for, plus a bias for each column.
 
     tf32 and bf16 round the operands, not the sums; in bf16 both operands may be given as bfloat16 bits. `variant` and
-    `tile`, its rows, are for tests and benchmarks. To transpose both operands, transpose B A.
+    `tile`, the rows of C that a block owns, are for tests and benchmarks. At most one operand may be transposed.
 
-    Shapes: A (M, K), or (K, M) if transposed; B (K, N), or (N, K); both float32, or uint16 in bf16; bias (N,); result
-    C (M, N).
+    Shapes: A (M, K), or (K, M) if transposed; B (K, N), or (N, K); both float32, or uint16 in bf16; bias (N,) float32;
+    result C (M, N) float32.
     Raises: ValueError.
     Equals: A @ B + bias
     """
@@ -71,9 +71,9 @@ def matmul(A, B, C, *, transpose_a=False, transpose_b=False, bias=None, precisio
     gpu, aligned = runtime.current_executor().gpu, _aligned(A) and _aligned(B)
     plan = product_plan(gpu, M, N, K, precision, dtype.itemsize, aligned, variant, tile)
     sizes = np.int32(M), np.int32(N)
-    # Small partial sums share one array.
+    # All products with few partial sums share one scratch array, of the size that every tiled product fits into.
     result = C if plan.splits == 1 else scratch("matmul", (max(plan.splits * M * N, SPLIT_BLOCKS * TILES[0]**2),))
-    add_bias, bias = bias is not None, C if bias is None else bias  # without a bias, any array does: it is not read
+    add_bias, bias = bias is not None, C if bias is None else bias  # without a bias, C stands in and is not read
     args = [result, A, B, bias, *sizes, np.int32(K), np.int32(plan.K_split), np.int32(add_bias and plan.splits == 1)]
     stem, constants_of = _SOURCES[plan.variant]
     runtime.launch(stem, f"{stem}_{layout}", plan.grid(M, N), TILE_THREADS, args,
@@ -85,7 +85,7 @@ def matmul(A, B, C, *, transpose_a=False, transpose_b=False, bias=None, precisio
 
 
 def check_matmul(A, B, C, transpose_a: bool, transpose_b: bool, bias, dtype=np.float32) -> tuple[int, int, int]:
-    """M, N and K of a product whose operands have that dtype. Raises: ValueError."""
+    """Check the arrays of `matmul`, its operands of `dtype`; returns M, N and K. Raises: ValueError."""
     if transpose_a and transpose_b:
         raise ValueError("transpose_a, transpose_b: expected at most one of them, got both")
     (M, N), K = C.shape, A.shape[0 if transpose_a else 1]
@@ -98,14 +98,14 @@ def check_matmul(A, B, C, transpose_a: bool, transpose_b: bool, bias, dtype=np.f
 
 
 def _aligned(array) -> bool:
-    """Whether rows can be copied by 16 bytes."""
+    """Whether every row starts at a multiple of 16 bytes, as asynchronous copies of 16 bytes need."""
     return runtime.address(array) % ALIGNMENT == 0 and array.shape[1] * array.itemsize % ALIGNMENT == 0
 
 
 def add_partial_sums(partial_sums, sums) -> None:
     """Sums over the first axis, in ascending order.
 
-    Shapes: partial_sums (splits, M, N) or (splits, N); result sums (M, N) or (N,).
+    Shapes: partial_sums (splits, M, N) or (splits, N); result sums (M, N) or (N,); all float32.
     Raises: ValueError.
     Equals: partial_sums.sum(axis=0)
     """
@@ -119,7 +119,7 @@ def add_partial_sums(partial_sums, sums) -> None:
 def column_sums(A, sums) -> None:
     """Sums over the rows of a matrix.
 
-    Shapes: A (M, N); result sums (N,).
+    Shapes: A (M, N); result sums (N,); all float32.
     Raises: ValueError.
     Equals: A.sum(axis=0)
     """
@@ -130,7 +130,7 @@ def column_sums(A, sums) -> None:
 
 
 def check_column_sums(A, sums) -> None:
-    """The arrays of `column_sums`. Raises: ValueError."""
+    """Check the arrays of `column_sums`. Raises: ValueError."""
     M, N = A.shape
     runtime.check("A", A, np.float32, (M, N))
     runtime.check("sums", sums, np.float32, (N,))

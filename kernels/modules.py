@@ -1,4 +1,4 @@
-"""All sources that there are to compile, and the constants that each is compiled with."""
+"""All modules: the .cu files, and the sets of constants that each of them is compiled with."""
 
 from collections.abc import Iterator
 
@@ -47,18 +47,19 @@ SIZES = ((64, 1024), (32, 256))  # rows and hidden units of README's two models
 
 
 def modules_for(architecture: str) -> Iterator[tuple[str, dict[str, int]]]:
-    """Stem and constants of every module that an architecture such as "sm_90" can run. Of the PLANNED ones, the modules
-    of the known GPUs of that architecture, for README's two models."""
+    """Stem and constants of every module that an architecture such as "sm_90" can run. A PLANNED file gives the modules
+    that the plans of README's two models choose on the known GPUs of this architecture."""
     capability = int(architecture.removeprefix("sm_"))
     yield from _planned(capability)
-    has_all = capability >= TENSOR_CORES_FROM
+    has_tf32 = capability >= TENSOR_CORES_FROM
     for stem, variants in MODULES.items():
         for constants in variants:
-            if has_all or (constants.get("PRECISION", 0) == PRECISIONS["fp32"] and stem != "matmul_multistage"):
+            if has_tf32 or (constants.get("PRECISION", 0) == PRECISIONS["fp32"] and stem != "matmul_multistage"):
                 yield stem, constants
 
 
 def _planned(capability: int) -> list[tuple[str, dict[str, int]]]:
+    """Stem and constants of the modules of the PLANNED files, each once."""
     found = []
     for gpu in GPUS.values():
         if gpu.capability != capability:

@@ -1,6 +1,6 @@
-"""Launchers of naive.cu: the ops of the training step, and drawing a character, as one thread per output does them.
+"""Launchers of naive.cu: the ops of the training step, and drawing a character, by one thread per output.
 
-Each takes the arguments of its fast twin, of the same name, and computes the same in fp32, the only precision.
+Each launcher takes the arguments of the fast op of the same name and computes the same in fp32, its only precision.
 """
 
 import types
@@ -23,7 +23,7 @@ THREADS = 256  # of a block
 
 
 def op_set() -> types.SimpleNamespace:
-    """The op set of the kernels in fp32, each op that has a naive twin replaced by it."""
+    """The op set of the kernels in fp32, with the naive ops in place of their fast twins."""
     return types.SimpleNamespace(**vars(kernels.op_set("fp32")) | {op.__name__: op for op in _OPS})
 
 
@@ -32,7 +32,7 @@ def matmul(A, B, C, *, transpose_a=False, transpose_b=False, bias=None, precisio
     _check_precision(precision)
     M, N, K = check_matmul(A, B, C, transpose_a, transpose_b, bias)
     strides_a, strides_b = (1, M) if transpose_a else (K, 1), (1, K) if transpose_b else (N, 1)  # of m, k; of k, n
-    add_bias, bias = bias is not None, C if bias is None else bias  # without a bias, any array does: it is not read
+    add_bias, bias = bias is not None, C if bias is None else bias  # without a bias, C stands in and is not read
     _launch("matmul", M * N, [C, A, B, bias, *map(np.int32, (M, N, K, *strides_a, *strides_b, add_bias))])
 
 

@@ -12,12 +12,13 @@ _arrays: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def scratch(op: str, shape: tuple[int, ...], dtype: Any = np.float32, zeros: bool = False) -> Any:
-    """The array of this op, shape and thread: made at the first call, alive and in place as long as the executor in
-    use, so that a captured CUDA graph may go on using it. Its content is undefined, or zeros when it is made.
+    """The array for an op, shape, dtype and thread: made at the first call and kept, at one address, as long as the
+    executor, so that a captured CUDA graph may go on using it. zeros: filled with zeros when it is made; else its
+    content is undefined.
 
-    Launches that share the array have to follow one another, on one stream, as the launches of a thread do. So a graph
-    that uses it is for the thread that captured it. A thread that starts after another's end may take over its arrays
-    with its number: there are as many sets of arrays as threads that ever ran at once.
+    Launches that share the array have to follow one another on one stream, as the launches of one thread do. So only
+    the thread that captured a graph may replay it. A new thread may get the number of a thread that has ended, and its
+    arrays with it: there are at most as many sets of arrays as threads that ever ran at once.
     """
     arrays = _arrays.setdefault(runtime.current_executor(), {})
     key = threading.get_ident(), op, shape, np.dtype(dtype)

@@ -2,12 +2,12 @@
 
 
 def ceil_div(n: int, divisor: int) -> int:
-    """The quotient, rounded up."""
+    """n / divisor, rounded up."""
     return -(-n // divisor)
 
 
 def round_up(n: int, multiple: int) -> int:
-    """The next multiple of a number, or the number itself."""
+    """The smallest multiple that is not below n."""
     return ceil_div(n, multiple) * multiple
 
 

@@ -1,6 +1,6 @@
 """Every variant of every op, in the order in which a training step runs the ops, then generation.
 
-The tables of README.md and of kernels/README.md are made of this one.
+The tables of README.md and kernels/README.md are made from VARIANTS.
 """
 
 from typing import NamedTuple
@@ -13,8 +13,9 @@ class Variant(NamedTuple):
     """A way to compute an op.
 
     files: the .cu files that hold its kernels, `kernels` their names; test: the file in tests/ that compares it with
-    the reference; benchmark, word: the recorded benchmark that shows that it has run on a GPU, and a word of the
-    candidate's name there ("": any of ours but the naive one).
+    the reference; text: how it works, for the tables; benchmark: the benchmark whose recorded results show that the
+    variant has run on a GPU; word: a word in the name of its candidate there ("" for every char-gru candidate but the
+    naive one).
     """
 
     op: str
@@ -30,7 +31,6 @@ class Variant(NamedTuple):
 
 _PRODUCTS = ("matmul_nn", "matmul_nt", "matmul_tn", "add_partial_sums")
 _SORT = ("count_digits", "scan_digits", "place_by_digit", "sum_by_id")
-
 
 
 def _naive(op: str, kernels: tuple[str, ...], test: str, text: str, benchmark: str) -> Variant:

@@ -1,6 +1,7 @@
 """Training text as batches: shuffled windows (the tutorial's way) or contiguous streams.
 
-The order is a pure function of (seed, epoch), so a run can resume inside an epoch from two numbers, on any device.
+The order of the windows is a pure function of (seed, epoch), so a run resumes inside an epoch, on any device, from two
+numbers: the epoch and the index of its next batch.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ from char_gru.rnn.config import UserError
 
 
 class Batch(NamedTuple):
-    """One batch, time-major. `inputs_tb` and `targets_tb` have shape (T, B), targets one character ahead."""
+    """One batch, time-major.
+
+    Shapes: inputs_tb (T, B), ids; targets_tb (T, B), the id that follows each input; dtype that of the text's ids.
+    """
 
     inputs_tb: np.ndarray
     targets_tb: np.ndarray
 
 
 class ShuffledWindows:
-    """Non-overlapping windows of T + 1 characters, shuffled anew in each epoch; the rest of the text is dropped.
+    """Non-overlapping windows of T + 1 characters, shuffled anew in each epoch; every batch starts from a zero state.
 
-    Every batch starts from a zero state.
+    Dropped are the characters after the last whole window and, in each epoch, the windows after the last whole batch.
+
+    Shapes: ids (N,), any integer dtype.
+    Raises: UserError for a text shorter than one batch.
     """
 
     def __init__(self, ids: np.ndarray, B: int, T: int, seed: int) -> None:
@@ -34,7 +41,7 @@ class ShuffledWindows:
         self._epoch, self._order = -1, np.empty(0, np.intp)
 
     def batch(self, epoch: int, index: int) -> Batch:
-        """Batch `index` of epoch `epoch`, both from 0."""
+        """Batch `index` of epoch `epoch`, both counted from 0."""
         if epoch != self._epoch:
             keys = np.random.Philox(key=[self._seed, 1 + epoch]).random_raw(len(self._windows))
             self._epoch, self._order = epoch, np.argsort(keys, kind="stable")
@@ -43,7 +50,11 @@ class ShuffledWindows:
 
 
 class ContiguousStreams:
-    """B equal streams: row b of a batch continues row b of the batch before it, and so does the state."""
+    """B equal streams: row b of a batch continues row b of the batch before it, so the state is carried on, too.
+
+    Shapes: ids (N,), any integer dtype.
+    Raises: UserError for a text shorter than one batch.
+    """
 
     def __init__(self, ids: np.ndarray, B: int, T: int) -> None:
         _check_length(ids, B * T + 1, B, T)
@@ -54,15 +65,18 @@ class ContiguousStreams:
         self._T = T
 
     def batch(self, epoch: int, index: int) -> Batch:
-        """Batch `index` of any epoch, from 0."""
+        """Batch `index`, counted from 0, which is the same in every epoch."""
         window = slice(index * self._T, (index + 1) * self._T)
         return Batch(self._inputs_bl[:, window].T, self._targets_bl[:, window].T)
 
 
 def validation_windows(ids: np.ndarray, B: int, T: int) -> list[Batch]:
-    """Validation text as B rows, each read from its start to its end in windows of T; the last may be shorter.
+    """Validation text as B rows, each read from its start to its end in windows of T; the last window may be
+    shorter.
 
     With n ids and L = (n - 1) // B, inputs are ids[:B*L] and targets ids[1:B*L+1], cut into B rows of L.
+
+    Raises: UserError for fewer than B + 1 ids.
     """
     length = (len(ids) - 1) // B
     if length < 1:

@@ -1,9 +1,8 @@
 """Checkpoints: one self-describing safetensors file, written atomically and verified when read.
 
 Parameters stand under PyTorch's names. One metadata key holds a JSON text with sizes, vocabulary, the progress of
-training (in a file that can be resumed) and a SHA-256 of the text and of every tensor, so that any change of them is
-noticed. A file without progress holds the parameters and nothing else, and loads strictly into a PyTorch
-module.
+training (in a file that can be resumed) and a SHA-256 of this text and of every tensor, so that a changed file is
+noticed. A file without progress holds only parameters, and loads strictly into a PyTorch module.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Resumable:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model at rest: params maps each name of `parameter_shapes` to a float32 array."""
+    """A model as a file holds it: params maps each name of `parameter_shapes` to a float32 array."""
 
     sizes: Sizes
     vocabulary: Vocabulary
@@ -51,7 +50,7 @@ class Checkpoint:
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint so that at any moment the path holds either the old file or the new one, whole.
 
-    Raises: OSError if it cannot be written; the old file then still stands.
+    Raises: OSError if the file cannot be written; the old file is then unchanged.
     """
     tensors = _tensors(checkpoint)
     description = {"format": FORMAT, "sizes": asdict(checkpoint.sizes),
@@ -93,10 +92,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def find_checkpoint(run: Path | None, runs: Path = Path("runs")) -> Path:
-    """The file to generate from: a checkpoint itself, or a run's best checkpoint, else its last; without a name, the
-    best or last checkpoint of the newest run.
+    """The checkpoint file to generate from.
 
-    Raises: UserError if there is none.
+    run: a checkpoint file; or the folder of a run, whose best checkpoint is taken, or the last one where there is no
+    best; None for the newest run in the folder `runs`.
+
+    Raises: UserError if there is no checkpoint.
     """
     folder = newest_run(runs) if run is None else run
     if not folder.is_dir():
@@ -108,9 +109,9 @@ def find_checkpoint(run: Path | None, runs: Path = Path("runs")) -> Path:
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:
-    """The run that was saved last.
+    """The folder of the run, among the runs in a folder, that was saved last.
 
-    Raises: UserError if there is none.
+    Raises: UserError if no run was saved there.
     """
     saved = list(runs.glob("*/last.safetensors"))
     if not saved:
@@ -121,7 +122,7 @@ def newest_run(runs: Path = Path("runs")) -> Path:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file's content, durably and all at once.
 
-    Raises: OSError; the old content then still stands.
+    Raises: OSError if the file cannot be written; its content is then unchanged.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -43,7 +43,7 @@ def train(arguments: Sequence[str] | None = None) -> int:
 
 
 def generate(arguments: Sequence[str] | None = None) -> int:
-    """`generate.py`: write text, or score one. Exit status 0, 2 for bad input, 130 after Ctrl-C."""
+    """`generate.py`: write texts, or score a text. Exit status 0, 2 for bad input, 130 after Ctrl-C."""
     def command() -> int:
         config = _parse(GenerateConfig, arguments, prog="generate.py")
         from char_gru.rnn.sampler import Generator, new_seed
@@ -69,7 +69,10 @@ def generate(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(config_type: type, arguments: Sequence[str] | None, prog: str, **options):
-    """Options from the command line; a mistake there becomes a UserError of one line."""
+    """The config that a command line gives.
+
+    Raises: UserError, one line, for a mistake in the command line.
+    """
     joined: list[str] = []
     for argument in sys.argv[1:] if arguments is None else arguments:
         if joined and joined[-1] in _TEXT_OPTIONS:
@@ -111,7 +114,7 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
             print(f"{prog}: the GPU failed: {error}; what was saved before still stands", file=sys.stderr)
         else:
             raise
-    except BrokenPipeError:  # the reader of stdout has seen enough
+    except BrokenPipeError:  # the reader of stdout has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -150,20 +153,19 @@ def _decoded(raw: bytes, source: str) -> str:
 
 
 def _print_texts(prompts: list[str], pieces: Iterator[list[str]]) -> int:
-    """Write all texts one after the other, the first one as it is made, with a line between two; the exit status.
-
-    Ctrl-C ends the texts where they are.
+    """Write all texts to stdout, a line of dashes between two: the first text piece by piece, as it is made, the other
+    texts at the end. Ctrl-C ends all texts where they are. Returns the exit status.
     """
-    status, others = 0, [[prompt] for prompt in prompts[1:]]
+    status, other_texts = 0, [[prompt] for prompt in prompts[1:]]
     _write(prompts[0])
     try:
-        for piece, *pieces_of_others in pieces:
-            for text, piece_of_other in zip(others, pieces_of_others):
-                text.append(piece_of_other)
-            _write(piece)  # where Ctrl-C is most likely to come
+        for first_piece, *other_pieces in pieces:
+            for text, piece in zip(other_texts, other_pieces):
+                text.append(piece)
+            _write(first_piece)  # last, since Ctrl-C most likely comes here
     except KeyboardInterrupt:
         status = 130
-    for text in others:
+    for text in other_texts:
         _write("\n" + "-" * 10 + "\n" + "".join(text))
     _write("\n")
     return status

@@ -112,25 +112,25 @@ class TrainConfig:
             raise UserError("--patience watches the validation loss; give --val-fraction above 0 as well")
 
     def saved(self) -> dict:
-        """The options that belong to a run, as JSON values: all but its folder, whether it was resumed, and how a GPU
-        launches its steps."""
+        """The options that belong to a run, as JSON values: all options but its folder, whether it was resumed, and
+        how a GPU launches its steps."""
         options = asdict(self)
         del options["out"], options["resume"], options["no_graph"]
         return options | {"data": list(self.data)}
 
     @staticmethod
-    def from_saved(options: dict, **others: object) -> TrainConfig:
-        """The inverse of `saved`; `others` gives the options that are not saved."""
+    def from_saved(options: dict, **unsaved: object) -> TrainConfig:
+        """The inverse of `saved`; `unsaved` gives the options that `saved` leaves out."""
         known = {field.name for field in fields(TrainConfig)}
         return TrainConfig(**{name: options[name] for name in options if name in known}
-                           | {"data": tuple(options["data"])} | others)
+                           | {"data": tuple(options["data"])} | unsaved)
 
 
 CHANGEABLE_ON_RESUME = frozenset({
     "epochs", "steps", "dropout", "learning_rate", "lr_schedule", "warmup_steps", "clip_norm",
     "patience", "save_every", "device", "precision",
 })
-"""Options that a resumed run may give anew; all others fix the parameters or the order of the text."""
+"""Options that a resumed run may change; every other option fixes the parameters or the order of the text."""
 
 
 @dataclass(frozen=True)
@@ -155,18 +155,18 @@ class GenerateConfig:
     top_p: float = 1.0
     """choose among the most likely characters that together have at least this probability"""
     min_p: float = 0.0
-    """choose among characters at least this times as likely as the most likely one"""
+    """choose among characters whose probability is at least this share of the largest one"""
     num_samples: int = 1
     """texts for each prompt"""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """end a text once this has been written; give it several times for several ends"""
+    """end a text once it contains this; give the option several times for several such strings"""
     seed: int | None = None
     """the same seed writes the same text (default: a new one, told on stderr)"""
     on_unknown: Literal["error", "skip", "unk"] = "error"
     """what to do with characters of a text that the model does not know"""
     score: Path | None = None
-    """write nothing, but tell how likely the model finds the text of this file, as one line of JSON on stdout: the
-    mean loss in nats per character, in bits, and the number of characters, all but the first"""
+    """write no text; print how likely the model finds the text of this file, as one line of JSON on stdout: the mean
+    loss in nats per character, the same in bits, and the number of characters scored, which are all but the first"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """where to compute; auto takes an NVIDIA GPU if there is one"""
 

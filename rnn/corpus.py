@@ -1,4 +1,4 @@
-"""Where text comes from: files, the Shakespeare download, and prose that every Python brings for work offline."""
+"""Where text comes from: files, a download of Shakespeare, and Python's own documentation, for work offline."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ class Corpus(NamedTuple):
 
 
 def load_corpus(data: tuple[str, ...], encoding: str = "utf-8") -> Corpus:
-    """The text that `--data` names; without a name Shakespeare, and offline Python's own documentation.
+    """The text that `--data` names; without a name, Shakespeare or, where its download fails, Python's documentation.
 
-    Raises: UserError for files that cannot be read or are empty, and for a download that fails when it was asked for.
+    Raises: UserError for a file that cannot be read or is empty, an unknown encoding, and a failed download if `data`
+    names shakespeare.
     """
     if data == ():
         try:
@@ -62,7 +63,7 @@ def _read(path: Path, encoding: str) -> str:
                         "--data takes files, shakespeare or python-docs") from None
     try:
         text = raw.decode(encoding)
-        text.encode()  # a few encodings give lone surrogates, which are no text
+        text.encode()  # a few encodings give lone surrogates, which UTF-8 cannot encode
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not {encoding}: byte {raw[error.start]:#04x} at offset {error.start}; "
                         "convert it, or name its encoding with --encoding") from None

@@ -4,12 +4,11 @@
 
 Axes: T time, B batch, V vocabulary, E embedding, H hidden units, R rows of generated text; gates lie r, z, n along 3H.
 All functions take float32 or float64 arrays (one dtype in a call) and write their results into arrays of the caller,
-made once per run: every op overwrites its outputs, none accumulates or allocates in a loop over time. Sums run in a
-fixed order, so equal inputs give equal bits.
+made once per run: every op overwrites its outputs. Sums run in a fixed order, so equal inputs give equal bits.
 
 Memory order: sequences have shape (T, B, n) here as everywhere, but `empty_activations` makes their last axis the
 outermost in memory. A time step is then a matrix of units by batch, the order in which BLAS multiplies it fastest,
-and all steps together are still one matrix of (T*B, n), as the large products want it.
+and all steps together are still one matrix of (T*B, n), as the products over all steps need it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ ADAM_CHUNK = 1 << 16
 """Elements that Adam updates at a time; its five arrays then stay in the cache."""
 
 MATRIX_VECTOR_ROWS = 8
-"""Up to this many rows of generated text, one matrix-vector product a row beats one matrix product."""
+"""Up to this many rows of generated text, a matrix-vector product for each row is faster than one matrix product."""
 
 PRODUCT_BLOCK = 3 << 18
 """Elements of W_hh that BLAS multiplies with a batch at a time: faster than a larger matrix in one piece."""
@@ -115,8 +114,9 @@ class GRUSaved(NamedTuple):
     """Results of one layer's forward pass that its backward pass reads, and buffers of both passes.
 
     h_tb (T+1, B, H): states, `h_tb[0]` the initial one; gates_tb (T, B, 3H): r, z, n; a_n_tb (T, B, H);
-    da_tb (T, B, 3H): gradients of a, written by the backward pass. The remaining arrays hold one time step: in them the
-    operands of a product lie together, which BLAS multiplies faster than a slice of the whole sequence.
+    da_tb (T, B, 3H): gradients of a, written by the backward pass. a_b and i_b (B, 3H), h_b and product_b (B, H) hold
+    one time step: BLAS multiplies these contiguous arrays faster than a slice of the whole sequence. W_hh_columns
+    (H, 3H): W_hh^T, a contiguous copy for the backward pass.
     """
 
     h_tb: np.ndarray
@@ -212,8 +212,8 @@ def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh
         di_r *= r
         di_r *= saved.a_n_tb[t]
         di_r *= di_n
-        # dP[ids] repeats a row of dP for each batch row with its id. All repetitions receive the same sum, so it does
-        # not matter which of them is written last.
+        # An id that several batch rows share selects its row of dP several times. All copies receive the same sum, so
+        # it does not matter which copy is written back last.
         ids = ids_tb[t]
         dP[ids] += (ids[:, None] == ids).astype(di.dtype) @ di
         di_n *= r
@@ -239,7 +239,7 @@ def _sigmoid(x) -> None:
 # Dropout between layers
 
 def dropout_forward(x_tb, rate, seed, layer, step, keep_tb, y_tb) -> None:
-    """Set a share `rate` of the elements to zero and scale the others by 1 / (1 - rate).
+    """Set a share `rate` of the elements to zero and scale the kept elements by 1 / (1 - rate).
 
     Element k of x_tb (counted along H, then B, then T) is kept if 32-bit word k of the Philox stream with key
     (seed, layer) and counter (0, step, 0, 0) is at least rate * 2^32: the same mask on every device.
@@ -264,7 +264,7 @@ def dropout_backward(dy_tb, rate, keep_tb, dx_tb) -> None:
 # Output layer and loss
 
 def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb) -> None:
-    """Output layer, softmax and mean cross-entropy, and its gradient with respect to the logits h W_out^T + b_out.
+    """Output layer, softmax and mean cross-entropy, and the gradient of this loss with respect to the logits.
 
     Shapes: h_tb (T, B, H); W_out (V, H); b_out (V,); targets_tb (T, B), integers in [0, V); results loss (1,), in nats
     per character, and dlogits_tb (T, B, V) = (softmax(logits) - onehot(target)) / (T*B).
@@ -348,13 +348,7 @@ def adam(params, grads, m, v, norm, step_size, clip_norm=0.0, beta_1=0.9, beta_2
 # Sampling
 
 def sample(logits, uniforms, ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> None:
-    """Draw one character per row by inverse CDF; `[UNK]`, id 0, is never drawn.
-
-    The logits are divided by the temperature (0 takes the most likely character, the first of several). Then three
-    filters follow each other: top_k keeps so many of the most likely characters (0: all; equally likely characters rank
-    in the order of their ids); top_p keeps the fewest most likely characters whose share in the kept ones reaches
-    top_p; min_p keeps the characters at least min_p times as likely as the most likely one. The character drawn is the
-    first whose cumulative share, in the order of ids, exceeds the row's uniform number.
+    """Draw one character per row by inverse CDF, by the rules of `rnn.reference.sample`; `[UNK]`, id 0, is never drawn.
 
     Shapes: logits (R, V); uniforms (R,), in [0, 1); result ids (R,), int32.
     """
@@ -363,6 +357,7 @@ def sample(logits, uniforms, ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0
 
 
 def _draw(logits, uniforms, ids, temperature, top_k, top_p, min_p) -> None:
+    """`sample` for a caller that ignores overflow."""
     known = logits[:, 1:]
     divisor = known.dtype.type(temperature)
     if divisor == 0:
@@ -383,15 +378,15 @@ def _draw(logits, uniforms, ids, temperature, top_k, top_p, min_p) -> None:
     if min_p:
         p[p < min_p] = 0  # the most likely character has p = 1
     cumulative = np.add.accumulate(p, axis=1)
-    # A uniform number below 1 times the total rounds to less than the total, so some character does exceed it.
+    # A uniform number below 1 times the total rounds to less than the total, so the last cumulative sum exceeds it.
     np.add((cumulative > uniforms[:, None] * cumulative[:, -1:]).argmax(axis=1), 1, out=ids)
 
 
 class GenerationSaved(NamedTuple):
-    """Buffers of `generate`: i_r and a_r (R, 3H), gate_r (R, H), logits_r (R, V)."""
+    """Buffers of `generate` for one step: both products (R, 3H); gate_r (R, H), r times a_n; logits_r (R, V)."""
 
-    i_r: np.ndarray
-    a_r: np.ndarray
+    input_products_r: np.ndarray
+    recurrent_products_r: np.ndarray
     gate_r: np.ndarray
     logits_r: np.ndarray
 
@@ -404,7 +399,7 @@ def generation_saved(R: int, H: int, V: int, dtype=np.float32) -> GenerationSave
 
 def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: GenerationSaved,
              temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> None:
-    """Read and write R rows of text, one character per row and step.
+    """Read and write R rows of text, one character per row and step, in place.
 
     Each step reads the last character of each row, moves the states on and yields the next character: the forced one
     where forced_tr is not negative (prompts are read this way), else one drawn as `sample` says.
@@ -445,7 +440,10 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
 
 
 def _gru_step(i, a, h, gate) -> None:
-    """One step of the recurrence for R rows, in place in h; i and a are overwritten."""
+    """One step of the recurrence for R rows.
+
+    Shapes: i, a (R, 3H), input and recurrent products, overwritten; h (R, H), updated in place; gate (R, H), a buffer.
+    """
     H = h.shape[1]
     rz, n = i[:, :2 * H], i[:, 2 * H:]
     rz += a[:, :2 * H]
@@ -459,6 +457,7 @@ def _gru_step(i, a, h, gate) -> None:
 
 
 def _columns_outermost(x) -> np.ndarray:
+    """A copy of a matrix whose columns are outermost in memory."""
     copied = empty_activations(x.shape, x.dtype)
     copied[...] = x
     return copied

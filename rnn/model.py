@@ -23,7 +23,9 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
 
 
 class _Layer(NamedTuple):
-    """Buffers of one GRU layer: its input table, the arrays that both its passes use, and the dropout of its output."""
+    """Buffers of one GRU layer: P (V, 3H), above layer 0 (T*B, 3H), its input table; saved, the arrays of its forward
+    and backward pass; keep_tb and dropped_tb (T, B, H), mask and output of the dropout behind it, or None.
+    """
 
     P: object
     saved: object
@@ -38,9 +40,11 @@ class LanguageModel:
     `state` may be read and written between steps, the arrays in place with `ops.copy_in`.
 
     Arguments: sizes; T, B, the window; flat_params (flat_size,) float, initial values in the layout of `rnn.params`
-    (default: drawn from `seed`); dropout between layers; clip_norm, the largest global norm of a gradient (0: any);
-    carry_state, whether a step starts from the state in which the step before ended; ops, the op set; graph, whether
-    a GPU records a step's launches once and replays them as one CUDA graph, with the same results.
+    (default: drawn from `seed`); dropout, the share of activations dropped between layers; clip_norm, the largest
+    global norm of a gradient (0: any); carry_state, whether a step starts from the state in which the step before
+    ended; seed, of initial values and dropout; dtype, of all floating arrays (the kernels take float32 only); ops, the
+    op set; graph, whether a GPU records a step's launches once and replays them as one CUDA graph, with the same
+    results.
     """
 
     def __init__(self, sizes: Sizes, T: int, B: int, flat_params: np.ndarray | None = None, *, dropout: float = 0.0,
@@ -119,7 +123,7 @@ class LanguageModel:
     def evaluate(self, windows: Iterable[Batch]) -> float:
         """Mean loss in nats per character over consecutive windows, read from a zero state without dropout.
 
-        Shapes: each window up to (T, B), B the same in all.
+        Shapes: each window up to (T, B), with the same B in every window.
         """
         state, total, count = self._evaluation_state, 0.0, 0
         self.ops.copy(state, self._zero_state)

@@ -1,8 +1,8 @@
 """One table `name -> shape` from which sizes, offsets, initial values and checkpoint entries all follow.
 
 All parameters lie in one flat float32 buffer; gradients and Adam's moments are buffers of the same layout, so that
-the global norm and the update are one pass each. Names are those of the formulas (`W_hh`), with the layer's number
-behind a dot (`W_hh.0`); `checkpoint_name` gives PyTorch's.
+the global norm and the update are one pass each. A parameter is named by its symbol in the formulas and its layer
+(`W_hh.0`); `checkpoint_name` gives its name in PyTorch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from char_gru.rnn.config import Sizes
 
 ALIGNMENT = 64
-"""Every parameter starts at a multiple of this many elements (256 bytes of float32), as wide GPU loads want."""
+"""Every parameter starts at a multiple of this many elements (256 bytes of float32), to align wide GPU loads."""
 
 _CHECKPOINT_NAMES = {
     "W_emb": "embedding.weight",
@@ -72,7 +72,7 @@ def named_views(flat, sizes: Sizes) -> dict:
 
 
 def initial_parameters(sizes: Sizes, init: str, seed: int) -> np.ndarray:
-    """A flat float32 buffer with initial values, a pure function of its arguments.
+    """A flat float32 buffer (flat_size,) with initial values, a pure function of the arguments.
 
     init `keras`: embeddings uniform(-0.05, 0.05), `W_ih` and `W_out` Glorot uniform, `W_hh` with orthonormal columns,
     biases zero (the tutorial's). init `pytorch`: embeddings normal(0, 1), all else uniform(-1/sqrt(H), 1/sqrt(H)).

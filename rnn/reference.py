@@ -78,7 +78,7 @@ def gru_cell(i, h, W_hh, b_hh, precision="fp32"):
 
 
 def gru_cell_backward(dh_new, h, gates, a_n, W_hh, precision="fp32"):
-    """Gradients of `gru_cell`, from dh_new, the gradient of its new h.
+    """Gradients of `gru_cell`, from dh_new, the gradient of the new h.
 
     Shapes: dh_new, h, a_n (B, H); gates (B, 3H); W_hh (3H, H); results di (B, 3H), da (B, 3H), dh (B, H).
     """
@@ -126,7 +126,7 @@ def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved, N, precision="fp32"):
 
 
 def dropout_forward(x_tb, rate, seed, layer, step):
-    """Set a share `rate` of the elements to zero and scale the others by 1 / (1 - rate).
+    """Set a share `rate` of the elements to zero and scale the kept elements by 1 / (1 - rate).
 
     Element k of x_tb (counted along H, then B, then T) is kept if 32-bit word k of the Philox stream with key
     (seed, layer) and counter (0, step, 0, 0) is at least rate * 2^32: the same mask on every device.
@@ -148,7 +148,7 @@ def dropout_backward(dy_tb, rate, keep_tb):
 
 
 def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, precision="fp32"):
-    """Output layer, softmax and mean cross-entropy, and its gradient with respect to the logits h W_out^T + b_out.
+    """Output layer, softmax and mean cross-entropy, and the gradient of this loss with respect to the logits.
 
     Shapes: h_tb (T, B, H); W_out (V, H); b_out (V,); targets_tb (T, B), integers in [0, V); results loss, a number, in
     nats per character, and dlogits_tb (T, B, V) = (softmax(logits) - onehot(target)) / (T*B).
@@ -199,16 +199,21 @@ def adam(params, grads, m, v, norm, step_size, clip_norm=0.0, beta_1=0.9, beta_2
 def sample(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """Draw one character per row by inverse CDF; `[UNK]`, id 0, is never drawn.
 
-    The logits are divided by the temperature (0 takes the most likely character, the first of several). Then three
-    filters follow each other: top_k keeps so many of the most likely characters (0: all; equally likely characters rank
-    in the order of their ids); top_p keeps the fewest most likely characters whose share in the kept ones reaches
-    top_p; min_p keeps the characters at least min_p times as likely as the most likely one. The character drawn is the
-    first whose cumulative share, in the order of ids, exceeds the row's uniform number.
+    The logits are divided by the temperature; temperature 0 takes the most likely character, of equally likely ones the
+    one with the smallest id. Then three filters run in this order:
+
+        top_k    keeps the top_k most likely characters (0: all); equally likely characters rank in the order of ids
+        top_p    of the characters kept so far, keeps the fewest most likely ones that together hold at least the share
+                 top_p of the kept probability
+        min_p    of these, keeps the characters at least min_p times as likely as the most likely character
+
+    The character drawn is the first whose cumulative share of the kept probability, in the order of ids, exceeds the
+    row's uniform number.
 
     Shapes: logits (R, V); uniforms (R,), in [0, 1); result ids (R,), int32.
     """
     known = logits[:, 1:]
-    with np.errstate(over="ignore"):  # in float32 a temperature may be infinite, and a character infinitely unlikely
+    with np.errstate(over="ignore"):  # float32 overflows at a huge temperature, and in a division by a tiny one
         temperature = logits.dtype.type(temperature)
         if temperature == 0:
             return (1 + known.argmax(axis=1)).astype(np.int32)
@@ -223,7 +228,7 @@ def sample(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         ranked = np.where(before < top_p * reached[:, -1:], ranked, 0)
     p = np.take_along_axis(ranked, np.argsort(order, axis=1), axis=1)  # in the order of ids again
     cumulative = np.cumsum(np.where(p >= min_p, p, 0), axis=1)  # the most likely character has p = 1
-    # A uniform number below 1 times the total rounds to less than the total, so some character does exceed it.
+    # A uniform number below 1 times the total rounds to less than the total, so the last cumulative sum exceeds it.
     return (1 + (cumulative > uniforms[:, None] * cumulative[:, -1:]).argmax(axis=1)).astype(np.int32)
 
 

@@ -23,13 +23,14 @@ FIRST_CHUNK, LARGEST_CHUNK = 8, 1024
 """Steps that are launched together: few at first, so that text appears at once, then twice as many each time."""
 
 CHUNK_NUMBERS = 1 << 18
-"""The most steps times rows of a chunk larger than the first; more would not be copied beside the computing."""
+"""The most uniform numbers, steps times rows, of a chunk after the first: `kernels.arrays` does not copy larger arrays
+while the GPU computes."""
 
 PAUSE_SECONDS = 0.05
-"""Chunks that take longer than this grow no more: a reader would see the text come in bursts."""
+"""A chunk that takes longer than this is not followed by a larger one: a reader would see the text come in bursts."""
 
 SCORE_WINDOW = 512
-"""Characters of a text to score that are in memory together with all that the model computes of them."""
+"""Characters scored at a time: the model keeps states, gates and logits of one such window in memory."""
 
 
 class Score(NamedTuple):
@@ -55,12 +56,12 @@ class Generator:
 
     @staticmethod
     def load(run: Path | str | None = None, device: str = "auto", seed: int = 0) -> Generator:
-        """The model of a run's folder or of a checkpoint file; without a name, of the newest run under runs/.
+        """The model of a run's folder or of a checkpoint file; with None, of the newest run under runs/.
 
-        Raises: UserError if there is none or it cannot be used.
+        Raises: UserError if there is no checkpoint, if it cannot be used, or if the machine lacks the device.
         """
         checkpoint = load_checkpoint(find_checkpoint(None if run is None else Path(run)))
-        ops = op_set(device, "fp32")  # writing computes in nothing else, and its input table should not either
+        ops = op_set(device, "fp32")  # as text is written in fp32, the input table must not be rounded
         params = {}
         for name, array in checkpoint.params.items():
             params[name] = ops.empty(array.shape, array.dtype)
@@ -77,8 +78,10 @@ class Generator:
              min_p: float = 0.0) -> tuple[list[str], object]:
         """Read one character per row and draw the next ones: (next characters, new state).
 
-        state: what the last call returned, or None before the first; it is not changed. Unknown characters are read
-        as `[UNK]`.
+        state (layers, rows, H): the state that the last call returned, or None for a zero state; it is not changed.
+        Unknown characters are read as `[UNK]`.
+
+        Raises: UserError for options out of range, and for an entry of `chars` that is not one character.
         """
         check_sampling(temperature, top_k, top_p, min_p)
         if not chars or any(len(char) != 1 for char in chars):
@@ -93,7 +96,10 @@ class Generator:
         return list(self.vocabulary.decode(texts.launch(1)()[0])), new_state
 
     def generate(self, prompts: Sequence[str] = ("",), length: int = 1000, **options) -> list[str]:
-        """Texts that continue the prompts, without the prompts; options as for `stream`, but text without end."""
+        """Texts that continue the prompts, without the prompts; options: those of `stream`.
+
+        Raises: UserError as `stream`, and for texts without an end: length 0 and no `stop`.
+        """
         if length == 0 and not options.get("stop"):
             raise UserError("generate needs a length or a stop string; stream writes without end")
         pieces = list(self.stream(prompts, length, **options))
@@ -104,10 +110,10 @@ class Generator:
                on_unknown: str = "error") -> Iterator[list[str]]:
         """Continue all prompts together, piece by piece: each item has the next few characters of every text.
 
-        A text ends after `length` characters (0: never) or with the first string of `stop` that it comes to hold (the
-        string is kept). An empty prompt starts at the beginning of a line. The k-th character of row b is drawn with
-        uniform number (k, b) of the Philox stream of the seed, so the same seed writes the same texts, in pieces of
-        whatever length. While a piece is in the caller's hands, a GPU writes the next.
+        A text ends after `length` characters (0: never), or as soon as it contains a string of `stop`, which is kept.
+        An empty prompt starts at the beginning of a line. The k-th character of row b is drawn with uniform number
+        (k, b) of the Philox stream of the seed, so the same seed writes the same texts, however they are cut into
+        pieces. While the caller works on a piece, a GPU writes the next one.
 
         Raises: UserError for unknown characters in a prompt (unless on_unknown is skip or unk) and for options out of
         range.
@@ -119,9 +125,9 @@ class Generator:
                             {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p})
 
     def score(self, text: str, on_unknown: str = "error") -> Score:
-        """How likely the model finds each character of a text after all those before it, from a zero state on.
+        """How likely the model finds each character of a text given all characters before it, from a zero state on.
 
-        The first character has none before it and is not scored. Unknown characters are refused, left out (`skip`), or
+        The first character is not scored. Unknown characters are refused, left out (`skip`), or
         read, and scored, as `[UNK]` (`unk`).
 
         Raises: UserError for unknown characters, and for a text with fewer than two known ones.
@@ -137,6 +143,9 @@ class Generator:
 
     def _pieces(self, ids_of_rows: list[np.ndarray], length: int, stop: Sequence[str], seed: int,
                 options: dict) -> Iterator[list[str]]:
+        """Decode chunk after chunk, and end each row's text at its length or at a stop string. A stop string may begin
+        in an earlier piece, so `tails` keeps the last characters of each row.
+        """
         rows = len(ids_of_rows)
         largest = max(FIRST_CHUNK, min(LARGEST_CHUNK, CHUNK_NUMBERS // rows))
         texts = _Texts(self, self.zero_state(rows), ids_of_rows, _uniform_source(seed), largest, options)
@@ -168,7 +177,7 @@ class Generator:
 
 def _chunks(texts: _Texts, length: int, largest: int) -> Iterator[tuple[int, np.ndarray]]:
     """Launch chunk after chunk; each item is the number of a chunk's first step and its ids (T, R), read when the next
-    chunk has been launched. Chunks of nothing but prompts are launched and left out."""
+    chunk has been launched. Chunks in which every row still reads its prompt are launched, but are no items."""
     start, first_drawn, end = 0, texts.prompt_steps.min(), texts.prompt_steps.max() + length
     unread: list[Callable] = []
     while start < first_drawn:  # nothing is drawn, so ids are read only to stay no more than two chunks ahead
@@ -192,9 +201,10 @@ def _chunks(texts: _Texts, length: int, largest: int) -> Iterator[tuple[int, np.
 
 
 class _Texts:
-    """Rows of text in the making: state, prompts, uniform numbers, and room on the device for chunks of up to `steps`.
+    """Rows of text in the making: state, prompts, uniform numbers, and device arrays for chunks of up to `steps` steps.
 
-    prompt_steps (R,): the steps in which each row reads its prompt, all but its first character.
+    prompt_steps (R,): how many steps each row reads its prompt for: one for each character but the first, which the
+    first step starts from.
     """
 
     def __init__(self, generator: Generator, state, ids_of_rows: Sequence[np.ndarray], rng: np.random.Generator,
@@ -203,11 +213,11 @@ class _Texts:
         ops, sizes, rows = generator._ops, generator.sizes, len(ids_of_rows)
         self.prompt_steps = np.array([len(ids) - 1 for ids in ids_of_rows])
         longest = self.prompt_steps.max()
-        self._prompts_tr = np.full((longest, rows), -1, np.int32)  # from the next step on
+        self._prompts_tr = np.full((longest, rows), -1, np.int32)  # row 0 is for the next step
         for row, ids in enumerate(ids_of_rows):
             self._prompts_tr[:len(ids) - 1, row] = ids[1:]
-        # Row k of the numbers is for character k - longest of every text, counted from the next step on. Where that is
-        # negative, the character is one of a prompt, and its number is never used.
+        # At the start, row k of the uniform numbers is for drawn character k - longest of every text; the rows before
+        # `longest` meet steps that read a prompt, and are never used. A launch of T steps drops the first T rows.
         self._numbers, self._delays = np.zeros((longest, rows), np.float32), longest - self.prompt_steps
         self._ids = ops.empty((rows,), np.int32)
         ops.copy_in(self._ids, np.array([ids[0] for ids in ids_of_rows]))
@@ -233,7 +243,7 @@ class _Texts:
 
 
 def new_seed() -> int:
-    """A seed to draw with when none was asked for, short enough to type again."""
+    """A random seed, short enough to type again."""
     return secrets.randbits(32)
 
 
@@ -242,5 +252,6 @@ def _uniform_source(seed: int) -> np.random.Generator:
 
 
 def _end_of_first(stop: Sequence[str], text: str) -> int | None:
+    """The offset at which the stop string that ends first in a text ends; None where the text contains none."""
     ends = [text.index(wanted) + len(wanted) for wanted in stop if wanted in text]
     return min(ends, default=None)

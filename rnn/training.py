@@ -40,14 +40,14 @@ from char_gru.rnn.vocabulary import Vocabulary
 SAVE_SECONDS = 300
 """Inside an epoch, the longest time between two checkpoints."""
 
-FLOOR = 0.1
+LOWEST_RATE = 0.1
 """Learning rate at the end of the cosine schedule, as a share of its peak."""
 
 SAMPLE_LENGTH, SAMPLE_TEMPERATURE = 200, 0.8
 
 
 class Diverged(Exception):
-    """The loss, a gradient or a parameter is no longer finite. The last good checkpoint still stands."""
+    """The loss, a gradient or a parameter is no longer finite. The last good checkpoint is kept."""
 
 
 @dataclass
@@ -75,13 +75,16 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     if config.lr_schedule == "constant":
         return config.learning_rate
     share = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    return config.learning_rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+    return config.learning_rate * (
+        LOWEST_RATE + (1 - LOWEST_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
 
 
 def resumable_run(out: Path | None) -> tuple[TrainConfig, Checkpoint]:
     """The options of the run to resume, its folder among them, and its last checkpoint.
 
-    Raises: UserError if there is none.
+    out: the folder of the run; None for the newest run under runs/.
+
+    Raises: UserError if there is no run to resume.
     """
     folder = newest_run() if out is None else out
     if not (folder / "last.safetensors").exists():
@@ -146,7 +149,7 @@ class Run:
             _make_folder(self.folder)
 
     def train(self) -> int:
-        """Run to the end, or to a signal; the exit status."""
+        """Train to the end, or to a signal; returns the exit status."""
         self._describe()
         previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -166,8 +169,8 @@ class Run:
         if not self.config.resume:
             self._save()
         else:
-            self._cut("metrics.jsonl", self.progress.metrics_bytes)
-            self._cut("samples.txt", self.progress.samples_bytes)
+            self._truncate("metrics.jsonl", self.progress.metrics_bytes)
+            self._truncate("samples.txt", self.progress.samples_bytes)
         with np.errstate(all="ignore"):  # a loss that is not finite is reported once, by this loop
             while not self._finished() and self._signal is None:
                 self._train_epoch()
@@ -208,11 +211,15 @@ class Run:
                                        learning_rate(self.config, progress.step, self.total_steps))
         progress.step += 1
         progress.batch += 1
-        self._settle()  # of the step before: reading the loss of this step would wait until the device has computed it
+        # Of the step before: reading this step's loss would wait until the device has computed it.
+        self._record_unread_loss()
         self._unread = (progress.step, result)
 
-    def _settle(self) -> None:
-        """Read and record the loss of the last step, unless it has been read."""
+    def _record_unread_loss(self) -> None:
+        """Read and record the loss of the last step that was launched, if it is still unread.
+
+        Raises: Diverged if the loss or the gradient's norm is not finite.
+        """
         if self._unread is None:
             return
         (step, result), self._unread = self._unread, None
@@ -224,7 +231,7 @@ class Run:
         self._write_metrics({"step": step, "epoch": self.progress.epoch + 1, "loss": self._loss})
 
     def _end_epoch(self) -> None:
-        self._settle()
+        self._record_unread_loss()
         progress = self.progress
         train_loss = progress.loss_sum / self.batches.batches_per_epoch
         val_loss = self.model.evaluate(self.val_windows) if self.val_windows else None
@@ -245,7 +252,7 @@ class Run:
         if self.config.save_every and epoch % self.config.save_every == 0:
             save_checkpoint(self.folder / f"epoch-{epoch:04d}.safetensors", self._checkpoint(resumable=False))
         progress.epoch, progress.batch, progress.loss_sum = epoch, 0, 0.0
-        self._draw()
+        self._plot_losses()
 
     def _write_sample(self, epoch: int) -> None:
         generator = Generator(self.sizes, self.vocabulary, self.model.params, self.model.ops)
@@ -264,14 +271,14 @@ class Run:
         with open(self.folder / name, "ab") as file:
             return file.write(text.encode())
 
-    def _cut(self, name: str, size: int) -> None:
-        """Cut off the lines that were written after the checkpoint from which the run resumes."""
+    def _truncate(self, name: str, size: int) -> None:
+        """Cut off the lines of a file that were written after the checkpoint from which the run resumes."""
         path = self.folder / name
         if path.exists() and path.stat().st_size > size:
             os.truncate(path, size)
 
     def _save(self) -> None:
-        self._settle()
+        self._record_unread_loss()
         self._check_finite()
         save_checkpoint(self.folder / "last.safetensors", self._checkpoint(resumable=True))
         config = json.dumps(self.config.saved(), indent=2) + "\n"
@@ -317,7 +324,7 @@ class Run:
         _say(f"{parameter_count(self.sizes):,} parameters, {self.batches.batches_per_epoch:,} steps per epoch; "
              f"loss {trained} {loss:.4f}, of a uniform guess ln {self.sizes.V} = {math.log(self.sizes.V):.4f}")
 
-    def _draw(self) -> None:
+    def _plot_losses(self) -> None:
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot
@@ -337,7 +344,7 @@ class Run:
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
 
 
 def _check_same_run(config: TrainConfig, before: TrainConfig) -> None:

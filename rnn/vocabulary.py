@@ -58,9 +58,10 @@ class Vocabulary:
         return ids
 
     def encode_prompt(self, text: str, on_unknown: str = "error") -> np.ndarray:
-        """Ids of a text to read; `on_unknown` says what becomes of unknown characters: `error`, `skip` or `unk`.
+        """Ids (N,) of a text to read. on_unknown: whether unknown characters are refused (`error`), left out (`skip`),
+        or read as `[UNK]` (`unk`).
 
-        Raises: UserError that shows the unknown characters, with `error`.
+        Raises: UserError that shows the unknown characters, if they are refused.
         """
         ids = self.encode(text)
         if on_unknown == "error" and (ids == 0).any():

@@ -50,7 +50,7 @@ class Cut(NamedTuple):
         row_tiles = ceil_div(ceil_div(self.B, self.rows), self.groups)
         return plan._replace(
             variant="persistent", groups=self.groups, blocks=ceil_div(self.H, units), splits=splits, rows=self.rows,
-            row_tiles=row_tiles, units=units, columns=round_up(plan.gates * units, 8),
+            row_tiles=row_tiles, units=units, columns=round_up(plan.unit_columns * units, 8),
             k_steps=steps_of(plan.K, splits, plan.precision),
             register_steps=self.register_steps if plan.precision != "fp32" else 0)
 

@@ -37,13 +37,13 @@ def assert_fits(plan: RecurrencePlan, gpu: GPU) -> None:
     """The limits of the GPU, with everything a block holds counted again."""
     assert 1 <= plan.grid == plan.groups * plan.blocks * plan.splits <= gpu.multiprocessors
     assert plan.units >= 2 and plan.units % 2 == 0
-    assert plan.columns % 8 == 0 and 0 <= plan.columns - plan.gates * plan.units < 8
-    assert plan.rows in (16, 32, 64) and plan.splits in ((1,) if plan.gates == 3 else (1, 2, 4, 8))
+    assert plan.columns % 8 == 0 and 0 <= plan.columns - plan.unit_columns * plan.units < 8
+    assert plan.rows in (16, 32, 64) and plan.splits in ((1,) if plan.unit_columns == 3 else (1, 2, 4, 8))
 
     assert 0 <= plan.register_steps <= plan.k_steps
     assert plan.precision != "fp32" or plan.register_steps == 0
     accumulators = plan.rows // 16 * (plan.columns // 8) * 4
-    finished = ceil_div(plan.rows * plan.finished_units, 256) * (8 if plan.gates == 3 else 12)
+    finished = ceil_div(plan.rows * plan.finished_units, 256) * (8 if plan.unit_columns == 3 else 12)
     operands = 48 if plan.rows == 64 else 32
     if plan.precision == "fp32":
         operands = 2 * plan.rows * (1 if plan.rows * plan.columns > 1024 or plan.rows == 64 else 2)
@@ -53,7 +53,7 @@ def assert_fits(plan: RecurrencePlan, gpu: GPU) -> None:
     weights = (plan.k_steps - plan.register_steps + plan.fused_output_steps) * 8 * plan.columns * 8 * 4
     reduction = 4 * plan.rows * (plan.columns + (8 if plan.columns % 16 == 0 else 0)) * 4
     by_row = plan.rows + (plan.V_in if plan.sums_on_chip else 0)
-    gradients = by_row * 3 * plan.finished_units * 4 + plan.rows * 4 if plan.gates == 1 else 0
+    gradients = by_row * 3 * plan.finished_units * 4 + plan.rows * 4 if plan.unit_columns == 1 else 0
     assert weights + reduction + gradients == plan.shared_bytes <= gpu.shared_bytes
 
 

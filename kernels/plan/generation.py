@@ -6,7 +6,7 @@
     batched               one launch, for one layer and many rows, on tensor cores (generate_batched.cu)
 
 Each variant has a section below: its plans, the dynamic shared memory of its kernel, and the cycles of a multiprocessor
-that a character of every row takes, by the rates and latencies of plan/recurrence.py. They rank the plans, and no more.
+that a character of every row takes, by the rates and latencies of plan/recurrence.py. Cycles serve to rank the plans.
 """
 
 import functools
@@ -39,20 +39,20 @@ PERSISTENT = ("persistent", "persistent-all-draw")  # in the order in which gene
 
 GATES = 3  # of a unit
 STATIC_SHARED_BYTES = 96  # of a block, for drawing
-DRAW_CYCLES = 1100  # two maxima and a scan among the threads of a block, all latency; more with top-k or top-p
+DRAW_CYCLES = 1100  # of latency: two maxima and a scan among the threads of a block; more with top-k or top-p
 LITTLE_L2 = (75, 86)  # compute capabilities, times ten, with up to 6 MB of L2: larger weights come from memory
 
-MAX_ROWS = 8  # that a warp multiplies its weights with in fp32; more do not fit into registers
-CHUNK = 128  # k of a stage of the ring
-STAGES = (8, 4, 2)
+MAX_ROWS = 8  # of states that a warp multiplies its weights with in fp32; more do not fit into registers
+CHUNK = 128  # elements of k in a stage of the ring of state buffers
+STAGES = (8, 4, 2)  # of the ring
 TILE_UNITS = (1, 2, 4)  # of a warp's tile, which is GATES times as many rows of a matrix
 STAGE_LATENCY, L2_LATENCY = 130, 300  # cycles: of a stage of the ring, and of weights that come through L2
 
 PRECISION_3XTF32 = 3  # as precision numbers go in the kernels
-TILE_ROWS = (16, 32)  # of a tile, batched; with more, sums take the registers of weights
-FEWEST_ROWS = 9  # of text, batched; below, half of a fragment's rows would idle
-LOGIT_ROWS = 8  # of which a thread sums one logit, batched
-REGISTERS_3XTF32 = {16: 68, 32: 76}  # of a thread, by the rows of a tile, as seen: hi and lo, a step's sums
+TILE_ROWS = (16, 32)  # batched: of a tile; with more rows, sums take the registers of weights
+FEWEST_ROWS = 9  # batched: of text; with fewer, half of the rows of a fragment would be empty
+LOGIT_ROWS = 8  # batched: rows for which a thread sums one logit each
+REGISTERS_3XTF32 = {16: 68, 32: 76}  # of a thread, by rows of a tile, as compiled: high and low parts, sums of a step
 
 
 class GenerationPlan(NamedTuple):
@@ -61,11 +61,11 @@ class GenerationPlan(NamedTuple):
     variant: str
     reason: str
     constants: dict[str, int]
-    groups: int = 0  # of rows, that do not wait for each other
-    group_rows: int = 0
+    groups: int = 0  # of blocks; a group owns some of the rows, and no group waits for another
+    group_rows: int = 0  # rows of a group
     blocks: int = 0  # of a group
     units: int = 0  # of a block, in every layer
-    stage_rows: int = 0  # persistent
+    stage_rows: int = 0  # persistent: rows of states in a stage of the ring
     shared_bytes: int = 0
     off_chip: int = 0  # persistent: columns of W_hh and W_ih that are read through L2 in every step
 
@@ -76,9 +76,9 @@ class GenerationPlan(NamedTuple):
 
 def generation_plan(gpu: GPU, R: int, V: int, H: int, layers: int, weights: str = "fp32",
                     variant: str | None = None) -> GenerationPlan:
-    """The quickest of `generation_plans`, or that of a variant.
+    """The quickest of `generation_plans`, or the plan of a variant.
 
-    Raises: ValueError for a variant that is not among them.
+    Raises: ValueError for a variant that none of the plans has.
     """
     plans = generation_plans(gpu, R, V, H, layers, weights)
     for plan in plans:
@@ -109,28 +109,28 @@ def generation_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
 
 
 def constants(R: int, weights: str = "fp32") -> dict[str, int]:
-    """The constants of generate.cu; generate_persistent.cu, for groups of R rows, has some more."""
+    """The constants of generate.cu for R rows; generate_persistent.cu has these, for groups of R rows, and more."""
     return {"ROWS": tile_rows(R), "BF16": int(weights == "bf16")}
 
 
 def tile_rows(R: int) -> int:
-    """The power of two that is enough for R rows, up to MAX_ROWS."""
+    """The smallest power of two that is not below R, but at most MAX_ROWS."""
     return min(1 << (R - 1).bit_length(), MAX_ROWS)
 
 
 def padded_width(H: int) -> int:
-    """Units of a layer, padded so that rows of bf16 are multiples of 16 bytes."""
+    """H, padded so that a row of bf16 weights is a multiple of 16 bytes."""
     return round_up(H, 8)
 
 
 def _weights_rate(gpu: GPU) -> int:
-    """Bytes per cycle and multiprocessor of weights that are not on chip."""
+    """Bytes of weights off chip that a multiprocessor reads per cycle."""
     rates = rates_of(gpu)
     return rates.memory if gpu.capability in LITTLE_L2 else rates.l2
 
 
 def _logits_bytes(V: int) -> int:
-    """Shared memory for the logits of one row, which several threads sum."""
+    """Shared memory for the logits of one row: several threads share four logits, each with partial sums of its own."""
     quads = ceil_div(V, 4)
     return max(THREADS // quads, 1) * 16 * quads
 
@@ -138,7 +138,7 @@ def _logits_bytes(V: int) -> int:
 # ---- Stepwise -------------------------------------------------------------------------------------------------------
 
 def _stepwise_cycles(gpu: GPU, R: int, V: int, H: int, layers: int) -> float:
-    """A launch for each layer and two for drawing; and the weights for each tile of rows, multiplied as they come
+    """A launch for each layer and two for drawing; and for each tile of rows all weights, multiplied as they come
     through L2."""
     rates, weights, rows = rates_of(gpu), ((2 * layers - 1) * GATES * H + V) * H, tile_rows(R)
     launches = (layers + 2) * LAUNCH_US * 1000 * rates.gigahertz
@@ -150,11 +150,13 @@ def _stepwise_cycles(gpu: GPU, R: int, V: int, H: int, layers: int) -> float:
 
 def _persistent_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
                       weights: str) -> Iterator[tuple[float, GenerationPlan]]:
-    """Cycles and plan of both ways of drawing, cut alike. They may ask for more shared memory than the GPU has.
+    """Cycles and plan of owner-draws and of all-draw, with the same cut. The plans may ask for more shared memory than
+    the GPU has.
 
-    With more groups, a block reads the states of fewer rows, but the weights are held more times. Of the numbers of
-    groups that fit and leave each group MAX_ROWS rows, the largest one whose warps have the least to multiply; where
-    none fits with all weights on chip, the one that takes the fewest cycles with owner-draws.
+    With more groups, a block reads the states of fewer rows, but the weights are held more times. Of the plans
+    that fit with all weights on chip and have groups of at least MAX_ROWS rows, the plan is taken whose warps have the
+    least to multiply, and of equal ones the plan with the most groups; where none fits so, the plan that takes the
+    fewest cycles with owner-draws.
     """
     most = max(1, min(R // MAX_ROWS, gpu.multiprocessors))
     plans = [_persistent_plan(gpu, ceil_div(R, groups), R, V, H, layers, weights) for groups in range(1, most + 1)]
@@ -169,7 +171,8 @@ def _persistent_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
 
 
 def _persistent_plan(gpu: GPU, group_rows: int, R: int, V: int, H: int, layers: int, weights: str) -> GenerationPlan:
-    """Owner-draws with groups of so many rows: with as few columns off chip as fits, and then as many stages."""
+    """The owner-draws plan with groups of `group_rows` rows: as few columns off chip as possible, then as many stages
+    of the ring as fit. If no plan fits, the last one that was tried."""
     width, groups, rows = padded_width(H), ceil_div(R, group_rows), tile_rows(group_rows)
     # With fewer units than warps in a block, warps would idle, and drawing would sum the partial_logits of more blocks.
     units = max(WARPS, ceil_div(width, gpu.multiprocessors // groups))
@@ -181,7 +184,7 @@ def _persistent_plan(gpu: GPU, group_rows: int, R: int, V: int, H: int, layers: 
         # products as their product: the larger the better, as long as there are tiles for the warps.
         tile_units = possible[-1] if row_tiles * ceil_div(units, 4) >= WARPS else 2
     else:
-        # A round of the warps over the states is all latency: the fewest rounds, then the most warps at work.
+        # Latency decides how long the warps take for a round: the fewest rounds, then the most warps at work.
         tile_units = min(possible, key=lambda n: ceil_div(units, n * WARPS))
     stage_rows = rows * min(row_tiles, max(1, WARPS // ceil_div(units, tile_units)))
     for off_chip in (*range(0, width, CHUNK), width):
@@ -196,7 +199,7 @@ def _persistent_plan(gpu: GPU, group_rows: int, R: int, V: int, H: int, layers: 
 
 
 def _warp_work(plan: GenerationPlan) -> int:
-    """What a warp multiplies per k in a product: units times rows of text."""
+    """Units times rows of text that a warp multiplies for each element of k in a product."""
     tile_units = plan.constants["TILE_UNITS"]
     rounds = ceil_div(ceil_div(plan.units, tile_units), WARPS)
     return ceil_div(plan.group_rows, plan.stage_rows) * rounds * tile_units * plan.constants["ROWS"]
@@ -225,8 +228,8 @@ def _persistent_reason(plan: GenerationPlan, H: int, layers: int, weights: str) 
 
 
 def _persistent_cycles(gpu: GPU, plan: GenerationPlan, V: int, H: int, layers: int) -> float:
-    """Behind a barrier hides the product with W_hh, but not with one layer and all-draw, where everything follows the
-    only barrier. The partial_logits of a row come from all blocks, through L2."""
+    """The product with W_hh overlaps a barrier, except with one layer and all-draw, where it follows the only barrier.
+    The partial_logits of a row come from all blocks, through L2."""
     rates, W_hh = rates_of(gpu), _product_cycles(gpu, plan, H)
     partial_logits = plan.blocks * V * 4 / rates.l2
     publishing = plan.group_rows * plan.units * V / rates.multiply["fp32"]  # a block's own partial_logits
@@ -241,9 +244,9 @@ def _persistent_cycles(gpu: GPU, plan: GenerationPlan, V: int, H: int, layers: i
 
 
 def _product_cycles(gpu: GPU, plan: GenerationPlan, H: int) -> float:
-    """Of one matrix with the states of a group, the longest of: the states through L2; both operands through shared
-    memory, or weights through L2; the multiply-adds, with an operation more for each weight of bf16; the latency of the
-    stages of the ring. And a wait for each chunk of weights that comes through L2."""
+    """Cycles of the product of one matrix with the states of a group, the longest of: the states through L2; both
+    operands through shared memory, or weights through L2; the multiply-adds, and one operation to unpack each weight of
+    bf16; the latency of the stages of the ring. To these comes a wait for each chunk of weights through L2."""
     rates, rows, bf16, width = rates_of(gpu), plan.constants["ROWS"], plan.constants["BF16"], padded_width(H)
     passes, row_tiles = ceil_div(plan.group_rows, plan.stage_rows), ceil_div(plan.group_rows, rows)
     gates, tile = GATES * plan.units, GATES * plan.constants["TILE_UNITS"]
@@ -261,15 +264,15 @@ def _product_cycles(gpu: GPU, plan: GenerationPlan, H: int) -> float:
 
 def _batched_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
                    weights: str) -> Iterator[tuple[float, GenerationPlan]]:
-    """Cycles and plan for each cut that fits. For one layer only: the weights of a second layer would take the room of
-    the first layer's."""
+    """Cycles and plan for each cut that fits. For one layer only: a second layer's weights would take the shared memory
+    of the first layer's weights."""
     if layers > 1 or R < FEWEST_ROWS or "tf32" not in rates_of(gpu).multiply:
         return
     bf16, k_steps = int(weights == "bf16"), steps_of(H, 1, "tf32")
     for groups in range(1, min(ceil_div(R, TILE_ROWS[0]), gpu.multiprocessors) + 1):
         group_rows = ceil_div(R, groups)
         if group_rows * (groups - 1) >= R:
-            continue  # the last group would own nothing
+            continue  # the last group would own no row
         columns = round_up(GATES * ceil_div(H, gpu.multiprocessors // groups), 8)
         units = columns // GATES
         blocks, step_bytes = ceil_div(H, units), weights_bytes(1, columns) >> bf16
@@ -300,7 +303,7 @@ def _batched_other_bytes(V: int, group_rows: int, units: int) -> int:
 
 
 def _batched_cycles(gpu: GPU, plan: GenerationPlan, V: int) -> float:
-    """The barrier behind the drawing is over before the product that follows."""
+    """One barrier counts: the barrier after the drawing overlaps the product of the next step."""
     rates, drawn = rates_of(gpu), ceil_div(plan.group_rows, plan.blocks)
     publishing = plan.group_rows * plan.units * V / rates.multiply["fp32"]  # a block's own partial_logits
     drawing = drawn * (DRAW_CYCLES + plan.blocks * V * 4 / rates.l2)
@@ -309,8 +312,8 @@ def _batched_cycles(gpu: GPU, plan: GenerationPlan, V: int) -> float:
 
 def _batched_product_cycles(gpu: GPU, plan: GenerationPlan) -> float:
     """For each tile of rows, the longest of gathering the states, multiplying in 3xTF32, and reading the weights; then
-    the reduction of the warps' sums. All rows and columns of a tile count, used or not. A tile after the first one has
-    its latency for itself, as long as that of the cell."""
+    the reduction of the warps' sums. All rows and columns of a tile count, used or not. Each tile after the first adds
+    a latency, as long as that of the cell."""
     rates, (_, bf16, rows, columns, k_steps, register_steps) = rates_of(gpu), plan.constants.values()
     columns, tiles = round_up(columns, 8), ceil_div(plan.group_rows, rows)
     gather = rows * k_steps * WARPS * WORDS * 4 / rates.l2

@@ -13,16 +13,17 @@ class GPU(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What one multiprocessor does per cycle while all others do the same."""
+    """The work of one multiprocessor per cycle while all multiprocessors are busy, and the clock rate."""
 
     gigahertz: float
-    l2: int  # bytes
-    memory: int  # bytes
+    l2: int  # bytes that come through L2
+    memory: int  # bytes that come from or go to memory
     multiply: dict[str, int]  # precision -> multiply-adds
 
 
 # FFMA: 0.6 of its peak, which leaves issue slots for loads. Tensor cores: 0.62 of the peak on sm_90, where only wgmma
-# reaches it, elsewhere 0.9. For sm_86, 89 and 120 the peak of GeForce cards; some other cards have twice as much.
+# reaches it, elsewhere 0.9. For sm_86, 89 and 120 the peak of GeForce cards; some other cards
+# have twice as much.
 RATES = {
     75: Rates(1.59, 20, 5, {"fp32": 38}),
     80: Rates(1.41, 24, 11, {"fp32": 38, "tf32": 460, "bf16": 920}),
@@ -31,7 +32,7 @@ RATES = {
     90: Rates(1.755, 24, 13, {"fp32": 76, "tf32": 635, "bf16": 1270}),
     120: Rates(2.40, 16, 4, {"fp32": 76, "tf32": 115, "bf16": 230}),
 }
-"""Compute capability, times ten -> rates; a capability in between has those of the one below it."""
+"""Compute capability, times ten -> rates; a capability between two of these has the rates of the lower one."""
 
 GPUS = {
     "h100": GPU("NVIDIA H100 SXM", 90, 132, 232448),

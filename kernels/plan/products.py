@@ -6,13 +6,13 @@ from char_gru.kernels.plan.gpus import GPU
 from char_gru.kernels.sizes import ceil_div, round_up
 
 TILES = (64, 128)  # rows and columns of C that a block of the tiled variant owns
-LARGE_TILES_FROM = 128  # with fewer tiles than these, small ones occupy more of a GPU
-SPLIT_BLOCKS = 512  # a tiled product split along K has at most so many blocks, a few per multiprocessor of a large GPU
-SPLIT_K_FROM = 256  # a split sums at least so many products
-MULTISTAGE_TILES = {"fp32": (192,), "tf32": (192, 256), "bf16": (192, 256)}  # rows of C that a multistage block owns
-MULTISTAGE_COLUMNS = 128  # columns of C that it owns
+LARGE_TILES_FROM = 128  # large tiles of C; where C has fewer, small tiles occupy more multiprocessors
+SPLIT_BLOCKS = 512  # the most blocks of a tiled product split along K: a few per multiprocessor of a large GPU
+SPLIT_K_FROM = 256  # the least length of a split of K
+MULTISTAGE_TILES = {"fp32": (192,), "tf32": (192, 256), "bf16": (192, 256)}  # rows of C of a multistage block
+MULTISTAGE_COLUMNS = 128  # columns of C of a multistage block
 STAGES, STAGE_BYTES = 3, 64  # stages of shared memory, and bytes of k in a row of one
-MULTISTAGE_FROM = 2**19  # elements of C; less is no work for a whole GPU in such tiles
+MULTISTAGE_FROM = 2**19  # elements of C; a smaller C has too few multistage tiles to occupy a GPU
 MULTISTAGE_CAPABILITY = 80  # compute capability, times ten, from which on there are asynchronous copies
 MAX_SPLITS, MAX_PARTIAL_SUMS = 8, 2**24  # of a multistage product: splits of K; elements of all partial sums
 ALIGNMENT = 16  # bytes of an asynchronous copy
@@ -42,8 +42,8 @@ def product_plan(gpu: GPU, M: int, N: int, K: int, precision: str, operand_bytes
                  variant: str | None = None, tile: int | None = None) -> ProductPlan:
     """The plan for C (M, N) = A (M, K) B (K, N), equal for equal sizes on equal GPUs.
 
-    `aligned` says whether rows of both operands can be copied by 16 bytes. `variant` and `tile`, its rows, are for
-    tests and benchmarks.
+    `aligned` says whether rows of both operands can be copied by 16 bytes. `variant` and `tile`, the rows of C
+    that a block owns, are for tests and benchmarks.
 
     Raises: ValueError for an unknown variant, and for operands that the multistage variant cannot copy.
     """
@@ -65,7 +65,8 @@ def product_plan(gpu: GPU, M: int, N: int, K: int, precision: str, operand_bytes
 
 
 def multistage_shared_bytes(tile: int) -> int:
-    """All stages of both operands, in rows along k with 16 bytes of padding; rows along m or n take less."""
+    """Shared memory for all stages of both operands, in rows along k with 16 bytes of padding; rows along m or n take
+    less."""
     return STAGES * (tile + MULTISTAGE_COLUMNS) * (STAGE_BYTES + ALIGNMENT)
 
 
@@ -74,7 +75,7 @@ def _tiles(M: int, N: int, rows: int, columns: int) -> int:
 
 
 def _tiled_splits(M: int, N: int, K: int, tile: int) -> tuple[int, int]:
-    """The number of splits of K, and their length: more than one if C alone has too few blocks."""
+    """The number of splits of K, and their length: more than one split if C has too few tiles to occupy a GPU."""
     splits = min(SPLIT_BLOCKS // _tiles(M, N, tile, tile), K // SPLIT_K_FROM, SPLIT_BLOCKS * TILES[0]**2 // (M * N))
     if splits <= 1:
         return 1, K
@@ -83,8 +84,8 @@ def _tiled_splits(M: int, N: int, K: int, tile: int) -> tuple[int, int]:
 
 
 def _balanced(M: int, N: int, K: int, TILE_K: int, multiprocessors: int, tiles: tuple[int, ...]) -> ProductPlan:
-    """The fewest splits, and of these the fastest and largest tile, that take at most a fifth longer than the fastest
-    plan: a split has to gain more than its partial sums cost. A multiprocessor holds one block.
+    """Of the plans that take at most a fifth longer than the fastest one, the one with the fewest splits, since partial
+    sums cost time, too; of equal ones the fastest, then the one with the largest tile. A multiprocessor holds a block.
     """
     def time(plan: ProductPlan) -> int:
         """Rows of C times K that the busiest multiprocessor goes through, tile after tile."""

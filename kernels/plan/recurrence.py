@@ -26,12 +26,12 @@ A step costs, in cycles of a multiprocessor, whose rates are in RATES:
         exchange     rows x columns partial sums: those of the other splits' units written, as many read, through L2
         reduction    rows x columns sums of 8 warps, written to shared memory and read
         gates        CELL_CYCLES: the latency of the first load and the last, arithmetic
-    elsewhere        what other launches do instead, through memory: 8 B H bytes for dh, 16 B H for di
+    elsewhere        other launches, where they compute dh or di, through memory: 8 B H bytes for dh, 16 B H for di
 
 and never less than memory takes for the states and gates of a step, 20 B H bytes written forward, 32 B H read and
 written backward. Stepwise (gru.cu), a step is a launch, LAUNCH_US after the one before, whose waves of tiles bring both
-operands through L2; as if L2 held W_hh, which flatters it on a GPU with a smaller L2. Neither includes the cost of a
-launch that arises once, such as bringing the weights on chip.
+operands through L2; as if L2 held W_hh, which flatters it on a GPU with a smaller L2. Neither estimate includes the
+costs that arise once per launch, such as bringing the weights on chip.
 
 Rates and latencies come from data sheets and from other people's measurements; they rank the cuts, and no more.
 """
@@ -80,7 +80,7 @@ class RecurrencePlan(NamedTuple):
     rows: int = 0  # of a tile
     row_tiles: int = 0  # of a group
     units: int = 0  # of a block; even: the two bf16 of a word never come from two blocks
-    columns: int = 0  # of a block's product: the gates of its units, padded to a multiple of 8
+    columns: int = 0  # of a block's product: unit_columns for each of its units, padded to a multiple of 8
     k_steps: int = 0  # of a warp
     register_steps: int = 0
     fused_output_steps: int = 0  # of a warp; 0: another launch computes dlogits W_out
@@ -88,12 +88,12 @@ class RecurrencePlan(NamedTuple):
 
     @property
     def direction(self) -> str:
-        """forward or backward."""
+        """`forward` or `backward`."""
         return "forward" if self.K == self.H else "backward"
 
     @property
-    def gates(self) -> int:
-        """Columns of the product for each unit: W_hh, 3H x H, is K rows of it either way."""
+    def unit_columns(self) -> int:
+        """Columns of the product for each unit: forward the three gates, backward 1."""
         return 3 * self.H // self.K
 
     @property
@@ -108,7 +108,7 @@ class RecurrencePlan(NamedTuple):
 
     @property
     def registers(self) -> int:
-        """Of a thread, as estimated."""
+        """Estimated registers of a thread."""
         weights = self.register_steps * weight_registers(self.columns)
         finished = ceil_div(self.rows * self.finished_units, THREADS) * REGISTERS_PER_ELEMENT[self.direction]
         operands = operand_registers(self.rows, self.columns, self.precision)
@@ -116,12 +116,12 @@ class RecurrencePlan(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        """Of a block, all of it dynamic."""
+        """Shared memory of a block, all of it dynamic."""
         weights = weights_bytes(self.k_steps + self.fused_output_steps - self.register_steps, self.columns)
         return weights + reduction_bytes(self.rows, self.columns) + gradients_bytes(self)
 
     def rows_of(self, group: int) -> range:
-        """Rows of the batch."""
+        """Rows of the batch that a group owns."""
         return _part(self.row_tiles * self.rows, group, self.B)
 
     def units_of(self, block: int) -> range:
@@ -143,6 +143,7 @@ class RecurrencePlan(NamedTuple):
 
 
 def _part(size: int, index: int, end: int) -> range:
+    """Part `index` of range(end), cut into parts of a size; the last part may be shorter, or empty."""
     return range(min(index * size, end), min((index + 1) * size, end))
 
 
@@ -169,22 +170,23 @@ def accumulators(rows: int, columns: int) -> int:
 
 
 def operand_registers(rows: int, columns: int, precision: str) -> int:
-    """Registers of a thread for the gathered operands that it multiplies, and for the next ones, on their way: X_STEPS
-    of resident.cuh. With 64 rows, the compiler has been seen to take more."""
+    """Registers of a thread for the gathered operands of the steps that it multiplies and of the steps that it loads
+    ahead (X_STEPS of resident.cuh). With 64 rows, the compiler has been seen to take more."""
     if precision != "fp32":
         return 48 if rows == 64 else 32
     return 2 * rows * (1 if rows * columns > 1024 or rows == 64 else 2)
 
 
 def reduction_bytes(rows: int, columns: int) -> int:
-    """Sums of half the warps of a block, for the other half to add its own; rows of sums are padded against bank
-    conflicts."""
+    """Shared memory for the sums of half the warps of a block, to which the other half adds its own sums; rows are
+    padded against bank conflicts."""
     padding = 8 if columns % 16 == 0 else 0
     return WARPS // 2 * rows * (columns + padding) * 4
 
 
 def gradients_bytes(plan: "RecurrencePlan") -> int:
-    """Backward: di of a tile and of a block's finished units, their sums by character, and the ids of a tile's rows."""
+    """Shared memory of the backward pass for di of a tile and a block's finished units, its sums by character, and the
+    ids of the tile's rows."""
     if plan.variant == "stepwise" or plan.direction == "forward":
         return 0
     characters = plan.V_in if plan.sums_on_chip else 0
@@ -196,7 +198,7 @@ def gradients_bytes(plan: "RecurrencePlan") -> int:
 def forward_plan(gpu: GPU, B: int, H: int, precision: str, *, variant: str = "auto") -> RecurrencePlan:
     """The quickest plan for `gru_forward` with B rows and H units.
 
-    `variant` is for tests and benchmarks: auto, or persistent or stepwise whatever it costs.
+    `variant` is for tests and benchmarks: auto, or persistent or stepwise even if it is slower.
 
     Raises: ValueError for sizes below 1, for a precision that is unknown or that this GPU lacks, and where persistent
     is asked for and does not fit.
@@ -248,7 +250,7 @@ def _plan(gpu: GPU, stepwise: RecurrencePlan, variant: str) -> RecurrencePlan:
 
 def _persistent_plans(gpu: GPU, stepwise: RecurrencePlan) -> Iterator[RecurrencePlan]:
     """All plans with a multiprocessor for every block, whether or not registers and shared memory are enough. Of
-    equally quick plans, the first is to be taken."""
+    equally quick plans, the caller takes the first."""
     for cut in _cuts(gpu, stepwise):
         output_steps = (steps_of(cut.V_out, cut.splits, cut.precision), 0) if cut.V_out else (0,)
         sums_on_chip = (True, False) if cut.V_in else (False,)
@@ -258,7 +260,7 @@ def _persistent_plans(gpu: GPU, stepwise: RecurrencePlan) -> Iterator[Recurrence
             plan = cut._replace(fused_output_steps=fused_output_steps, sums_on_chip=on_chip)
             too_much = max(plan.shared_bytes - gpu.shared_bytes, 0)
             fewest = min(ceil_div(too_much, weights_bytes(1, plan.columns)), most)
-            # More in registers is quicker where shared memory is what limits a step.
+            # More weights in registers are quicker where reading shared memory limits a step.
             for register_steps in sorted({fewest, (fewest + most) // 2, most}):
                 yield plan._replace(register_steps=register_steps)
 
@@ -270,13 +272,13 @@ def _cuts(gpu: GPU, stepwise: RecurrencePlan) -> Iterator[RecurrencePlan]:
         for groups in range(1, min(tiles, gpu.multiprocessors) + 1):
             row_tiles = ceil_div(tiles, groups)
             if ceil_div(tiles, row_tiles) < groups:
-                continue  # the last group would own nothing
+                continue  # the last group would own no tile
             for splits in SPLITS if stepwise.direction == "backward" else (1,):
                 most_blocks = gpu.multiprocessors // (groups * splits)
                 if most_blocks == 0:
                     continue
-                columns = round_up(stepwise.gates * round_up(ceil_div(stepwise.H, most_blocks), 2), 8)
-                units = columns // stepwise.gates // 2 * 2
+                columns = round_up(stepwise.unit_columns * round_up(ceil_div(stepwise.H, most_blocks), 2), 8)
+                units = columns // stepwise.unit_columns // 2 * 2
                 yield stepwise._replace(
                     variant="persistent", groups=groups, blocks=ceil_div(stepwise.H, units), splits=splits, rows=rows,
                     row_tiles=row_tiles, units=units, columns=columns,
@@ -309,7 +311,7 @@ def _persistent_cycles(gpu: GPU, plan: RecurrencePlan) -> float:
 
 def _stepwise_cycles(gpu: GPU, plan: RecurrencePlan) -> float:
     rates = rates_of(gpu)
-    units, splits = STEPWISE_COLUMNS // plan.gates, plan.K // plan.H  # backward, each gate has a block of its own
+    units, splits = STEPWISE_COLUMNS // plan.unit_columns, plan.K // plan.H  # backward, a block per gate
     tiles = ceil_div(plan.B, STEPWISE_ROWS) * ceil_div(plan.H, units) * splits
     gather = (STEPWISE_ROWS + STEPWISE_COLUMNS) * plan.H * 4 / rates.l2
     multiply = STEPWISE_ROWS * STEPWISE_COLUMNS * plan.H / rates.multiply[plan.precision]
@@ -318,20 +320,21 @@ def _stepwise_cycles(gpu: GPU, plan: RecurrencePlan) -> float:
 
 
 def _elsewhere_cycles(gpu: GPU, plan: RecurrencePlan) -> float:
-    """Cycles per step of other launches, for dlogits W_out and for the sums by character where the plan leaves them to
-    those launches."""
+    """Cycles per step of the other launches that compute dlogits W_out and the sums by character where the plan's own
+    launch does not."""
     dh = 8 if plan.V_out and not plan.fused_output_steps else 0
     di = 16 if plan.V_in and not plan.sums_on_chip else 0
     return _memory_cycles(gpu, (dh + di) * plan.B * plan.H)
 
 
 def _microseconds(gpu: GPU, plan: RecurrencePlan, cycles: float) -> float:
-    """Of a step that takes a number of cycles, or as long as memory takes for the step's states and gates."""
+    """Microseconds of a step: its cycles, but at least the time that its states and gates take through memory."""
     moved = (20 if plan.direction == "forward" else 32) * plan.B * plan.H
     return max(cycles, _memory_cycles(gpu, moved)) / (rates_of(gpu).gigahertz * 1000)
 
 
 def _memory_cycles(gpu: GPU, size: int) -> float:
+    """Cycles for a number of bytes, shared among all multiprocessors."""
     return size / (gpu.multiprocessors * rates_of(gpu).memory)
 
 

@@ -25,7 +25,7 @@ MODELS = {
 
 
 class Case(NamedTuple):
-    """A model's sizes and window, float64 flat parameters, and data: ids and targets (T, B), h0 (layers, B, H)."""
+    """A model's sizes, its flat parameters (flat_size,) in float64, ids and targets (T, B), and h0 (layers, B, H)."""
 
     sizes: Sizes
     flat_params: np.ndarray

@@ -1,7 +1,7 @@
 """The command lines as a user runs them: in a process, a folder and with texts of their own.
 
-Where nothing depends on the process, `train_here` calls the same command inside the tests' process, which saves the
-time that starting one takes.
+Where a test does not depend on a process of its own, `train_here` calls the same command inside the tests' process,
+which saves the time of starting one.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ TINY = ("--rnn-units", "16", "--embedding-dim", "8", "--batch-size", "4", "--seq
 """Options of a model that trains at about a step per millisecond."""
 
 STEPS_PER_EPOCH = 8
-"""What `make_text` and TINY give."""
+"""Steps of an epoch with the options TINY on a text of `make_text`."""
 
 REPRODUCIBLE = ("metrics.jsonl", "samples.txt", "config.json", "last.safetensors", "best.safetensors")
 """Files of a run that hold no clock times; two equal runs hold equal bytes."""
 
 DEADLINE = 120.0
-"""Seconds after which a process is taken to hang."""
+"""Seconds after which a process counts as hanging."""
 
 _CLOSED_PROXY = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
 
@@ -43,7 +43,7 @@ def make_text(path: Path, length: int = 400) -> Path:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment of a child: downloads fail at once, products use one thread."""
+    """The environment of a child process, with changes: downloads fail at once, matrix products use one thread."""
     kept = {name: value for name, value in os.environ.items() if name.lower() not in ("no_proxy", "all_proxy")}
     return kept | _CLOSED_PROXY | {"OPENBLAS_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"} | changes
 
@@ -63,7 +63,7 @@ def start(program: str, *arguments: object, cwd: Path, environ: dict[str, str] |
 
 
 def finish(process: subprocess.Popen, stdin: bytes = b"") -> subprocess.CompletedProcess:
-    """Wait for a started program's end; stdout and stderr as text."""
+    """Give a started program its stdin and wait for its end; returns its stdout and stderr as text."""
     with process:
         try:
             stdout, stderr = process.communicate(stdin, timeout=DEADLINE)
@@ -88,7 +88,7 @@ def running(program: str, *arguments: object, cwd: Path, **options) -> Iterator[
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
-    """Wait until something holds while the process runs.
+    """Wait until the condition holds while the process runs.
 
     Raises: AssertionError if the process ends first or the deadline passes.
     """
@@ -100,7 +100,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None
 
 
 def train(*arguments: object, cwd: Path, status: int = 0, **options) -> Path:
-    """Train to the end, or to another expected exit status, in the folder `run` under cwd; that folder."""
+    """Train in the folder `run` under cwd, and assert the exit status; returns that folder."""
     result = run("train.py", "--out", "run", *arguments, cwd=cwd, **options)
     assert result.returncode == status, result.stderr
     return cwd / "run"
@@ -114,7 +114,7 @@ def train_here(*arguments: object, cwd: Path, status: int = 0) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The reproducible files of a run that are there."""
+    """Name -> bytes of the reproducible files that a run has."""
     return {name: (folder / name).read_bytes() for name in REPRODUCIBLE if (folder / name).exists()}
 
 

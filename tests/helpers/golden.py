@@ -17,7 +17,7 @@ KERAS_FILES = sorted(GOLDEN_DIR.glob("keras_*.npz"))
 
 
 def load(path: Path) -> tuple[Case, dict, dict]:
-    """A golden file as a case, its gradients by our names, and everything in it."""
+    """The case of a golden file, its gradients by parameter name (and `dh0`), and all arrays of the file by name."""
     data = dict(np.load(path))
     if "sizes_VEHLBT" in data:
         V, E, H, layers, _, _ = data["sizes_VEHLBT"].tolist()

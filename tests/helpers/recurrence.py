@@ -14,7 +14,11 @@ from tests.helpers.compare import assert_close
 
 
 class Layer(NamedTuple):
-    """The inputs of both passes, as NumPy arrays; floating ones are float32."""
+    """The inputs of both passes, as NumPy arrays.
+
+    Shapes: P (V, 3H); ids_tb (T, B) int32; W_hh (3H, H); b_hh (3H,); h0 (B, H); dy_tb (T, B, M) and W_y (M, H), or
+    dy_tb (T, B, H) and None. Floating arrays are float32.
+    """
 
     P: np.ndarray
     ids_tb: np.ndarray
@@ -26,7 +30,7 @@ class Layer(NamedTuple):
 
 
 def layer(T: int, B: int, H: int, V: int, M: int | None = None) -> Layer:
-    """A random case; with M, the gradient of each state comes through a matrix W_y of M rows."""
+    """A random case; with M, the gradient of each state is dy_tb W_y, for a W_y of M rows."""
     rng = np.random.default_rng(H)
     shapes = {"P": (V, 3 * H), "W_hh": (3 * H, H), "b_hh": (3 * H,), "h0": (B, H), "dy_tb": (T, B, M or H)}
     shapes |= {"W_y": (M, H)} if M else {}
@@ -41,8 +45,8 @@ def mapped(function, case: Layer) -> Layer:
 
 
 def both_passes(ops, case: Layer, saved, array=np.array, new=np.empty, plans=None, **options) -> dict:
-    """Every result of the two passes of an op set, whose arrays `array(values)` and `new(shape, dtype)` make; `plans`
-    are for the kernels, one for each pass."""
+    """Every result of the two passes of an op set. `array` copies a NumPy array to the op set, `new(shape, dtype)`
+    makes one there; `plans`, one for each pass, and `options` are for the kernels."""
     (T, B), (V, H3), dtype = case.ids_tb.shape, case.P.shape, saved.h_tb.dtype
     case = mapped(array, case)
     shapes = {"dP": (V, H3), "dW_hh": (H3, H3 // 3), "db_hh": (H3,), "dh0": (B, H3 // 3)}
@@ -64,7 +68,7 @@ def stepwise(case: Layer, precision: str = "fp32") -> tuple[RecurrencePlan, Recu
 
 def on_device(case: Layer, precision: str = "fp32", plans=None, T_saved: int | None = None, saved=None,
               ops=launchers) -> dict[str, np.ndarray]:
-    """Every result of both passes on the kernels, the fast ones stepwise unless there are plans."""
+    """Every result of both passes by the kernels; the fast kernels run stepwise unless plans are given."""
     (T, B), H = case.ids_tb.shape, case.W_hh.shape[1]
     saved = saved or launchers.gru_saved(T_saved or T, B, H, precision=precision)
     if ops is launchers and plans is None:
@@ -74,7 +78,7 @@ def on_device(case: Layer, precision: str = "fp32", plans=None, T_saved: int | N
 
 
 def by_reference(case: Layer, dtype, precision: str = "fp32") -> dict[str, np.ndarray]:
-    """Every result of both passes by the specification."""
+    """Every result of both passes by the specification, in `dtype`, with products in `precision`."""
     case = mapped(lambda x: x if x.dtype == np.int32 else x.astype(dtype), case)
     saved = reference.gru_forward(case.P, case.ids_tb, case.W_hh, case.b_hh, case.h0, precision)
     gradients = reference.gru_backward(case.dy_tb, case.W_y, case.ids_tb, case.W_hh, saved, len(case.P), precision)
@@ -82,7 +86,7 @@ def by_reference(case: Layer, dtype, precision: str = "fp32") -> dict[str, np.nd
 
 
 def assert_matches_reference(case: Layer, actual: dict[str, np.ndarray], precision: str = "fp32") -> None:
-    """Assert that results err little more than the specification in float32 does with products of that precision."""
+    """Assert that results err little more than the specification in float32 does with products in `precision`."""
     exact, rounded = by_reference(case, np.float64), by_reference(case, np.float32, precision)
     for name, result in actual.items():
         assert_close(name, result, exact[name], rounded[name])

@@ -1,4 +1,5 @@
-"""Texts for tests of generation: a model with prompts, what an op set writes with it, and the comparison of two."""
+"""Texts for tests of generation: a model with prompts, the text that an op set writes with it, and the comparison of
+the kernels' text with the specification's."""
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tests.helpers.cases import Case, random_case
 from tests.helpers.compare import assert_close
 
 OPTIONS = {"temperature": 0.8, "top_k": 5, "top_p": 0.95, "min_p": 0.01}
-"""All options of drawing, each of which changes texts."""
+"""All options of drawing; each of them changes texts."""
 
 
 def slow(*values):
@@ -26,7 +27,7 @@ def text_case(R: int, H: int, V: int, layers: int, scale: float = 0.7) -> Case:
 
 
 def prompts(T: int, R: int, V: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First characters (R,), forced ones (T, R) of prompts of different lengths, and uniform numbers (T, R)."""
+    """First ids (R,) and forced ids (T, R) of prompts of different lengths, and uniform numbers (T, R)."""
     rng = np.random.default_rng([T, R])
     forced_tr = rng.integers(0, V, (T, R)).astype(np.int32)
     forced_tr[np.arange(T)[:, None] >= np.arange(R) % T] = -1
@@ -35,8 +36,8 @@ def prompts(T: int, R: int, V: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 def written(ops, to_device, dtype, case: Case, T: int, rounded_to=None,
             **options) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids_tr, the last ids and the states that an op set leaves; `to_device` makes its arrays of NumPy's. With
-    `rounded_to`, weights are rounded before."""
+    """ids_tr, the last ids and the states that an op set leaves after T steps. `to_device` copies a NumPy array to the
+    op set. With `rounded_to`, a precision, the weights are rounded to it first."""
     V, H, R = case.sizes.V, case.sizes.H, case.h0.shape[1]
     first, forced_tr, uniforms_tr = prompts(T, R, V)
     params = named_views(case.flat_params.astype(dtype), case.sizes)
@@ -52,7 +53,7 @@ def written(ops, to_device, dtype, case: Case, T: int, rounded_to=None,
 
 
 def written_on_device(case: Case, T: int, variant: str | None = None, **options):
-    """As `written`, by the kernels; options are those of `kernels.generate`."""
+    """As `written`, by the kernels; options: those of `kernels.generate`."""
     return written(kernels, runtime.to_device, np.float32, case, T, variant=variant, **options)
 
 

@@ -15,12 +15,12 @@ each_sanitizer = pytest.mark.parametrize(
 
 
 def each_variant(launchers: ModuleType) -> pytest.MarkDecorator:
-    """Runs a test with the ops of a module of launchers and with those of naive.cu, as its argument `ops`."""
+    """Runs a test with two modules of launchers, the fast one and naive.py, as its argument `ops`."""
     return pytest.mark.parametrize("ops", [launchers, naive], ids=["fast", "naive"])
 
 
 def each_variant_and_precision(launchers: ModuleType) -> pytest.MarkDecorator:
-    """As `each_variant`, in each precision that the variant has, as the test's argument `precision`."""
+    """As `each_variant`, in each precision that the module has, as the test's argument `precision`."""
     cases = [(launchers, precision) for precision in PRECISIONS]
     return pytest.mark.parametrize("ops, precision", [*cases, (naive, "fp32")],
                                    ids=[*(f"fast-{precision}" for precision in PRECISIONS), "naive-fp32"])
