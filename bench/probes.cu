@@ -10,7 +10,8 @@ extern "C" __global__ void empty()
 
 extern "C" __global__ void barriers(unsigned *counters, int count)
 {
+    Group group(counters, 0, blockIdx.x, gridDim.x);
     for (int i = 0; i < count; i++)
-        group_barrier(counters, gridDim.x * (i + 1));
-    group_leave(counters, counters + 1, gridDim.x);
+        group.barrier();
+    group.leave();
 }

@@ -101,18 +101,19 @@ RING = """
 extern "C" __global__ void ring(float *out, float *cell, unsigned *counter, int steps)
 {
     const int next = (blockIdx.x + 1) % gridDim.x;
+    Group group(counter, 0, blockIdx.x, gridDim.x);
     float sum = 0.0f;
     for (int step = 0; step < steps; ++step) {
         if (threadIdx.x == 0)
             cell[step % 2 * gridDim.x + blockIdx.x] = blockIdx.x + step;
-        group_barrier(counter, gridDim.x * (step + 1));
+        group.barrier();
         sum += cell[step % 2 * gridDim.x + next];
     }
-    group_leave(counter, counter + 1, gridDim.x);
+    group.leave();
     out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
 }
 """
-RING_UNSYNCHRONISED = RING.replace("group_barrier(counter, gridDim.x * (step + 1));", "__syncthreads();")
+RING_UNSYNCHRONISED = RING.replace("group.barrier();", "__syncthreads();")
 
 
 def ring_args(steps=20):
@@ -391,12 +392,12 @@ def test_what_could_not_be_counted_is_refused():
     ("if (threadIdx.x != 7) __shfl_sync(0xffffffff, 1, 0); else __syncthreads();",
      r"threads 0-6 waiting in __shfl_sync .*; thread 7 waiting in __syncthreads"),
     ("__any_sync(0x0000ffff, 1);", "__any_sync by a lane that its mask leaves out"),
-    ("if (blockIdx.x == 0) group_barrier(out, 2);",
+    ("if (blockIdx.x == 0) Group(out, 0, 0, 2).barrier();",
      (r"deadlock between blocks\n  block 0: thread 0 waiting for a counter that is 1 to reach 2 "
       r"\(kernels/barrier.cuh:\d+\)")),
 ])
 def test_deadlock_is_reported_with_who_waits_where(body, message):
-    text = '#line 1\n#include "barrier.cuh"\n' if "group_barrier" in body else ""
+    text = '#line 1\n#include "barrier.cuh"\n' if "Group" in body else ""
     with pytest.raises(Deadlock, match=message):
         run(f'{text}extern "C" __global__ void stuck(unsigned *out) {{ {body} }}', "stuck", 2, 64,
             [np.zeros(1, np.uint32)], cooperative=True)
@@ -540,12 +541,13 @@ def test_persistent_kernel_runs_in_seconds():
     #include "barrier.cuh"
     extern "C" __global__ void persist(float *out, float *cell, unsigned *counter, int steps)
     {
+        Group group(counter, 0, blockIdx.x, gridDim.x);
         float value = threadIdx.x;
         for (int step = 0; step < steps; ++step) {
             value = warp_sum(value) / WARP;
-            group_barrier(counter, gridDim.x * (2 * step + 1));
+            group.barrier();
             if (threadIdx.x == 0) cell[blockIdx.x] = value;
-            group_barrier(counter, gridDim.x * (2 * step + 2));
+            group.barrier();
             value += cell[(blockIdx.x + 1) % gridDim.x] - value / 2;
         }
         out[thread_in_grid()] = value;
