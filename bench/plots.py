@@ -74,7 +74,7 @@ def _bars(diagram, panel: Panel) -> None:
 
 
 def _colours(names: Sequence[str]) -> list[str]:
-    """A colour for each candidate: those of char-gru stand out."""
+    """A colour for each candidate: the colours of char-gru stand out."""
     own, others = iter(("C3", "C1", "C5", "C6") * len(names)), iter(("C0", "C2", "C4", "C7", "C8", "C9") * len(names))
     return [next(own) if name.startswith("char-gru") else next(others) for name in names]
 

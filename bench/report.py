@@ -61,7 +61,7 @@ def _device_section(groups: dict) -> str:
 
 def train_step_table(entries: Sequence[dict]) -> str:
     """One training step at each of its sizes."""
-    return "Every candidate is credited with the operations that a step needs at least.\n\n" + _jobs_table(entries, {
+    return "GFLOP/s counts the least operations of a step, the same for every candidate.\n\n" + _jobs_table(entries, {
         "characters/s": lambda entry, made, seconds: _characters(entry, "TB") / seconds,
         "GFLOP/s": lambda entry, made, seconds: entry["work"]["flop"] / seconds / 1e9,
         "MiB": lambda entry, made, seconds: made.get("memory_mib")})
@@ -69,7 +69,7 @@ def train_step_table(entries: Sequence[dict]) -> str:
 
 def time_to_loss_table(entries: Sequence[dict]) -> str:
     """Training until the validation loss is low enough."""
-    return "The validation loss is that of `bench/bench_time_to_loss.py`.\n\n" + _jobs_table(
+    return "The loss to reach is `TARGET` in `bench/bench_time_to_loss.py`.\n\n" + _jobs_table(
         entries, {"steps": lambda entry, made, seconds: made["steps"]})
 
 
@@ -116,7 +116,7 @@ def ops_table(entries: Sequence[dict]) -> str:
                          f"{seconds / floor_seconds(work, ceilings, made['precision']):.1f}"])
     table = _table(["op", "", "ms", "range", "GB/s", "GFLOP/s", "of the ceiling", "times the floor"], rows)
     slow = any(made["host_bound"] for entry in entries for made in entry["candidates"].values())
-    return table + "\n\n† launched more slowly than it runs." * slow
+    return table + "\n\n† the host queued the calls more slowly than the GPU ran them." * slow
 
 
 def plots_table(results: Path) -> str:

@@ -109,7 +109,7 @@ def test_floor_of_a_gpu_has_launches_and_barriers_and_slow_launching_is_marked()
     on_gpu = entry("adam", {"N": 10}, {"char-gru fp32": [0.001012]}, gpu=True)
     on_gpu["candidates"]["char-gru fp32"]["host_bound"] = True
     table = report.ops_table([on_gpu])
-    assert "| 1.01 † |" in table and "| 1.0 |" in table and "† launched more slowly" in table
+    assert "| 1.01 † |" in table and "| 1.0 |" in table and "† the host queued the calls more slowly" in table
 
 
 def test_time_to_loss_has_steps_and_seconds():
