@@ -19,7 +19,7 @@ __device__ __forceinline__ int warp() { return threadIdx.x / WARP; }
 // Index of this thread among all threads of a one-dimensional grid.
 __device__ __forceinline__ size_t thread_in_grid() { return size_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 
-// 1 / (1 + exp(-x)). The exponential only ever sees -|x|, so it cannot overflow.
+// 1 / (1 + exp(-x)). The argument of the exponential is -|x|, so it cannot overflow.
 __device__ __forceinline__ float sigmoid(float x)
 {
     const float e = expf(-fabsf(x));
@@ -46,7 +46,7 @@ __device__ __forceinline__ float warp_reduce(float value, Combine combine)
 }
 
 // The values of all threads of the block combined, in every thread, warp by warp in ascending order.
-// `scratch` is shared memory of at least one float per warp; it may be used again at once.
+// `scratch` is shared memory of at least one float per warp; the caller may use it again without a barrier.
 template <class Combine>
 __device__ __forceinline__ float block_reduce(float value, float *scratch, Combine combine)
 {
@@ -65,7 +65,7 @@ __device__ __forceinline__ float warp_sum(float value) { return warp_reduce(valu
 __device__ __forceinline__ float warp_max(float value) { return warp_reduce(value, Maximum()); }
 __device__ __forceinline__ float block_sum(float value, float *scratch) { return block_reduce(value, scratch, Sum()); }
 
-// The sum of an array, by one block, in every thread.
+// The sum of an array, computed by one block, in every thread of it.
 __device__ __forceinline__ float array_sum(const float *values, int count, float *scratch)
 {
     float sum = 0.0f;
@@ -78,7 +78,7 @@ __device__ __forceinline__ float array_sum(const float *values, int count, float
 __device__ __forceinline__ float from_bf16(unsigned short x) { return __uint_as_float(unsigned(x) << 16); }
 
 #if __CUDA_ARCH__ < 800
-// As to_bf16 and pack_bf16 of ptx.cuh, for GPUs that lack the instruction.
+// to_bf16 and pack_bf16 of ptx.cuh, for GPUs without the instruction cvt.rn.bf16.
 __device__ __forceinline__ unsigned short to_bf16(float x)
 {
     const unsigned bits = __float_as_uint(x);
@@ -92,8 +92,8 @@ __device__ __forceinline__ unsigned pack_bf16(float low, float high)
     return unsigned(to_bf16(high)) << 16 | to_bf16(low);
 }
 #else
-// An operand of mma_m16n8k8_tf32 from the bits of a float: truncated, as the tensor core does it, this is the nearest
-// tf32. One instruction less than to_tf32, for loops in which every instruction counts.
+// An operand of mma_m16n8k8_tf32 from the bits of a float: the tensor core truncates the result to the nearest tf32 of
+// that float. One instruction less than to_tf32, for loops in which every instruction counts.
 __device__ __forceinline__ unsigned tf32_operand(unsigned bits)
 {
     const float infinity = __uint_as_float(0x7f800000u);

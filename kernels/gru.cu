@@ -1,4 +1,4 @@
-// The recurrence over a window, and back through time: stepwise, one launch per time step.
+// The recurrence over a window, forward and back through time: stepwise, one launch per time step.
 //
 //   a = W_hh h_{t-1} + b_hh       r = sigmoid(i_r + a_r)   z = sigmoid(i_z + a_z)   n = tanh(i_n + r a_n)
 //   h_t = (1 - z) n + z h_{t-1}                                                        with i = P[ids[t, b]]
@@ -12,15 +12,16 @@
 //   h_tb (T+1, B, H), h_tb[0] a copy of h0; gates_tb (T, B, 3H): r, z, n; a_n_tb (T, B, H)
 //   dh_tb (T, B, H); da_tb (T, B, 3H); di_n_tb (T, B, H); dh0 (B, H)
 //   h16_tb (T, B, H), da16_tb (T, B, 3H) bf16, only in bf16: copies of h_tb[:T] and da_tb, the operands of dW_hh
-//   dh_z_b (B, H): z dh of the step done last; products_gb (3, B, H): the share of each gate in W_hh^T da
+//   dh_z_b (B, H): z dh of the step computed last; products_gb (3, B, H): the share of each gate in W_hh^T da
 //   arrived (tiles of dh,) uint32: blocks that have written their share; zero between launches
 //
 // Forward, a block owns TILE_M rows of the batch and UNITS hidden units with their three gates, so that no block needs
-// the result of another one: column n of its tile of a is gate n / UNITS of unit n % UNITS. Backward, the tiles of dh
+// the result of another block: column n of its tile of a is gate n / UNITS of unit n % UNITS. Backward, the tiles of dh
 // are few and their sums over 3H long, so that one block per tile would leave most of a GPU idle: three blocks share a
 // tile of TILE_M rows and TILE_N units, one for each gate's share of the sum. The block that finishes last adds the
 // three shares, always in the order r, z, n, and computes the gates' gradients. In both directions the threads of a
-// block compute the product together (tile.cuh); then each takes every TILE_THREADS-th element of the tile.
+// block compute the product together (tile.cuh); then each thread computes the cells of every
+// TILE_THREADS-th element of the tile.
 //
 // Bytes per step at B 64, H 1024, with tiles of 32 x 48: 128 blocks forward, or 132 backward, read 25 MB of W_hh and
 // 17 MB of h or da from L2, which keeps W_hh (12.6 MB) from step to step. Further, forward reads 0.8 MB of P and writes
@@ -39,7 +40,7 @@
 static_assert(TILE_N % 3 == 0, "a block owns the three gates of its units");
 constexpr int UNITS = TILE_N / 3;
 
-// Step t. Blocks: x by UNITS, y by TILE_M rows.
+// One time step, t. blockIdx.x counts UNITS hidden units, blockIdx.y TILE_M rows of the batch.
 extern "C" __global__ void __launch_bounds__(TILE_THREADS)
 gru_forward_step(float *h_tb, float *__restrict__ gates_tb, float *__restrict__ a_n_tb,
                  unsigned short *__restrict__ h16_tb, const float *__restrict__ P, const int *__restrict__ ids_tb,
@@ -47,7 +48,7 @@ gru_forward_step(float *h_tb, float *__restrict__ gates_tb, float *__restrict__ 
 {
     __shared__ __align__(16) float shared[TILE_SHARED];
     const int b0 = blockIdx.y * TILE_M, j0 = blockIdx.x * UNITS;
-    const size_t step = size_t(t) * B;  // rows of (T, B, n) before this step
+    const size_t step = size_t(t) * B;  // rows of an array (T, B, n) before step t
     const float *h = t == 0 ? h0 : h_tb + step * H;  // no __restrict__: it may point into h_tb, which is written
 
     tile_product<true, true>(
@@ -81,8 +82,8 @@ gru_forward_step(float *h_tb, float *__restrict__ gates_tb, float *__restrict__ 
 }
 
 // Whether this block is the last of `blocks` to arrive; the same in all its threads. The threads of the last block see
-// everything that the threads of the other blocks wrote before they arrived: a __syncthreads() hands writes on within a
-// block, thread 0's fences hand them on between blocks. No block waits for another, so the grid may have any size.
+// everything that the threads of the other blocks wrote before they arrived: a __syncthreads() makes writes visible
+// within a block, thread 0's fences between blocks. No block waits for another, so the grid may have any size.
 // Leaves the counter at zero.
 __device__ __forceinline__ bool arrives_last(unsigned *arrived, unsigned blocks)
 {
@@ -99,8 +100,8 @@ __device__ __forceinline__ bool arrives_last(unsigned *arrived, unsigned blocks)
     return last;
 }
 
-// Step t, from T - 1 down to -1, which stands for the initial state. Blocks: x by TILE_N units, y by TILE_M rows, z by
-// gate.
+// One time step, t, from T - 1 down to -1; step -1 only computes dh0, the gradient of the initial state. blockIdx.x
+// counts TILE_N hidden units, blockIdx.y TILE_M rows of the batch, blockIdx.z gates.
 extern "C" __global__ void __launch_bounds__(TILE_THREADS)
 gru_backward_step(float *da_tb, unsigned short *__restrict__ da16_tb, float *__restrict__ di_n_tb,
                   float *__restrict__ dh0, float *__restrict__ dh_z_b, float *products_gb, unsigned *arrived,
@@ -109,18 +110,18 @@ gru_backward_step(float *da_tb, unsigned short *__restrict__ da16_tb, float *__r
 {
     __shared__ __align__(16) float shared[TILE_STAGES];
     const int b0 = blockIdx.y * TILE_M, j0 = blockIdx.x * TILE_N, gate = blockIdx.z;
-    const size_t state = size_t(B) * H;
-    const bool from_later = t + 1 < T;  // no step follows the last one
-    const float *da_later = da_tb + size_t(t + 1) * 3 * state + size_t(gate) * H;
+    const size_t state_size = size_t(B) * H;
+    const bool has_later = t + 1 < T;  // no step follows the last one
+    const float *da_later = da_tb + size_t(t + 1) * 3 * state_size + size_t(gate) * H;
     const float *W = W_hh + size_t(gate) * H * H;
 
     const TileSums sums = tile_sums<true, false>(
-        shared, from_later ? H : 0,
+        shared, has_later ? H : 0,
         [=](int m, int k) { return b0 + m < B ? da_later[size_t(b0 + m) * 3 * H + k] : 0.0f; },
         [=](int k, int n) { return j0 + n < H ? W[size_t(k) * H + j0 + n] : 0.0f; });
     sums.each([=](int m, int n, float product) {
         if (b0 + m < B && j0 + n < H)
-            products_gb[gate * state + size_t(b0 + m) * H + j0 + n] = product;
+            products_gb[gate * state_size + size_t(b0 + m) * H + j0 + n] = product;
     });
     if (!arrives_last(&arrived[blockIdx.y * gridDim.x + blockIdx.x], gridDim.z))
         return;
@@ -129,26 +130,26 @@ gru_backward_step(float *da_tb, unsigned short *__restrict__ da16_tb, float *__r
         const int m = element / TILE_N, u = element % TILE_N, b = b0 + m, j = j0 + u;
         if (b >= B || j >= H)
             continue;
-        const size_t state_of_b = size_t(b) * H + j;
-        const float *product = products_gb + state_of_b;
-        const float returned =
-            from_later ? dh_z_b[state_of_b] + (product[0] + product[state] + product[2 * state]) : 0.0f;
+        const size_t offset_in_state = size_t(b) * H + j;
+        const float *product = products_gb + offset_in_state;
+        const float dh_later =
+            has_later ? dh_z_b[offset_in_state] + (product[0] + product[state_size] + product[2 * state_size]) : 0.0f;
         if (t < 0) {
-            dh0[state_of_b] = returned;
+            dh0[offset_in_state] = dh_later;
             continue;
         }
-        const size_t row = size_t(t) * B + b, state_of_row = row * H + j, gates_of_row = row * 3 * H + j;
-        const float *gates = gates_tb + gates_of_row;
-        const float z = gates[H], dh = dh_tb[state_of_row] + returned;
+        const size_t row = size_t(t) * B + b, offset_in_states = row * H + j, offset_in_gates = row * 3 * H + j;
+        const float *gates = gates_tb + offset_in_gates;
+        const float z = gates[H], dh = dh_tb[offset_in_states] + dh_later;
         const GRUCellGradient gradient =
-            gru_cell_gradient(dh, gates[0], z, gates[2 * H], a_n_tb[state_of_row], h_tb[state_of_row]);
+            gru_cell_gradient(dh, gates[0], z, gates[2 * H], a_n_tb[offset_in_states], h_tb[offset_in_states]);
 #pragma unroll
         for (int i = 0; i < 3; ++i) {
-            da_tb[gates_of_row + i * H] = gradient.da[i];
+            da_tb[offset_in_gates + i * H] = gradient.da[i];
             if (PRECISION == 2)
-                da16_tb[gates_of_row + i * H] = to_bf16(gradient.da[i]);
+                da16_tb[offset_in_gates + i * H] = to_bf16(gradient.da[i]);
         }
-        di_n_tb[state_of_row] = gradient.di[2];
-        dh_z_b[state_of_b] = dh * z;  // in place: the step read it above
+        di_n_tb[offset_in_states] = gradient.di[2];
+        dh_z_b[offset_in_state] = dh * z;  // this thread read the value of step t + 1 above
     }
 }

@@ -15,23 +15,23 @@
 //   sample           the first v with p_1 + ... + p_v > uniform (p_1 + ... + p_(V-1)), where
 //                    p_v = exp((logits_v - largest) / temperature), or 0 outside top_k, top_p or min_p
 //
-// naive.py makes the ops of these kernels: input_table_forward is a matmul, input_table_backward two and column_sums,
-// gru_backward a matmul, T + 1 steps, a matmul, column_sums and sum_by_id. Dropout needs no twin: backward, a thread of
-// dropout.cu owns one element; forward, the eight elements of one block of random words.
+// naive.py builds the ops from these kernels: input_table_forward is a matmul, input_table_backward two matmuls and
+// column_sums, gru_backward a matmul, T + 1 steps, a matmul, column_sums and sum_by_id. Dropout has no kernel here:
+// dropout.cu is plain already.
 //
 // Arguments: outputs, inputs, sizes, float32 but for int32 ids, ids_tb and targets.
 //   C (M, N); A (M, K) and B (K, N), A[m, k] at A + A_m m + A_k k, so that strides tell which of them is transposed;
-//   bias (N,); A (M, N) of column_sums; di (N, 3H) as da (N, 3H), whose first 2H columns are the same, and di_n (N, H)
+//   bias (N,); A (M, N) of column_sums; di (N, 3H) as da (N, 3H), whose first 2H columns equal di's, and di_n (N, H)
 //   P, dP (V, 3H); ids_tb (T, B); W_hh (3H, H); b_hh (3H,); h_tb (T+1, B, H), h_tb[0] the initial state;
 //   gates_tb (T, B, 3H): r, z, n; a_n_tb, dh_tb, di_n_tb (T, B, H); da_tb (T, B, 3H); dh0, dh_z_b (B, H): z_t dh_t
 //   h (positions, H); W_out (V, H); b_out (V,); targets, losses (positions,); dlogits (positions, V)
 //   loss, norm, step_size (1,); params, grads, m, v (N,); logits (R, V); uniforms, and ids of sample (R,)
 //
-// A kernel is the program of one thread. A launch starts a thread for each output, in blocks of 256, and
-// thread_in_grid() is a thread's number, from which it tells its output. It adds in ascending order, so that equal runs
-// give equal bits; fmaf(a, b, c) is a b + c, rounded once. Sums of millions of numbers, or of numbers most of which are
-// tiny beside the largest, as in a softmax, are kept in double. No two threads of a launch exchange anything: what one
-// step of the recurrence hands to the next lies in global memory between two launches.
+// A kernel is the program of one thread. A launch starts a thread for each output, in blocks of 256; the thread
+// numbered thread_in_grid() owns the output of that number. A thread adds in ascending order, so that equal runs give
+// equal bits; fmaf(a, b, c) is a b + c, rounded once. Sums of millions of numbers, or of numbers most of which are tiny
+// beside the largest, as in a softmax, are kept in double. No two threads of a launch exchange anything: a step of the
+// recurrence leaves its states in global memory, where the next launch reads them.
 //
 // Bytes that all threads together ask for, at B 64, T 100, H 1024, V 66, and the floor, where each array moves once:
 //   dW_hh = da^T h           8 M N K = 161 GB     117 MB: each element of da is asked for 1024 times, of h 3072 times
@@ -42,7 +42,7 @@
 //   column_sums, mean_loss, global_norm, adam     the floor
 // Caches serve most of it, but even a cache serves a multiprocessor no more than some 100 bytes a cycle.
 //
-// Variants: the fast twin of each kernel, named beside it. The same tests hold both to the reference.
+// Variants: the fast twin of each kernel, named beside it. The same tests compare both with rnn/reference.py.
 // Source: as the fast twins; CUDA C++ Programming Guide, "Shared Memory", has this matmul, and why it is slow.
 #include "gru.cuh"
 
@@ -71,7 +71,7 @@ extern "C" __global__ void column_sums(float *sums, const float *A, int M, int N
     sums[n] = sum;
 }
 
-// Slow: each of 3H V threads reads all ids, most of them other ones. Fast twin: input_table.cu, which sorts first.
+// Slow: each of 3H V threads reads all ids, few of which are its own. Fast twin: input_table.cu, which sorts them.
 extern "C" __global__ void sum_by_id(float *dP, const float *da, const float *di_n, const int *ids, int N, int V, int H)
 {
     const size_t v = thread_in_grid() / (3 * H), c = thread_in_grid() % (3 * H);
@@ -84,9 +84,9 @@ extern "C" __global__ void sum_by_id(float *dP, const float *da, const float *di
     dP[v * 3 * H + c] = sum;
 }
 
-// Step t.
+// One time step, t.
 // Slow: neighbouring threads have neighbouring units, whose weights lie H apart, so that one load of a warp touches 32
-// cache lines; each row of the batch reads W_hh anew; and each of T launches fetches it from L2 again.
+// cache lines; each row of the batch reads W_hh anew; and each of the T launches fetches W_hh from L2 again.
 // Fast twins: gru.cu, in tiles; gru_forward_persistent.cu, one launch, W_hh on chip.
 extern "C" __global__ void gru_forward_step(float *h_tb, float *gates_tb, float *a_n_tb, const float *P,
                                             const int *ids_tb, const float *W_hh, const float *b_hh, int t, int B,
@@ -114,7 +114,7 @@ extern "C" __global__ void gru_forward_step(float *h_tb, float *gates_tb, float 
     h_tb[(row + B) * H + j] = cell.h;
 }
 
-// Step t, from T - 1 down to -1, where the initial state lies.
+// One time step, t, from T - 1 down to -1; step -1 only computes dh0, the gradient of the initial state.
 // Slow: a warp loads 32 neighbouring weights at once, but each row of the batch reads all of W_hh anew; a thread does
 // 3H multiply-adds one after the other; and there are T + 1 launches.
 // Fast twins: gru.cu, in tiles; gru_backward_persistent.cu, one launch, W_hh on chip.
@@ -125,7 +125,7 @@ extern "C" __global__ void gru_backward_step(float *da_tb, float *di_n_tb, float
     const size_t b = thread_in_grid() / H, j = thread_in_grid() % H;
     if (b >= B)
         return;
-    float dh_later = 0.0f;  // the last step has none after it
+    float dh_later = 0.0f;  // of the last step, which no step follows
     if (t + 1 < T) {
         const float *da_later = da_tb + (size_t(t + 1) * B + b) * 3 * H;
         for (size_t g = 0; g < 3 * H; ++g)
@@ -192,7 +192,7 @@ extern "C" __global__ void global_norm(float *norm, const float *grads, size_t N
     norm[0] = sqrtf(float(sum));
 }
 
-// Hardly slow: neighbouring threads read neighbouring elements. Fast twin: adam of adam.cu, four elements in one load.
+// Not slow: neighbouring threads read neighbouring elements. Fast twin: adam of adam.cu, four elements in one load.
 // new_1 is 1 - beta_1 and new_2 is 1 - beta_2, rounded once.
 extern "C" __global__ void adam(float *params, float *m, float *v, const float *grads, const float *norm,
                                 const float *step_size, float clip_norm, float beta_1, float new_1, float beta_2,
@@ -221,7 +221,7 @@ struct Row {
         return logits[u] > logits[v] || (logits[u] == logits[v] && u < v);
     }
 
-    // The character that follows v in the order, or, if v is 0, the first of all; 0 for none.
+    // The most likely of the characters less likely than v, or, if v is 0, of all characters; 0 if there is none.
     __device__ int next(int v) const
     {
         int best = 0;
@@ -232,7 +232,7 @@ struct Row {
     }
 };
 
-// The last character in the order that top_k and top_p leave; 0 if they leave all.
+// The least likely character that top_k and top_p keep; 0 if they keep all.
 __device__ int last_kept(const Row &row, int top_k, float top_p)
 {
     int last = 0;

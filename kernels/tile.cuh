@@ -2,16 +2,18 @@
 //
 // Constants from the launcher: PRECISION (0 fp32, 1 tf32, 2 bf16); TILE_M, TILE_N, TILE_K, multiples of 16. The tiles
 // in use keep TILE_SHARED floats within the 48 KB of static shared memory; a larger one does not compile.
-// All TILE_THREADS threads of a one-dimensional block call it together. The operands are functors, inlined: a(m, k) and
-// b(k, n), with m and n counted from the tile's corner, return 0 outside the matrix in m and n; k stays inside [0, K).
-// A_K_CONTIGUOUS and B_K_CONTIGUOUS say that neighbouring k are neighbours in memory (else neighbouring m, or n).
+// All TILE_THREADS threads of a one-dimensional block call tile_sums or tile_product together. The operands are
+// functors, inlined: a(m, k) and b(k, n), with m and n counted from the tile's corner, return 0 where m or n lies
+// outside of the matrix; k stays inside [0, K). A_K_CONTIGUOUS and B_K_CONTIGUOUS say that neighbouring k are
+// neighbours in memory (else neighbouring m, or n).
 //
-// Each round brings TILE_K of k from global memory to shared memory, through registers, so that the loads of the next
-// round run while this one multiplies. Operands lie in shared memory by k, then m or n, in words of 32 bits: one fp32,
-// one tf32 or two bf16 of neighbouring k, rounded once, on the way. Two stages take turns: one barrier per round.
+// Each iteration brings TILE_K of k from global memory to shared memory, through registers, so that the loads of the
+// next iteration run while this iteration multiplies. Operands lie in shared memory by k, then m or n, in words of 32
+// bits: one fp32, one tf32 or two bf16 of neighbouring k, rounded once, on the way. Iterations use two stages of shared
+// memory in turns, with one barrier each.
 //   fp32        a thread owns TILE_M / 16 rows by TILE_N / 16 columns, a warp 4 x 8 threads; FFMA, k ascending
 //   tf32, bf16  a warp owns fragments of 16 x 8, on the tensor cores; fp32 sums, k ascending in groups of 8 (bf16: 16)
-// Every element of c is summed in the same order, wherever it lies in the tile: equal calls give equal bits.
+// Every element of c is summed in the same order, wherever the element lies in the tile: equal calls give equal bits.
 // Source: CUTLASS, "Efficient GEMM in CUDA" (the hierarchy of tiles); ptx.cuh for the fragments.
 #include "common.cuh"
 #include "precision.cuh"
@@ -24,28 +26,29 @@ static_assert(PRECISION <= 2, "0 fp32, 1 tf32, 2 bf16");
 static_assert(TILE_M % 16 == 0 && TILE_N % 16 == 0 && TILE_K % 16 == 0, "tiles are multiples of 16");
 
 constexpr int TILE_THREADS = 256;
-constexpr int TILE_WORDS = TILE_K / PACK;  // words along k per round
-// Padding spreads over the banks, in fp32, the 8 x 4 words that a warp stores together (and keeps rows aligned to 16
-// bytes); else the 4 x 8 words of a fragment that it loads together.
+constexpr int TILE_WORDS = TILE_K / PACK;  // words along k per iteration
+// The padding of a row puts words that a warp accesses together into different banks: in fp32 the 8 x 4 words that it
+// stores (and rows stay aligned to 16 bytes), else the 4 x 8 words of a fragment that it loads.
 constexpr int TILE_PADDING = PRECISION == 0 ? 4 : 8;
 constexpr int TILE_A_STRIDE = TILE_M + TILE_PADDING;
 constexpr int TILE_B_STRIDE = TILE_N + TILE_PADDING;
 constexpr int TILE_STAGE = TILE_WORDS * (TILE_A_STRIDE + TILE_B_STRIDE);
 constexpr int TILE_C_STRIDE = TILE_N + 1;
 
-// Floats of shared memory, aligned to 16 bytes, that tile_sums needs, and that tile_product needs.
+// Floats of shared memory, aligned to 16 bytes: TILE_STAGES for tile_sums, TILE_SHARED for tile_product.
 constexpr int TILE_STAGES = 2 * TILE_STAGE;
 constexpr int TILE_SHARED = TILE_STAGES > TILE_M * TILE_C_STRIDE ? TILE_STAGES : TILE_M * TILE_C_STRIDE;
 
-// This thread's share of one operand's next round, on its way from global to shared memory. WIDTH is TILE_M or TILE_N.
+// This thread's share of one operand of the next iteration, on its way from global to shared memory. WIDTH is TILE_M or
+// TILE_N.
 template <bool K_CONTIGUOUS, int WIDTH>
 struct TileOperand {
     static constexpr int SIZE = WIDTH * TILE_WORDS, SHARE = ceil_div(SIZE, TILE_THREADS);
 
     float elements[SHARE][PACK];
 
-    // Neighbouring threads take neighbouring elements in memory. Along k they take 8 words, then the next row: 32 bytes
-    // is what a memory transaction moves, and 8 x 4 words fall into different banks.
+    // Neighbouring threads take neighbouring elements in memory. Along k they take 8 words, then the next row: a memory
+    // transaction moves 32 bytes, and 8 x 4 words fall into different banks.
     static __device__ __forceinline__ int word(int i)
     {
         const int e = threadIdx.x + i * TILE_THREADS;
@@ -63,7 +66,7 @@ struct TileOperand {
         return SIZE % TILE_THREADS == 0 || threadIdx.x + i * TILE_THREADS < SIZE;
     }
 
-    // read(k, column) is the functor; k0 is where the round begins.
+    // read(k, column) is the operand's functor; k0 is the first k of the iteration.
     template <class Read>
     __device__ __forceinline__ void load(int k0, int K, Read read)
     {
@@ -76,8 +79,8 @@ struct TileOperand {
             }
     }
 
-    // Elements are rounded here and not in load, which would have to wait for them. A float in shared memory only
-    // carries the bits.
+    // Elements are rounded here and not in load, which would have to wait for them to arrive. `stage` is an array of
+    // float, but its elements hold the bits of any word.
     __device__ __forceinline__ void store(float *stage) const
     {
 #pragma unroll
@@ -96,11 +99,12 @@ struct TileSums {
 
     float c[ROWS][COLUMNS] = {};
 
-    // Row and column of this thread in the block's grid of 16 x 16 threads.
+    // Row and column of this thread, the block seen as 16 x 16 threads.
     static __device__ __forceinline__ int thread_row() { return warp() / 2 * 4 + lane() / 8; }
     static __device__ __forceinline__ int thread_column() { return warp() % 2 * 8 + lane() % 8; }
 
-    // A thread's rows (or columns) lie together in runs of 4, 2 or 1, which one load reads; its next run is 16 runs on.
+    // A thread's rows (or columns) lie together in runs of 4, 2 or 1, which one load reads; its next run begins 16 runs
+    // later.
     template <int COUNT>
     static constexpr int RUN = COUNT % 4 == 0 ? 4 : COUNT % 2 == 0 ? 2 : 1;
 
@@ -168,7 +172,7 @@ struct TileSums {
     // Whether fragment j lies inside the tile; equal in all lanes of a warp.
     static __device__ __forceinline__ bool owned(int j) { return TILE_N / 8 % WARPS_N == 0 || column(j) < TILE_N; }
 
-    // Counted in words, both instructions take the same fragments: 16 x 8 of a and 8 x 8 of b.
+    // Counted in words, the mma of tf32 and the mma of bf16 take the same fragments: 16 x 8 of a and 8 x 8 of b.
     __device__ __forceinline__ void add(const float *stage)
     {
         const float *stage_b = stage + TILE_WORDS * TILE_A_STRIDE;
@@ -211,8 +215,8 @@ struct TileSums {
 };
 #endif
 
-// The sums of all k, in registers: each(take) calls take(m, n, value) for every element of c, in the thread that owns
-// it. `shared` holds TILE_STAGES floats, which other threads may still be reading when this returns.
+// The sums over all k, in registers: each(take) calls take(m, n, value) for every element of c, in the thread that owns
+// it. `shared` has TILE_STAGES floats, which other threads may still be reading when this function returns.
 template <bool A_K_CONTIGUOUS, bool B_K_CONTIGUOUS, class A, class B>
 __device__ __forceinline__ TileSums tile_sums(float *shared, int K, A a, B b)
 {
@@ -223,9 +227,9 @@ __device__ __forceinline__ TileSums tile_sums(float *shared, int K, A a, B b)
     next_a.load(0, K, a_by_k);
     next_b.load(0, K, b);
     __syncthreads();  // the caller may have just used `shared`
-    for (int k0 = 0, round = 0; k0 < K; k0 += TILE_K, ++round) {
-        // Every thread that read this stage two rounds ago has passed the barrier of the last round since.
-        float *stage = shared + round % 2 * TILE_STAGE;
+    for (int k0 = 0, iteration = 0; k0 < K; k0 += TILE_K, ++iteration) {
+        // Every thread that read this stage two iterations ago has passed the barrier of the last iteration since.
+        float *stage = shared + iteration % 2 * TILE_STAGE;
         next_a.store(stage);
         next_b.store(stage + TILE_WORDS * TILE_A_STRIDE);
         __syncthreads();
@@ -239,7 +243,7 @@ __device__ __forceinline__ TileSums tile_sums(float *shared, int K, A a, B b)
 // Element (m, n) of c after tile_product.
 __device__ __forceinline__ float &tile_c(float *shared, int m, int n) { return shared[m * TILE_C_STRIDE + n]; }
 
-// Leaves c in shared memory, for any thread to read through tile_c at once. `shared` holds TILE_SHARED floats.
+// Leaves c in shared memory, for any thread to read through tile_c at once. `shared` has TILE_SHARED floats.
 template <bool A_K_CONTIGUOUS, bool B_K_CONTIGUOUS, class A, class B>
 __device__ __forceinline__ void tile_product(float *shared, int K, A a, B b)
 {
