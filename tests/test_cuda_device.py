@@ -6,6 +6,7 @@ tests.
 
 import contextlib
 import ctypes
+import gc
 import subprocess
 import sys
 import threading
@@ -662,6 +663,7 @@ def test_memory_that_is_not_there_is_an_error_and_what_is_freed_comes_back(cuda,
 def test_cupys_pool_gives_back_what_it_keeps_before_it_says_that_memory_is_out(cuda, device):
     import cupy
 
+    gc.collect()  # arrays of earlier tests
     device.limit_memory(device.used_memory())
     with pytest.raises(MemoryError, match="Out of memory"):
         cupy.empty(2**32, np.uint8)  # CuPy has now given back all that it kept
@@ -669,7 +671,7 @@ def test_cupys_pool_gives_back_what_it_keeps_before_it_says_that_memory_is_out(c
     cupy.empty(2**19, np.uint8)
     kept = cupy.empty(2**20, np.uint8)
     with pytest.raises(MemoryError, match="Out of memory"):
-        cupy.empty(512, np.uint8)
+        cupy.empty(2**20, np.uint8)  # less might fit between arrays of earlier tests
     del kept
     cupy.get_default_memory_pool().free_all_blocks()
 
