@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from char_gru.rnn import cpu, reference
-from tests.helpers import reference_ops
+from char_gru.rnn import cpu, reference, reference_ops
 from tests.helpers.cases import MODELS, Case, random_case
 from tests.helpers.compare import assert_close
 from tests.helpers.golden import KERAS_FILES, TORCH_FILES, load

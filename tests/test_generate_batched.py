@@ -9,9 +9,9 @@ from char_gru import kernels
 from char_gru.kernels import runtime
 from char_gru.kernels.plan.generation import STATIC_SHARED_BYTES, WEIGHTS, generation_plan, generation_plans
 from char_gru.kernels.plan.gpus import GPU, GPUS
+from char_gru.rnn import reference_ops
 from char_gru.rnn.params import named_views
 from tests import host_cuda
-from tests.helpers import reference_ops
 from tests.helpers.texts import (
     OPTIONS,
     assert_text_matches_reference,

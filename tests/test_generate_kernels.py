@@ -18,11 +18,11 @@ from char_gru.kernels.plan.generation import (
     generation_plans,
 )
 from char_gru.kernels.plan.gpus import GPU
+from char_gru.rnn import reference_ops
 from char_gru.rnn.params import named_views
 from char_gru.rnn.sampler import Generator
 from char_gru.rnn.vocabulary import Vocabulary
 from tests import host_cuda
-from tests.helpers import reference_ops
 from tests.helpers.cases import random_case
 from tests.helpers.texts import (
     OPTIONS,

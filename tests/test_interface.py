@@ -10,8 +10,7 @@ import pytest
 
 from char_gru import kernels
 from char_gru.kernels import runtime
-from char_gru.rnn import cpu, reference
-from tests.helpers import reference_ops
+from char_gru.rnn import cpu, reference, reference_ops
 
 
 def functions(module) -> dict[str, types.FunctionType]:

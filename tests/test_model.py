@@ -5,13 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from char_gru.rnn import cpu
+from char_gru.rnn import cpu, reference_ops
 from char_gru.rnn.batches import Batch, ShuffledWindows
 from char_gru.rnn.config import Sizes
 from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import initial_parameters, named_views, parameter_count, parameter_shapes
 from char_gru.rnn.vocabulary import Vocabulary
-from tests.helpers import reference_ops
 from tests.helpers.cases import random_case
 
 

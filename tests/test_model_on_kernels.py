@@ -10,7 +10,7 @@ import pytest
 from char_gru import kernels
 from char_gru.kernels import naive, runtime
 from char_gru.kernels.plan.gpus import GPUS
-from char_gru.rnn import training
+from char_gru.rnn import reference_ops, training
 from char_gru.rnn.batches import Batch
 from char_gru.rnn.config import Sizes
 from char_gru.rnn.model import LanguageModel
@@ -18,7 +18,6 @@ from char_gru.rnn.params import named_views
 from char_gru.rnn.sampler import Generator
 from char_gru.rnn.vocabulary import Vocabulary
 from tests import host_cuda
-from tests.helpers import reference_ops
 from tests.helpers.cases import Case, random_case
 from tests.helpers.commands import TINY, assert_equal_runs, make_text, train_here
 from tests.helpers.compare import assert_close

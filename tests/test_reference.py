@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from char_gru.rnn import reference
+from char_gru.rnn import reference, reference_ops
 from char_gru.rnn.batches import Batch
-from tests.helpers import reference_ops
 from tests.helpers.cases import MODELS, random_case
 from tests.helpers.golden import GOLDEN_DIR, KERAS_FILES, TORCH_FILES, load
 

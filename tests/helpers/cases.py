@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from char_gru.rnn import reference_ops
 from char_gru.rnn.config import Sizes
 from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import flat_size, named_views
-from tests.helpers import reference_ops
 
 MODELS = {
     "one layer": {},

@@ -6,9 +6,9 @@ import pytest
 
 from char_gru import kernels
 from char_gru.kernels import runtime
+from char_gru.rnn import reference_ops
 from char_gru.rnn.params import named_views
 from char_gru.rnn.reference import rounded
-from tests.helpers import reference_ops
 from tests.helpers.cases import Case, random_case
 from tests.helpers.compare import assert_close
 
