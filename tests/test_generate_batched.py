@@ -11,14 +11,12 @@ from char_gru.kernels.plan.generation import STATIC_SHARED_BYTES, WEIGHTS, gener
 from char_gru.kernels.plan.gpus import GPU, GPUS
 from char_gru.rnn.params import named_views
 from tests import host_cuda
-from tests.helpers import reference_ops
 from tests.helpers.texts import (
     OPTIONS,
     assert_text_matches_reference,
     prompts,
     slow,
     text_case,
-    written,
     written_on_device,
 )
 
@@ -70,11 +68,10 @@ def test_options_reach_the_drawing(executor, options):
 
 @pytest.mark.parametrize("weights", ["fp32", slow("bf16")])
 def test_all_variants_write_the_same_text(executor, weights):
+    """Up to a character that rounding decides, which differs from the reference's."""
     case = text_case(18, H=17, V=19, layers=1, scale=0.4)
-    texts = [written_on_device(case, 12, variant=variant, weights=weights)[0]
-             for variant in ("batched", "persistent", "stepwise")]
-    for text in texts[1:]:
-        np.testing.assert_array_equal(text, texts[0])
+    for variant in ("batched", "persistent", "stepwise"):
+        assert_text_matches_reference(case, 12, variant=variant, weights=weights)
 
 
 @pytest.mark.parametrize("T", [100, slow(2000)])
@@ -83,8 +80,7 @@ def test_a_long_batched_text_is_that_of_the_reference(executor, monkeypatch, T):
     monkeypatch.setattr(executor, "gpu", small_gpu(2, 64))
     case = text_case(9, H=4, V=5, layers=1, scale=0.3)
     assert generation_plan(executor.gpu, 9, 5, 4, 1, variant="batched").blocks == 2
-    np.testing.assert_array_equal(written_on_device(case, T, variant="batched")[0],
-                                  written(reference_ops, np.copy, np.float32, case, T)[0])
+    assert_text_matches_reference(case, T, variant="batched")
 
 
 def test_batched_text_goes_on_where_it_stopped(executor):
