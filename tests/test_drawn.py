@@ -7,9 +7,18 @@ from char_gru.kernels import runtime
 from char_gru.kernels.generate import sample
 from char_gru.rnn import reference
 from char_gru.rnn.params import named_views
+from char_gru.rnn.sampler import Generator
+from char_gru.rnn.vocabulary import Vocabulary
+from tests import host_cuda
 from tests.helpers import texts
 from tests.helpers.drawn import assert_drawn
-from tests.helpers.texts import OPTIONS, assert_text_matches_reference, read_by_reference, text_case
+from tests.helpers.texts import (
+    OPTIONS,
+    assert_text_matches_reference,
+    assert_texts_drawn,
+    read_by_reference,
+    text_case,
+)
 
 N, V = 400, 13
 
@@ -145,6 +154,32 @@ def test_logits_too_far_from_the_exact_ones_are_refused():
         assert_drawn("ids", reference.sample(exact, uniforms), uniforms, exact, single + np.float32(0.01))
 
 
+# Faults of whole texts
+
+TEXT_FAULTS = {  # what becomes of the arguments of assert_texts_drawn
+    "another seed": lambda prompts, texts, seed: (prompts, texts, seed + 1),
+    "rows exchanged": lambda prompts, texts, seed: (prompts, texts[::-1], seed),
+    "a prompt that was not read": lambda prompts, texts, seed: (["", "abd"], texts, seed),
+    "a character lost": lambda prompts, texts, seed: (prompts, [text[1:] for text in texts], seed),
+    "a character changed": lambda prompts, texts, seed: (prompts, [texts[0], f"{texts[1][:-1]}?"], seed),
+    "an option forgotten": lambda prompts, texts, seed: (prompts, texts, seed, {}),
+}
+
+
+@pytest.mark.parametrize("fault", [None, *TEXT_FAULTS])
+def test_comparison_catches_a_text_with(fault):
+    vocabulary, case = Vocabulary("\n ?abcd"), text_case(1, H=8, V=8, layers=2, scale=2)
+    params = named_views(case.flat_params.astype(np.float32), case.sizes)
+    prompts, seed, options = ["", "abc"], 3, {"temperature": 0.8}
+    texts = Generator(case.sizes, vocabulary, params).generate(prompts, 30, seed=seed, **options)
+    if fault is None:
+        assert assert_texts_drawn(params, vocabulary, prompts, texts, seed, **options).characters == 60
+        return
+    prompts, texts, seed, *others = TEXT_FAULTS[fault](prompts, texts, seed)
+    with pytest.raises(AssertionError, match="^texts.* away from the share"):
+        assert_texts_drawn(params, vocabulary, prompts, texts, seed, **(others[0] if others else options))
+
+
 # Faults of the kernels
 
 KERNEL_FAULTS = {  # variant, V, a text of the kernel's source, and the text that it becomes
@@ -172,8 +207,8 @@ KERNEL_FAULTS = {  # variant, V, a text of the kernel's source, and the text tha
 
 
 @pytest.fixture
-def plant(executor, monkeypatch):
-    """Makes launches run a changed source."""
+def plant(monkeypatch):
+    """Kernels run on the CPU, and `plant(old, new)` changes their source."""
     def planted(old: str, new: str) -> None:
         def changed(stem, constants):
             text = source(stem, constants)
@@ -183,7 +218,10 @@ def plant(executor, monkeypatch):
         source = runtime.source
         monkeypatch.setattr(runtime, "source", changed)
 
-    return planted
+    if host_cuda.compiler() is None:
+        pytest.skip("the kernels run on the CPU only where there is a C++ compiler")
+    with runtime.use(host_cuda.HostExecutor()):
+        yield planted
 
 
 @pytest.mark.parametrize("name", [
@@ -198,28 +236,37 @@ def test_comparison_catches_a_kernel_with(plant, name):
         assert_text_matches_reference(case, 8, **OPTIONS, variant=variant)
 
 
-def expf_off_by(error: float) -> tuple[str, str]:
-    exact = "expf((logits[v] - largest) / temperature)"
-    return f"return {exact};", f"return {exact} * (1.0f + (v % 2 ? {error:e}f : {-error:e}f));"
-
-
-@pytest.mark.parametrize("variant, error, away, said", [
-    ("stepwise", 0, 0, "lie across a border"), ("persistent", 0, 0, "lie across a border"),
-    ("batched", 0, 0, "lie across a border"), ("stepwise", 2**-20, 1e-7, "lie across a border"),
-    ("stepwise", 2**-12, 1e-5, "away from the share"),
-])
-def test_where_every_number_is_at_a_border_rounding_explains_each_difference(plant, monkeypatch, variant, error, away,
-                                                                             said):
-    """But not that there are so many. An expf that errs by eight epsilons passes, one that errs by 2,048 does not."""
-    case = text_case(64, H=6, V=13, layers=1)
-    first, forced_tr = np.arange(64, dtype=np.int32) % 12 + 1, np.full((1, 64), -1, np.int32)
-    [logits], _ = read_by_reference(named_views(case.flat_params, case.sizes), case.h0, first, forced_tr, np.float64)
-    uniforms_tr = (border(logits) + away * np.resize([-1, 1], 64)).astype(np.float32)[None]
-    monkeypatch.setattr(texts, "prompts", lambda T, R, V: (first, forced_tr, uniforms_tr))
-    if error:
-        plant(*expf_off_by(error))
-    with pytest.raises(AssertionError, match=f"^drawn.* {said}"):
+@pytest.fixture
+def written_at_borders(monkeypatch):
+    """Writes a character in each of 64 rows, each with a number at a border of shares or so far from it, and compares
+    them."""
+    def compared(variant: str, away: float = 0.0) -> None:
+        case = text_case(64, H=6, V=13, layers=1)
+        first, forced_tr = np.arange(64, dtype=np.int32) % 12 + 1, np.full((1, 64), -1, np.int32)
+        [logits], _ = read_by_reference(named_views(case.flat_params, case.sizes), case.h0, first, forced_tr,
+                                        np.float64)
+        uniforms_tr = (border(logits) + away * np.resize([-1, 1], 64)).astype(np.float32)[None]
+        monkeypatch.setattr(texts, "prompts", lambda T, R, V: (first, forced_tr, uniforms_tr))
         assert_text_matches_reference(case, 1, variant=variant)
+
+    return compared
+
+
+@pytest.mark.parametrize("variant", [
+    "stepwise", "persistent", pytest.param("batched", marks=pytest.mark.capability(80))])
+def test_where_every_number_is_at_a_border_rounding_explains_each_difference(executor, written_at_borders, variant):
+    """But not that there are so many."""
+    with pytest.raises(AssertionError, match="^drawn.* characters lie across a border"):
+        written_at_borders(variant)
+
+
+@pytest.mark.parametrize("error, away, said", [(2**-20, 1e-7, "across a border"), (2**-12, 1e-5, "from the share")])
+def test_an_expf_that_errs_by_eight_epsilons_passes_and_by_two_thousand_does_not(plant, written_at_borders, error,
+                                                                                 away, said):
+    expf = "expf((logits[v] - largest) / temperature)"
+    plant(f"return {expf};", f"return {expf} * (1.0f + (v % 2 ? {error}f : {-error}f));")
+    with pytest.raises(AssertionError, match=f"^drawn.* {said}"):
+        written_at_borders("stepwise", away)
 
 
 def test_only_numbers_at_a_border_show_which_side_it_belongs_to(plant):
