@@ -159,9 +159,9 @@ def test_logits_too_far_from_the_exact_ones_are_refused():
 TEXT_FAULTS = {  # what becomes of the arguments of assert_texts_drawn
     "another seed": lambda prompts, texts, seed: (prompts, texts, seed + 1),
     "rows exchanged": lambda prompts, texts, seed: (prompts, texts[::-1], seed),
-    "a prompt that was not read": lambda prompts, texts, seed: (["", "abd"], texts, seed),
+    "a prompt that was not read to its end": lambda prompts, texts, seed: (["", *4 * ["ab"]], texts, seed),
     "a character lost": lambda prompts, texts, seed: (prompts, [text[1:] for text in texts], seed),
-    "a character changed": lambda prompts, texts, seed: (prompts, [texts[0], f"{texts[1][:-1]}?"], seed),
+    "a character changed": lambda prompts, texts, seed: (prompts, [*texts[:-1], f"{texts[-1][:-1]}?"], seed),
     "an option forgotten": lambda prompts, texts, seed: (prompts, texts, seed, {}),
 }
 
@@ -170,10 +170,10 @@ TEXT_FAULTS = {  # what becomes of the arguments of assert_texts_drawn
 def test_comparison_catches_a_text_with(fault):
     vocabulary, case = Vocabulary("\n ?abcd"), text_case(1, H=8, V=8, layers=2, scale=2)
     params = named_views(case.flat_params.astype(np.float32), case.sizes)
-    prompts, seed, options = ["", "abc"], 3, {"temperature": 0.8}
+    prompts, seed, options = ["", *4 * ["abc"]], 3, {"temperature": 0.8}
     texts = Generator(case.sizes, vocabulary, params).generate(prompts, 30, seed=seed, **options)
     if fault is None:
-        assert assert_texts_drawn(params, vocabulary, prompts, texts, seed, **options).characters == 60
+        assert assert_texts_drawn(params, vocabulary, prompts, texts, seed, **options).characters == 150
         return
     prompts, texts, seed, *others = TEXT_FAULTS[fault](prompts, texts, seed)
     with pytest.raises(AssertionError, match="^texts.* away from the share"):

@@ -15,10 +15,13 @@ from tests.helpers.texts import (
     OPTIONS,
     assert_text_matches_reference,
     prompts,
+    skip_unless_it_fits,
     slow,
     text_case,
     written_on_device,
 )
+
+pytestmark = pytest.mark.capability(80)
 
 
 def small_gpu(multiprocessors: int, shared_kib: int) -> GPU:
@@ -57,6 +60,7 @@ def test_however_the_work_is_cut_batched_text_is_the_same(executor, monkeypatch,
 
 
 def test_more_logits_than_a_block_sums_at_once(executor, monkeypatch):
+    skip_unless_it_fits(executor, generation_plan(small_gpu(2, 227), 9, 1100, 7, 1, variant="batched"))
     monkeypatch.setattr(executor, "gpu", small_gpu(2, 227))
     assert_text_matches_reference(text_case(9, H=7, V=1100, layers=1), T=2, variant="batched")
 

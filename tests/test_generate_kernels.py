@@ -29,6 +29,7 @@ from tests.helpers.texts import (
     assert_texts_drawn,
     assert_written,
     prompts,
+    skip_unless_it_fits,
     slow,
     text_case,
     written_on_device,
@@ -78,8 +79,7 @@ def test_wherever_weights_lie_the_bits_are_the_same(executor, monkeypatch, R, la
     case, sizes = text_case(R, H, V, layers, scale=0.3), (R, V, H, layers, weights, variant)
     gpu = GPU("of this test", 90, 8, 2**30)
     plan = generation_plan(gpu, *sizes)
-    if executor.array_type is not np.ndarray and not plan.fits(executor.gpu):
-        pytest.skip(f"{executor.gpu.name} has less shared memory than the harness")
+    skip_unless_it_fits(executor, plan)
     column = (2 * layers - 1) * 3 * plan.units * 4 // (1 + plan.constants["BF16"])
     results = []
     for off_chip in (0, 128, 256, H):
@@ -94,7 +94,9 @@ def test_wherever_weights_lie_the_bits_are_the_same(executor, monkeypatch, R, la
 
 @pytest.mark.parametrize("variant", PERSISTENT)
 def test_more_logits_than_a_block_sums_at_once(executor, monkeypatch, variant):
-    monkeypatch.setattr(executor, "gpu", GPU("of this test", 90, 1, 227 * 1024))
+    gpu = GPU("of this test", 90, 1, 227 * 1024)
+    skip_unless_it_fits(executor, generation_plan(gpu, 2, 1100, 7, 1, variant=variant))
+    monkeypatch.setattr(executor, "gpu", gpu)
     assert_text_matches_reference(text_case(2, H=7, V=1100, layers=1), T=3, variant=variant)
 
 
@@ -247,12 +249,13 @@ def test_captured_steps_are_freed_with_the_room_they_worked_in(executor):
 
 
 def test_a_writer_on_a_gpu_that_cannot_hold_the_model_captures_once(captures, executor, monkeypatch):
-    monkeypatch.setattr(executor, "gpu", GPU("of this test", 75, 2, 1024))
     characters = "\nabcdefg"
     case, vocabulary = text_case(1, H=7, V=len(characters) + 1, layers=1), Vocabulary(characters)
     params = named_views(case.flat_params.astype(np.float32), case.sizes)
     on_device = {name: runtime.to_device(array) for name, array in params.items()}
-    texts = Generator(case.sizes, vocabulary, on_device, kernels).generate(["ab"], 100, seed=1)
+    generator = Generator(case.sizes, vocabulary, on_device, kernels)
+    monkeypatch.setattr(executor, "gpu", GPU("of this test", 75, 2, 1024))
+    texts = generator.generate(["ab"], 100, seed=1)
     assert_texts_drawn(params, vocabulary, ["ab"], texts, seed=1)
     assert len(captures) == 1
 

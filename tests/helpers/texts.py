@@ -10,6 +10,7 @@ import pytest
 
 from char_gru import kernels
 from char_gru.kernels import runtime
+from char_gru.kernels.plan.generation import GenerationPlan
 from char_gru.rnn import reference
 from char_gru.rnn.checkpoint import load_checkpoint
 from char_gru.rnn.params import named_views
@@ -25,6 +26,12 @@ OPTIONS = {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.1}
 def slow(*values):
     """A case of a parametrized test that takes a second or more, most of it to compile a kernel for the case."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def skip_unless_it_fits(executor, plan: GenerationPlan) -> None:
+    """Skip a test whose plan was made for another GPU, where the GPU at hand has less shared memory."""
+    if executor.array_type is not np.ndarray and not plan.fits(executor.gpu):
+        pytest.skip(f"{executor.gpu.name} has less shared memory than the harness")
 
 
 def text_case(R: int, H: int, V: int, layers: int, scale: float = 0.7) -> Case:
