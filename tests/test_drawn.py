@@ -156,6 +156,19 @@ def test_logits_too_far_from_the_exact_ones_are_refused():
 
 # Faults of whole texts
 
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_specification_reads_a_text_as_it_writes_it(layers, weights):
+    case, (first, forced_tr, uniforms_tr) = text_case(3, H=5, V=7, layers=layers), texts.prompts(6, 3, 7)
+    params = named_views(case.flat_params, case.sizes)
+    P = reference.input_table_forward(params["W_emb"], params["W_ih.0"], params["b_ih.0"])
+    h, _, ids_tr = reference.generate(params, P, case.h0, first, forced_tr, uniforms_tr, weights=weights)
+    logits_tr, h_read = read_by_reference(params, case.h0, first, ids_tr, np.float64, weights=weights)
+    np.testing.assert_array_equal(h_read, h)
+    drawn = [reference.sample(logits, uniforms) for logits, uniforms in zip(logits_tr, uniforms_tr)]
+    np.testing.assert_array_equal(np.where(forced_tr >= 0, forced_tr, drawn), ids_tr)
+
+
 TEXT_FAULTS = {  # what becomes of the arguments of assert_texts_drawn
     "another seed": lambda prompts, texts, seed: (prompts, texts, seed + 1),
     "rows exchanged": lambda prompts, texts, seed: (prompts, texts[::-1], seed),
