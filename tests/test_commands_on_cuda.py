@@ -1,5 +1,5 @@
-"""`train.py` and `generate.py` with `--device cuda`: the losses and texts of the CPU, resumed runs, signals, and a GPU
-that is too small or fails.
+"""`train.py` and `generate.py` with `--device cuda`: the CPU's losses, the texts of the models that were trained,
+resumed runs, signals, and a GPU that is too small or fails.
 
 `python -m pytest --cuda-device` runs these tests; what does not depend on the process runs inside theirs.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from char_gru.rnn import commands, training
-from char_gru.rnn.checkpoint import load_checkpoint
+from char_gru.rnn.checkpoint import find_checkpoint, load_checkpoint
 from tests.helpers.commands import (
     ROOT,
     TINY,
@@ -27,12 +27,14 @@ from tests.helpers.commands import (
     train_here,
     wait_until,
 )
+from tests.helpers.texts import assert_samples_drawn, assert_texts_drawn
+from tests.test_generate_command import RULE
 from tests.test_train_command import SAVE_AT_EVERY_STEP, has_a_step, metrics, metrics_bytes
 
 pytestmark = pytest.mark.slow
 
 TEXT = ("--data", "text.txt", *TINY)
-FINISHED = (*TEXT, "--epochs", 3, "--steps", 20)
+FINISHED = (*TEXT, "--epochs", 3, "--steps", 20, "--save-every", 1)
 ON_CUDA = ("--device", "cuda", "--precision", "fp32")
 ROUNDING = 1e-4  # of losses, after 20 steps
 
@@ -72,7 +74,8 @@ def assert_equal_but_for_rounding(actual: Path, expected: Path) -> None:
     for line, right in zip(lines, wanted):
         for name, value in right.items():
             assert line[name] == pytest.approx(value, rel=ROUNDING), (name, right)
-    assert (actual / "samples.txt").read_bytes() == (expected / "samples.txt").read_bytes()
+    for run in (actual, expected):
+        assert_samples_drawn(run)
 
 
 at_exit: list = []  # what the commands would do at the end of the tests' process
@@ -92,7 +95,7 @@ def failed_here(capfd, program: str, *arguments, cwd: Path) -> str:
 
 # Equal runs
 
-def test_run_on_cuda_has_the_losses_and_texts_of_the_cpu(finished, on_cpu):
+def test_run_on_cuda_has_the_losses_of_the_cpu_and_draws_from_its_own_models(finished, on_cpu):
     assert_equal_but_for_rounding(finished, on_cpu)
     assert json.loads((finished / "timing.json").read_text())["peak_memory_mib"] > 0
 
@@ -126,7 +129,8 @@ def test_run_goes_on_on_another_device(on_cpu, folder):
 def test_options_of_training_run_on_cuda(folder):
     (folder / "cpu").mkdir()
     make_text(folder / "cpu" / "text.txt")
-    options = (*TEXT, "--steps", 10, "--stateful", "--layers", 2, "--dropout", 0.3, "--clip-norm", 0.5)
+    options = (*TEXT, "--steps", 10, "--save-every", 1, "--stateful", "--layers", 2, "--dropout", 0.3,
+               "--clip-norm", 0.5)
     expected = train_here(*options, "--device", "cpu", cwd=folder / "cpu")
     assert_equal_but_for_rounding(train_here(*options, *ON_CUDA, cwd=folder), expected)
 
@@ -226,14 +230,20 @@ def test_process_whose_gpu_fails_ends_with_one_line(folder):
 
 # Texts
 
-@pytest.mark.parametrize("options", [
-    ("--prompt", "the qu", "--num-samples", 3),
-    ("--prompt", "a", "--prompt", "over the", "--temperature", 0.5, "--top-k", 4, "--top-p", 0.9),
+@pytest.mark.parametrize("prompts, arguments, options", [
+    (3 * ["the qu"], ("--prompt", "the qu", "--num-samples", 3), {}),
+    (["a", "over the"],
+     ("--prompt", "a", "--prompt", "over the", "--temperature", 0.5, "--top-k", 4, "--top-p", 0.9),
+     {"temperature": 0.5, "top_k": 4, "top_p": 0.9}),
 ], ids=["one prompt", "two prompts"])
-def test_text_is_the_cpus(finished, capfd, options):
-    assert len(written(capfd, finished, "cpu", *options, "--length", 60, "--seed", 3)) > 60
-    texts = [written(capfd, finished, kind, *options, "--length", 60, "--seed", 3) for kind in ("cpu", "cuda")]
-    assert texts[0] == texts[1]
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_text_is_drawn_from_the_model(finished, capfd, kind, prompts, arguments, options):
+    """By both devices as the specification draws it, so that their texts are equal until rounding decides."""
+    output = written(capfd, finished, kind, *arguments, "--length", 60, "--seed", 3).removesuffix("\n")
+    texts = [text[len(prompt):] for prompt, text in zip(prompts, output.split(RULE), strict=True)]
+    assert output == RULE.join(map("".join, zip(prompts, texts))) and {len(text) for text in texts} == {60}
+    checkpoint = load_checkpoint(find_checkpoint(finished))
+    assert_texts_drawn(checkpoint.params, checkpoint.vocabulary, prompts, texts, seed=3, **options)
 
 
 def test_score_is_the_cpus(finished, capfd):

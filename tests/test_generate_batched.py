@@ -9,18 +9,19 @@ from char_gru import kernels
 from char_gru.kernels import runtime
 from char_gru.kernels.plan.generation import STATIC_SHARED_BYTES, WEIGHTS, generation_plan, generation_plans
 from char_gru.kernels.plan.gpus import GPU, GPUS
-from char_gru.rnn import reference_ops
 from char_gru.rnn.params import named_views
 from tests import host_cuda
 from tests.helpers.texts import (
     OPTIONS,
     assert_text_matches_reference,
     prompts,
+    skip_unless_it_fits,
     slow,
     text_case,
-    written,
     written_on_device,
 )
+
+pytestmark = pytest.mark.capability(80)
 
 
 def small_gpu(multiprocessors: int, shared_kib: int) -> GPU:
@@ -59,6 +60,7 @@ def test_however_the_work_is_cut_batched_text_is_the_same(executor, monkeypatch,
 
 
 def test_more_logits_than_a_block_sums_at_once(executor, monkeypatch):
+    skip_unless_it_fits(executor, generation_plan(small_gpu(2, 227), 9, 1100, 7, 1, variant="batched"))
     monkeypatch.setattr(executor, "gpu", small_gpu(2, 227))
     assert_text_matches_reference(text_case(9, H=7, V=1100, layers=1), T=2, variant="batched")
 
@@ -70,11 +72,10 @@ def test_options_reach_the_drawing(executor, options):
 
 @pytest.mark.parametrize("weights", ["fp32", slow("bf16")])
 def test_all_variants_write_the_same_text(executor, weights):
+    """Up to a character that rounding decides, which differs from the reference's."""
     case = text_case(18, H=17, V=19, layers=1, scale=0.4)
-    texts = [written_on_device(case, 12, variant=variant, weights=weights)[0]
-             for variant in ("batched", "persistent", "stepwise")]
-    for text in texts[1:]:
-        np.testing.assert_array_equal(text, texts[0])
+    for variant in ("batched", "persistent", "stepwise"):
+        assert_text_matches_reference(case, 12, variant=variant, weights=weights)
 
 
 @pytest.mark.parametrize("T", [100, slow(2000)])
@@ -83,8 +84,7 @@ def test_a_long_batched_text_is_that_of_the_reference(executor, monkeypatch, T):
     monkeypatch.setattr(executor, "gpu", small_gpu(2, 64))
     case = text_case(9, H=4, V=5, layers=1, scale=0.3)
     assert generation_plan(executor.gpu, 9, 5, 4, 1, variant="batched").blocks == 2
-    np.testing.assert_array_equal(written_on_device(case, T, variant="batched")[0],
-                                  written(reference_ops, np.copy, np.float32, case, T)[0])
+    assert_text_matches_reference(case, T, variant="batched")
 
 
 def test_batched_text_goes_on_where_it_stopped(executor):

@@ -18,7 +18,6 @@ from char_gru.kernels.plan.generation import (
     generation_plans,
 )
 from char_gru.kernels.plan.gpus import GPU
-from char_gru.rnn import reference_ops
 from char_gru.rnn.params import named_views
 from char_gru.rnn.sampler import Generator
 from char_gru.rnn.vocabulary import Vocabulary
@@ -27,10 +26,12 @@ from tests.helpers.cases import random_case
 from tests.helpers.texts import (
     OPTIONS,
     assert_text_matches_reference,
+    assert_texts_drawn,
+    assert_written,
     prompts,
+    skip_unless_it_fits,
     slow,
     text_case,
-    written,
     written_on_device,
 )
 
@@ -78,8 +79,7 @@ def test_wherever_weights_lie_the_bits_are_the_same(executor, monkeypatch, R, la
     case, sizes = text_case(R, H, V, layers, scale=0.3), (R, V, H, layers, weights, variant)
     gpu = GPU("of this test", 90, 8, 2**30)
     plan = generation_plan(gpu, *sizes)
-    if executor.array_type is not np.ndarray and not plan.fits(executor.gpu):
-        pytest.skip(f"{executor.gpu.name} has less shared memory than the harness")
+    skip_unless_it_fits(executor, plan)
     column = (2 * layers - 1) * 3 * plan.units * 4 // (1 + plan.constants["BF16"])
     results = []
     for off_chip in (0, 128, 256, H):
@@ -94,7 +94,9 @@ def test_wherever_weights_lie_the_bits_are_the_same(executor, monkeypatch, R, la
 
 @pytest.mark.parametrize("variant", PERSISTENT)
 def test_more_logits_than_a_block_sums_at_once(executor, monkeypatch, variant):
-    monkeypatch.setattr(executor, "gpu", GPU("of this test", 90, 1, 227 * 1024))
+    gpu = GPU("of this test", 90, 1, 227 * 1024)
+    skip_unless_it_fits(executor, generation_plan(gpu, 2, 1100, 7, 1, variant=variant))
+    monkeypatch.setattr(executor, "gpu", gpu)
     assert_text_matches_reference(text_case(2, H=7, V=1100, layers=1), T=3, variant=variant)
 
 
@@ -115,17 +117,14 @@ def test_options_reach_the_drawing(executor, options, variant):
 @pytest.mark.slow
 def test_many_texts_are_those_of_the_reference(executor, seed, variant):
     case = random_case(T=1, B=8, E=3, H=10, V=40, seed=seed, scale=0.4)
-    np.testing.assert_array_equal(written_on_device(case, 50, variant)[0],
-                                  written(reference_ops, np.copy, np.float32, case, 50)[0])
+    assert_text_matches_reference(case, 50, variant=variant)
 
 
 @pytest.mark.parametrize("R, layers, variant", list(zip((2, 1), (1, 2), PERSISTENT)))
 @pytest.mark.parametrize("T", [100, slow(2000)])
 def test_a_long_text_is_that_of_the_reference(executor, T, R, layers, variant):
     """A barrier that is missing or misplaced shows after many steps."""
-    case = text_case(R, H=9, V=5, layers=layers, scale=0.3)
-    np.testing.assert_array_equal(written_on_device(case, T, variant)[0],
-                                  written(reference_ops, np.copy, np.float32, case, T)[0])
+    assert_text_matches_reference(text_case(R, H=9, V=5, layers=layers, scale=0.3), T, variant=variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -175,32 +174,31 @@ def captures(executor, monkeypatch):
 
 
 class Chunks:
-    """Text of three rows in chunks of up to `most` steps, by the stepwise variant and by the specification, in arrays
-    that stay where they are."""
+    """Text of three rows in chunks of up to `most` steps, by the stepwise variant, in arrays that stay where they are:
+    params by name; P, h and ids; forced_tr, uniforms_tr and ids_tr."""
 
     def __init__(self, most: int):
-        self.rng, self.made = np.random.default_rng(0), []
-        case, P = text_case(3, H=7, V=9, layers=2), self.rng.standard_normal((9, 21))
+        self.rng = np.random.default_rng(0)
+        case, P = text_case(3, H=7, V=9, layers=2), self.rng.standard_normal((9, 21), np.float32)
         params = named_views(case.flat_params.astype(np.float32), case.sizes)
-        on_kernels, on_reference = (kernels, runtime.to_device, {"variant": "stepwise"}), (reference_ops, np.copy, {})
-        for ops, to_device, variant in (on_kernels, on_reference):
-            arrays = [to_device(array) for array in
-                      (P.astype(np.float32), case.h0.astype(np.float32), np.arange(1, 4, dtype=np.int32))]
-            text = [to_device(np.zeros((most, 3), dtype)) for dtype in (np.int32, np.float32, np.int32)]
-            self.made.append((ops, variant, {name: to_device(array) for name, array in params.items()}, arrays, text,
-                              ops.generation_saved(3, 7, 9)))
+        self.params = {name: runtime.to_device(array) for name, array in params.items()}
+        self.arrays = [runtime.to_device(array) for array in
+                       (P, case.h0.astype(np.float32), np.arange(1, 4, dtype=np.int32))]
+        self.text = [runtime.zeros((most, 3), dtype) for dtype in (np.int32, np.float32, np.int32)]
+        self.saved = kernels.generation_saved(3, 7, 9)
 
     def write(self, T: int, **options) -> None:
-        """Write T more steps by both, and assert equal texts."""
-        forced_tr = np.where(self.rng.random((T, 3)) < 0.2, self.rng.integers(0, 9, (T, 3)), -1)
-        uniforms_tr, texts = self.rng.random((T, 3), np.float32), []
-        for ops, variant, params, arrays, text, saved in self.made:
-            forced, uniforms, ids_tr = (array[:T] for array in text)
-            ops.copy_in(forced, forced_tr)
-            ops.copy_in(uniforms, uniforms_tr)
-            ops.generate(params, *arrays, forced, uniforms, ids_tr, saved, **variant, **options)
-            texts.append(ops.to_host(ids_tr))
-        np.testing.assert_array_equal(*texts)
+        """Write T more steps, and compare them with the specification."""
+        forced_tr = np.where(self.rng.random((T, 3)) < 0.2, self.rng.integers(0, 9, (T, 3)), -1).astype(np.int32)
+        uniforms_tr = self.rng.random((T, 3), np.float32)
+        P, h, first = map(runtime.to_host, self.arrays)
+        forced, uniforms, ids_tr = (array[:T] for array in self.text)
+        kernels.copy_in(forced, forced_tr)
+        kernels.copy_in(uniforms, uniforms_tr)
+        kernels.generate(self.params, *self.arrays, forced, uniforms, ids_tr, self.saved, variant="stepwise", **options)
+        _, h_after, ids = map(runtime.to_host, self.arrays)
+        assert_written({name: runtime.to_host(array) for name, array in self.params.items()}, h, first, forced_tr,
+                       uniforms_tr, (runtime.to_host(ids_tr), ids, h_after), P=P, **options)
 
 
 def test_steps_are_captured_once_and_repeated_in_every_chunk(captures):
@@ -214,8 +212,7 @@ def test_repeated_steps_read_what_is_in_the_arrays_now(captures):
     chunks = Chunks(most=2 * GRAPH_STEPS)
     for _ in range(3):
         chunks.write(2 * GRAPH_STEPS)
-        for ops, variant, params, *_ in chunks.made:
-            ops.copy_in(params["b_out"], ops.to_host(params["W_out"])[:, 0])
+        kernels.copy_in(chunks.params["b_out"], runtime.to_host(chunks.params["W_out"])[:, 0])
     assert len(captures) == 1
 
 
@@ -225,7 +222,7 @@ def test_steps_with_other_options_are_captured_anew(captures):
         before = len(captures)
         chunks.write(2 * GRAPH_STEPS, **options)
         assert len(captures) == before + 1
-    assert len(chunks.made[0][-1].graphs) == 1
+    assert len(chunks.saved.graphs) == 1
 
 
 @pytest.mark.parametrize("each", [6, slow(1)])
@@ -233,34 +230,34 @@ def test_steps_with_another_array_are_captured_anew(captures, each):
     """Another array in the place of each one that a step has, or of every sixth."""
     chunks = Chunks(most=2 * GRAPH_STEPS)
     chunks.write(2 * GRAPH_STEPS)
-    ops, _, params, arrays, text, saved = chunks.made[0]
-    kept = [(params, name) for name in params if name not in ("W_emb", "W_ih.0", "b_ih.0")]  # which are in P
-    kept += [(group, i) for group in (arrays, text) for i in range(3)]
+    kept = [(chunks.params, name) for name in chunks.params if name not in ("W_emb", "W_ih.0", "b_ih.0")]  # are in P
+    kept += [(group, i) for group in (chunks.arrays, chunks.text) for i in range(3)]
     for group, key in kept[::each]:
         before = len(captures)
-        group[key] = runtime.to_device(ops.to_host(group[key]))
+        group[key] = runtime.to_device(runtime.to_host(group[key]))
         chunks.write(2 * GRAPH_STEPS)
         assert len(captures) == before + 1
-    assert len(saved.graphs) == 1
+    assert len(chunks.saved.graphs) == 1
 
 
 def test_captured_steps_are_freed_with_the_room_they_worked_in(executor):
     chunks = Chunks(most=2 * GRAPH_STEPS)
     chunks.write(2 * GRAPH_STEPS)
-    freed = weakref.ref(*chunks.made[0][-1].graphs.values())
+    freed = weakref.ref(*chunks.saved.graphs.values())
     del chunks
     assert freed() is None
 
 
 def test_a_writer_on_a_gpu_that_cannot_hold_the_model_captures_once(captures, executor, monkeypatch):
-    monkeypatch.setattr(executor, "gpu", GPU("of this test", 75, 2, 1024))
     characters = "\nabcdefg"
-    case, texts = text_case(1, H=7, V=len(characters) + 1, layers=1), []
+    case, vocabulary = text_case(1, H=7, V=len(characters) + 1, layers=1), Vocabulary(characters)
     params = named_views(case.flat_params.astype(np.float32), case.sizes)
-    for ops, to_device in ((kernels, runtime.to_device), (reference_ops, np.copy)):
-        on_device = {name: to_device(array) for name, array in params.items()}
-        texts.append(Generator(case.sizes, Vocabulary(characters), on_device, ops).generate(["ab"], 100, seed=1))
-    assert texts[0] == texts[1] and len(captures) == 1
+    on_device = {name: runtime.to_device(array) for name, array in params.items()}
+    generator = Generator(case.sizes, vocabulary, on_device, kernels)
+    monkeypatch.setattr(executor, "gpu", GPU("of this test", 75, 2, 1024))
+    texts = generator.generate(["ab"], 100, seed=1)
+    assert_texts_drawn(params, vocabulary, ["ab"], texts, seed=1)
+    assert len(captures) == 1
 
 
 @pytest.mark.parametrize("R, layers, variant", [

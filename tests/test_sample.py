@@ -84,7 +84,8 @@ def test_the_smallest_and_the_largest_number_draw_the_first_and_the_last_kept(ex
 @pytest.mark.parametrize("impossible", [0, slow(THREADS)])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_ties_and_certainties_are_drawn_as_the_reference_does(executor, sample, options, impossible):
-    """So few characters that each thread has one, and more of them, that add nothing to any sum."""
+    """So few characters that each thread has one, and more of them, that add nothing to any sum. Rounding decides none:
+    each number above 0 is at least 1e-3 from a border, and the sums that meet a filter's edge are of ones."""
     rng = np.random.default_rng(3)
     logits = rng.choice(np.array([-80.0, -0.0, 0.0, 0.5, 80.0]), (60, 7))
     logits = np.pad(logits, ((0, 0), (0, impossible)), constant_values=-1e4)
