@@ -226,14 +226,7 @@ def current_gpu() -> Gpu:
     Raises: DeviceError where CuPy or a GPU is missing.
     """
     executor = runtime.current_executor()
-    import cupy
-
-    def version(number: int) -> str:
-        return f"{number // 1000}.{number % 1000 // 10}"
-
-    versions = {"cupy": cupy.__version__, "driver": f"for CUDA {version(cupy.cuda.runtime.driverGetVersion())}",
-                "cuda_runtime": version(cupy.cuda.runtime.runtimeGetVersion())}
-    return Gpu(executor, CupyDriver(), cublas_products, versions)
+    return Gpu(executor, CupyDriver(), cublas_products, executor.versions())
 
 
 def cublas_products() -> dict[str, tuple[Callable[[], None], int]]:

@@ -1,5 +1,6 @@
-"""Look at the kernels without a GPU.
+"""Check the kernels on this machine's GPU, or look at them without one.
 
+    python -m kernels --check [--json]                                 does this GPU compute what the reference says?
     python -m kernels [--arch sm_80 sm_90]                             registers and shared memory of every kernel
     python -m kernels --plan --device-like h100                        how recurrence and generation would run on a GPU
     python -m kernels --run gru_forward --sizes T=3,B=2,H=8 --trace    one op on the CPU: who loads, stores, waits
@@ -34,6 +35,7 @@ _GENERATION_CUT = GenerationPlan._fields[GenerationPlan._fields.index("groups"):
 _WIDTHS = (12, 23, 75, 23, 9, 12, 13)
 _ROOT = Path(__file__).parents[1]
 _OPTIONS = {"compile": ("arch",),
+            "check": ("json",),
             "plan": ("device_like", "precision", "batch_size", "rnn_units", "layers", "vocabulary"),
             "run": ("sizes", "precision", "variant", "order", "trace")}
 
@@ -144,17 +146,30 @@ def _run(op: str, **options) -> int:
     return run(op, **options)
 
 
+def _check(json: bool = False) -> int:
+    """Compare the kernels on this machine's GPU with the reference; returns the exit status.
+
+    Raises: DeviceError where CuPy or a GPU is missing.
+    """
+    from char_gru.rnn.check import run  # which imports this package
+
+    return run(json)
+
+
 def command(arguments: Sequence[str] | None = None) -> int:
     """The command line.
 
     Returns:
-        Exit status: as `main`; 1 also where a result of --run is wrong; 2 also for a bad command line, for a plan where
-        there is no GPU, and for a run where there is no C++ compiler.
+        Exit status: as `main`; 1 also where a result of --check or --run is wrong; 2 also for a bad command line, for a
+        check or a plan where there is no GPU, and for a run where there is no C++ compiler.
     """
     parser = _Parser(prog="python -m kernels", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     description="Compile every kernel and print its registers and shared memory, plan recurrence and "
-                                 "generation, or run one op on the CPU; without a GPU.")
+                     description="Compile every kernel and print its registers and shared memory; check this machine's "
+                                 "GPU; plan recurrence and generation, or run one op on the CPU, without a GPU.")
     parser.add_argument("--arch", nargs="+", help="GPU architectures to compile for (default: all)")
+    parser.add_argument("--check", action="store_true",
+                        help="compare every op, training and generation on this machine's GPU with the reference")
+    parser.add_argument("--json", action="store_true", help="with --check: print one object of JSON")
     parser.add_argument("--plan", action="store_true",
                         help="print how recurrence and generation run on a GPU; compile nothing")
     parser.add_argument("--run", metavar="OP", help="run the kernels of an op, such as gru_forward, on the CPU, print "
@@ -173,20 +188,22 @@ def command(arguments: Sequence[str] | None = None) -> int:
                         help="in which threads and blocks get their turns (default: ascending)")
     of_run.add_argument("--trace", action="store_true", help="print every access and every wait, not only their sums")
     options = vars(parser.parse_args(arguments))
-    modes = [mode for mode in ("plan", "run") if mode in options]
+    modes = [mode for mode in ("check", "plan", "run") if mode in options]
     if len(modes) > 1:
-        parser.error("--plan and --run exclude each other")
+        parser.error(f"--{modes[0]} and --{modes[1]} exclude each other")
     mode = modes[0] if modes else "compile"
     for name in options:
         if name not in (mode, *_OPTIONS[mode]):
-            where = [f"--{other}" for other in ("plan", "run") if name in _OPTIONS[other]]
+            where = [f"--{other}" for other in ("check", "plan", "run") if name in _OPTIONS[other]]
             parser.error(f"--{name.replace('_', '-')} is for {' or '.join(where) or 'compiling'}")
     try:
         if mode == "compile":
             return main(**options)
         if mode == "run":
             return _run(options.pop("run"), **options)
-        del options["plan"]
+        del options[mode]
+        if mode == "check":
+            return _check(**options)
         device_like = options.pop("device_like", None)
         print("\n".join(plan_lines(GPUS[device_like] if device_like else current_executor().gpu, **options)))
     except (DeviceError, ValueError) as error:

@@ -70,6 +70,9 @@ class Executor(Protocol):
     def peak_memory_mib(self) -> float:
         """The most memory that arrays have taken so far, in MiB."""
 
+    def versions(self) -> dict[str, str]:
+        """What the results depend on beside the GPU: name -> version."""
+
     def resident_blocks(self, source: str, kernel: str, threads: int, shared_bytes: int) -> int:
         """How many blocks of the kernel the device holds at once."""
 
@@ -130,6 +133,16 @@ class CupyExecutor:
 
     def peak_memory_mib(self):
         return self._cupy.get_default_memory_pool().total_bytes() / 2**20  # the pool never gives memory back
+
+    def versions(self):
+        cuda = self._cupy.cuda
+
+        def version(number: int) -> str:
+            return f"{number // 1000}.{number % 1000 // 10}"
+
+        return {"driver": f"for CUDA {version(cuda.runtime.driverGetVersion())}",
+                "cuda_runtime": version(cuda.runtime.runtimeGetVersion()),
+                "nvrtc": ".".join(map(str, cuda.nvrtc.getVersion())), "cupy": self._cupy.__version__}
 
     def resident_blocks(self, source, kernel, threads, shared_bytes):
         key = source, kernel, threads, shared_bytes

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-FACTOR = 4
-"""An implementation may err this many times as much as the specification in float32 does."""
+from char_gru.rnn.check import FACTOR, FLOOR, allowed_error
 
-FLOOR = 4
-"""On top of that, this many epsilons of its dtype, relative to the tensor's largest entry."""
+__all__ = ["FACTOR", "FLOOR", "assert_close"]
 
 
 def assert_close(name: str, actual, exact, reference=None, *, dtype=None) -> None:
@@ -30,9 +28,7 @@ def assert_close(name: str, actual, exact, reference=None, *, dtype=None) -> Non
     if not np.isfinite(actual).all():
         worst = np.unravel_index(np.argmin(np.isfinite(actual)), actual.shape)
         raise AssertionError(f"{name}{_shown(worst)} is {actual[worst]}, not {exact[worst]}")
-    allowed = FLOOR * np.finfo(dtype).eps * np.abs(exact).max()
-    if reference is not None:
-        allowed += FACTOR * np.abs(np.asarray(reference, np.float64) - exact).max()
+    allowed = allowed_error(exact, reference, dtype)
     error = np.abs(actual.astype(np.float64) - exact)
     worst = np.unravel_index(error.argmax(), error.shape)
     assert error[worst] <= allowed, (f"{name}{_shown(worst)} is {actual[worst]!r}, not {exact[worst]!r}: "

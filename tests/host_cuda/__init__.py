@@ -248,6 +248,10 @@ class HostExecutor:
         """The most memory that this process has taken so far, in MiB."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
+    def versions(self) -> dict[str, str]:
+        """The compiler of the kernels."""
+        return {"compiler": str(compiler())}
+
     def resident_blocks(self, source: str, kernel: str, threads: int, shared_bytes: int) -> int:
         """How many blocks a cooperative launch may have."""
         return _RESIDENT_BLOCKS
