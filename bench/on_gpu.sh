@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, past failures: bench/on_gpu.sh [--quick] OUTDIR [TEXT]
-#   the benchmark suite; tests of all kernels on the GPU; compute-sanitizer on a small training run and a small
-#   generation; one epoch of the tutorial with and without CUDA graphs, and ten epochs twice, which must give equal
-#   bytes. TEXT is the file to train on (default: that of train.py).
-#   --quick: the benchmarks of our own kernels at the tutorial's sizes, one sanitizer, not the ten epochs.
+#   python -m kernels --check; the benchmark suite; tests of all kernels on the GPU; compute-sanitizer on a small
+#   training run and a small generation; one epoch of the tutorial with and without CUDA graphs, and ten epochs twice,
+#   which must give equal bytes. TEXT is the file to train on (default: that of train.py).
+#   --quick: the benchmarks of our own kernels at the tutorial's sizes, one sanitizer, not the check and the ten epochs.
 # The output of each part goes to OUTDIR/PART.log, the results of the benchmarks to OUTDIR/results, to be moved to
 # bench/results; a summary is printed last and kept in OUTDIR/summary.txt.
 set -uo pipefail
@@ -53,6 +53,7 @@ if [ "$quick" ]; then
 fi
 
 part device nvidia-smi
+[ "$quick" ] || part check timeout 120 python -m kernels --check
 part suite "${measure[@]}"
 part tests "${check[@]}"
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from char_gru import kernels
 from char_gru.kernels import runtime
-from char_gru.kernels.plan.generation import WEIGHTS, generation_plans
+from char_gru.kernels.plan.generation import WEIGHTS, generation_plan
 from char_gru.kernels.plan.gpus import precisions
 from char_gru.kernels.plan.recurrence import backward_plan, forward_plan
 from char_gru.rnn import reference, reference_ops
@@ -89,7 +89,7 @@ def run(as_json: bool, windows: tuple[Window, ...] = WINDOWS) -> int:
              "multiprocessors": executor.gpu.multiprocessors, **executor.versions(), "numpy": np.__version__}
     if not as_json:
         print("\n".join(f"{name:18} {value}" for name, value in facts.items()), flush=True)
-    for result in results_of(windows):
+    for result in results_of(checks_of(windows)):
         failed += not result.passed
         results.append(result._asdict() | {"passed": result.passed})
         if not as_json:
@@ -106,9 +106,9 @@ def run(as_json: bool, windows: tuple[Window, ...] = WINDOWS) -> int:
     return int(failed > 0)
 
 
-def results_of(windows: tuple[Window, ...]) -> Iterator[Result]:
-    """The results of all checks, one after the other. A check that cannot run is a result, too."""
-    for name, check in _checks(windows):
+def results_of(checks: Iterable[tuple[str, Callable[[str], Result]]]) -> Iterator[Result]:
+    """The results of checks, one after the other. A check that cannot run is a result, too."""
+    for name, check in checks:
         try:
             yield check(name)
         except Exception as error:  # noqa: BLE001 - whatever ends a check is what the user has to know
@@ -116,8 +116,8 @@ def results_of(windows: tuple[Window, ...]) -> Iterator[Result]:
             yield Result(name, np.inf, 0.0, f"{type(error).__name__}: {first_line}")
 
 
-def _checks(windows: tuple[Window, ...]) -> Iterator[tuple[str, Callable[[str], Result]]]:
-    """Name and function of every check: all variants that plans choose for these windows on this GPU, and stepwise."""
+def checks_of(windows: tuple[Window, ...]) -> Iterator[tuple[str, Callable[[str], Result]]]:
+    """Name and function of every check: the variants that plans choose for these windows on this GPU, and stepwise."""
     gpu = runtime.current_executor().gpu
     yield "sample", _check_sampling
     for window in windows:
@@ -136,9 +136,9 @@ def _checks(windows: tuple[Window, ...]) -> Iterator[tuple[str, Callable[[str], 
                 yield (f"training {precision} {at}{f' layers={layers}' * (layers > 1)}",
                        functools.partial(_check_training, window, layers, ops, precision))
         for layers, R, weights in itertools.product((1, 2), rows_of_texts, WEIGHTS):
-            for plan in generation_plans(gpu, R, V, H, layers, weights):
-                yield (f"generate {plan.variant} {weights} H={H} rows={R}{f' layers={layers}' * (layers > 1)}",
-                       functools.partial(_check_text, window, layers, R, weights, plan.variant))
+            for variant in dict.fromkeys((generation_plan(gpu, R, V, H, layers, weights).variant, "stepwise")):
+                yield (f"generate {variant} {weights} H={H} rows={R}{f' layers={layers}' * (layers > 1)}",
+                       functools.partial(_check_text, window, layers, R, weights, variant))
 
 
 def _recurrences(window: Window, precision: str) -> Iterator[tuple[str, tuple]]:
@@ -168,7 +168,7 @@ def _compared(name: str, actual: dict, exact: dict, single: dict) -> Result:
         error = np.abs(np.asarray(actual[array], np.float64) - value).max()
         results.append(Result(name, float(error) if np.isfinite(error) else np.inf,
                               allowed_error(value, single[array]), array))
-    return max(results, key=lambda result: result.error / result.allowed)
+    return max(results, key=lambda result: result.error / max(result.allowed, np.finfo(np.float64).tiny))
 
 
 def _equal(name: str, where: str, actual: dict, expected: dict) -> Result:

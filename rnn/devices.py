@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from char_gru import kernels
-from char_gru.kernels.runtime import DeviceError
+from char_gru.kernels.runtime import ARCHITECTURES, DeviceError, current_executor
 from char_gru.rnn import cpu
 from char_gru.rnn.config import UserError
 
@@ -25,3 +25,15 @@ def op_set(device: str = "auto", precision: str = "auto"):
     if precision not in ("auto", "fp32"):
         raise UserError(f"--precision {precision} needs an NVIDIA GPU; the CPU computes in fp32")
     return cpu
+
+
+def untested_gpu(ops) -> str | None:
+    """What to say before work on an op set of a GPU that is newer than the kernels, or otherwise none of those that
+    they are compiled for in the tests; None on every other device."""
+    if ops is cpu:
+        return None
+    gpu = current_executor().gpu
+    if f"sm_{gpu.capability}" in ARCHITECTURES:
+        return None
+    return (f"{gpu.name} has compute capability {gpu.capability / 10}, for which no kernel has been compiled in the "
+            "tests: let `python -m char_gru.kernels --check` compare its results with the reference first")

@@ -31,7 +31,7 @@ from char_gru.rnn.checkpoint import (
 )
 from char_gru.rnn.config import CHANGEABLE_ON_RESUME, Sizes, TrainConfig, UserError
 from char_gru.rnn.corpus import Corpus, load_corpus
-from char_gru.rnn.devices import op_set
+from char_gru.rnn.devices import op_set, untested_gpu
 from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import initial_parameters, parameter_count, parameter_shapes
 from char_gru.rnn.sampler import Generator
@@ -104,6 +104,8 @@ def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> int:
     Raises: UserError for options or a text that cannot be used; Diverged; OSError if the run cannot be saved.
     """
     ops = op_set(config.device, config.precision)
+    if warning := untested_gpu(ops):
+        _say(f"train.py: {warning}")
     if checkpoint:
         _check_same_run(config, TrainConfig.from_saved(checkpoint.resumable.progress["config"]))
     corpus = load_corpus(config.data, config.encoding)
