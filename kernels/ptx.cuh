@@ -2,7 +2,8 @@
 //
 //   ldmatrix_x4(_trans)    sm_75   four 8x8 matrices of 16-bit elements, from shared memory to registers
 //   add_release            sm_75   adds to a counter in global memory and releases what the thread wrote before
-//   load_acquire           sm_75   reads a counter and acquires what was released to it; wait_at_least repeats it
+//   load_relaxed           sm_75   reads a counter, and orders nothing; wait_at_least repeats it
+//   load_acquire           sm_75   reads a counter and acquires what was released to it; wait_at_least ends with it
 //   opaque                 sm_75   no instruction at all: hides a value from the compiler
 //   to_bf16, pack_bf16     sm_80   round one float, or two, to bfloat16
 //   to_tf32                sm_80   rounds a float to tf32
@@ -52,6 +53,13 @@ __device__ __forceinline__ void add_release(unsigned *counter, unsigned value)
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ unsigned load_relaxed(const unsigned *counter)
+{
+    unsigned value;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
+}
+
 __device__ __forceinline__ unsigned load_acquire(const unsigned *counter)
 {
     unsigned value;
@@ -61,10 +69,15 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned *counter)
 
 // Spins until the counter has reached `target`, modulo 2^32. The only way for a kernel to wait for another block: on a
 // CPU, the other blocks get their turns in here.
+//
+// An acquire invalidates L1, so the loop polls with relaxed loads. The acquire after the loop reads the value of the last
+// poll or a later one, which came about by releasing adds only, so that it acquires all of them. Its value is not used:
+// ptxas leaves the load out and keeps the invalidation.
 __device__ __forceinline__ void wait_at_least(const unsigned *counter, unsigned target)
 {
-    for (unsigned value = load_acquire(counter); int(value - target) < 0; value = load_acquire(counter)) {
+    while (int(load_relaxed(counter) - target) < 0) {
     }
+    load_acquire(counter);
 }
 
 // The same bits, of which the compiler knows nothing: it computes again, in each turn of a loop, whatever is derived

@@ -102,6 +102,11 @@ __device__ __forceinline__ void add_release(unsigned *counter, unsigned value)
     __atomic_fetch_add(counter, value, __ATOMIC_RELEASE);
 }
 
+__device__ __forceinline__ unsigned load_relaxed(const unsigned *counter)
+{
+    return __atomic_load_n(counter, __ATOMIC_RELAXED);
+}
+
 __device__ __forceinline__ unsigned load_acquire(const unsigned *counter)
 {
     return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
@@ -110,8 +115,9 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned *counter)
 __device__ __forceinline__ void wait_at_least(const unsigned *counter, unsigned target, HOST_CUDA_SITE)
 {
     host_cuda::record_wait(counter, target);
-    for (unsigned value = load_acquire(counter); int(value - target) < 0; value = load_acquire(counter))
+    for (unsigned value = load_relaxed(counter); int(value - target) < 0; value = load_relaxed(counter))
         host_cuda::spin_pause(counter, value, target, file, line);
+    load_acquire(counter);
 }
 
 __device__ __forceinline__ unsigned opaque(unsigned bits) { return bits; }
