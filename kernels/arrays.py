@@ -28,7 +28,13 @@ def empty_activations(shape: tuple[int, ...], dtype=np.float32) -> Any:
 
 
 def copy_in(destination, source) -> None:
-    """Copy an array of the host to one of the device, converting its dtype; the source may change at once."""
+    """Copy an array of the host to one of the device, converting its dtype; the source may change at once.
+
+    Raises: ValueError for a source of another shape (nothing is broadcast) and for a destination with strides.
+    """
+    if destination.shape != np.shape(source) or not destination.flags.c_contiguous:
+        raise ValueError(f"destination: expected a C-contiguous array of the source's shape {np.shape(source)}, "
+                         f"got {destination.shape} with strides {destination.strides}")
     if isinstance(destination, np.ndarray):
         destination[...] = source
         return

@@ -24,6 +24,8 @@ MAX_THREADS_PER_BLOCK = 1024
 SHARED_BYTES_WITHOUT_ASKING = 48 * 1024  # more dynamic shared memory has to be requested per kernel
 
 _OPTIONS = ("--std=c++17", "--generate-line-info")
+_REFUSED_IMAGES = ("CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA_ERROR_INVALID_PTX",
+                   "CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "CUDA_ERROR_JIT_COMPILER_NOT_FOUND")
 _SCALARS = (np.int32, np.uint32, np.int64, np.uint64, np.float32)
 
 
@@ -193,15 +195,38 @@ class CupyExecutor:
                 code=source, options=_OPTIONS, enable_cooperative_groups=cooperative)
         try:
             function = self._modules[source, cooperative].get_function(kernel)
-        except RuntimeError as error:
-            raise DeviceError(f"CuPy cannot compile for this GPU ({error}): install it as 'char-gru[cuda13]' or "
-                              "'char-gru[cuda12]', which bring CUDA's headers") from error
+        except (self._cupy.cuda.compiler.CompileException, RuntimeError) as error:
+            if plain := self._plainly(error, source, kernel):
+                raise plain from error
+            raise
         total = function.shared_size_bytes + shared_bytes
         if total > limit:
             raise ValueError(f"{kernel}: {total} bytes of shared memory per block; this GPU has {limit}")
         if total > SHARED_BYTES_WITHOUT_ASKING:  # one attribute for all launches of the kernel: never lowered
             function.max_dynamic_shared_size_bytes = max(shared_bytes, function.max_dynamic_shared_size_bytes)
         return function
+
+    def _plainly(self, error, source, kernel):
+        """The error to raise for CuPy's about loading a kernel; None where CuPy's says enough."""
+        text = str(error).strip()
+        if isinstance(error, self._cupy.cuda.compiler.CompileException):
+            if "--gpu-architecture" in text:
+                major, minor = divmod(self.gpu.capability, 10)
+                return DeviceError(f"this NVRTC does not know compute capability {major}.{minor}: install a newer CuPy "
+                                   "and NVRTC (pip install --upgrade 'char-gru[cuda13]')")
+            first = next((line for line in text.splitlines() if "error" in line), text)
+            return CompileError(f"{kernel}: {first}")
+        if not isinstance(error, self._cupy.cuda.driver.CUDADriverError):
+            return DeviceError(f"CuPy misses CUDA's headers ({text}): install it as 'char-gru[cuda13]' or "
+                               "'char-gru[cuda12]', which bring them")
+        status = text.partition(":")[0]
+        if status == "CUDA_ERROR_NOT_FOUND":
+            module = re.search(r'#line 1 "(.*)"', source)
+            return ValueError(f"{module[1] if module else 'the source'} has no kernel {kernel}")
+        if status in _REFUSED_IMAGES:
+            return DeviceError(f"the driver cannot load {kernel} ({text}): update the driver, or install CuPy for an "
+                               "older CUDA, 'char-gru[cuda12]'")
+        return None
 
 
 _executor: Executor | None = None

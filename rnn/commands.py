@@ -105,9 +105,9 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
     except RuntimeError as error:
-        from char_gru.kernels.runtime import DeviceError  # imports NumPy, which --help does without
+        from char_gru.kernels.runtime import CompileError, DeviceError  # imports NumPy, which --help does without
 
-        if isinstance(error, DeviceError):
+        if isinstance(error, (DeviceError, CompileError)):
             print(f"{prog}: {error}", file=sys.stderr)
         elif type(error).__name__ in ("CUDARuntimeError", "CUDADriverError"):  # of CuPy, which a CPU does without
             atexit.register(_end_at_once, error)

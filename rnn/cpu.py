@@ -43,7 +43,13 @@ def empty_activations(shape: tuple[int, ...], dtype=np.float32) -> np.ndarray:
 
 
 def copy_in(destination: np.ndarray, source: np.ndarray) -> None:
-    """Copy an array of the host to one of the device, converting its dtype."""
+    """Copy an array of the host to one of the device, converting its dtype; any order in memory will do.
+
+    Raises: ValueError for a source of another shape: nothing is broadcast.
+    """
+    if destination.shape != np.shape(source):
+        raise ValueError(f"destination: expected an array of the source's shape {np.shape(source)}, "
+                         f"got {destination.shape}")
     destination[...] = source
 
 

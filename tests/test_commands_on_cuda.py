@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from char_gru.kernels import runtime
 from char_gru.rnn import commands, training
 from char_gru.rnn.checkpoint import find_checkpoint, load_checkpoint
 from tests.helpers.commands import (
@@ -226,6 +227,16 @@ def test_process_whose_gpu_fails_ends_with_one_line(folder):
     said = [line for line in result.stderr.splitlines() if not line.startswith("cuda_device: ")]
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert said[-1].startswith("train.py: the GPU failed: cudaErrorLaunchFailure")
+
+
+def test_gpu_newer_than_nvrtc_is_said_in_one_line(finished, folder, device, capfd, monkeypatch):
+    from cupy.cuda import compiler
+
+    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch=None: ("-arch=sm_130", "cubin"))
+    monkeypatch.setattr(runtime, "_OPTIONS", (*runtime._OPTIONS, "-DNEW"))  # or CuPy would take what it has compiled
+    with runtime.use(runtime.CupyExecutor()):
+        line = failed_here(capfd, "train", *TEXT, *ON_CUDA, "--out", "run", cwd=folder)
+    assert "this NVRTC does not know compute capability 9.0: install a newer" in line
 
 
 # Texts

@@ -22,6 +22,7 @@ from char_gru.rnn.model import LanguageModel
 from tests.cuda_device import gpu_named
 
 ROOT = Path(__file__).parent.parent
+CUDA_ERROR_INVALID_IMAGE, CUDA_ERROR_LAUNCH_FAILED = 200, 719
 
 SOURCES = {
     "add": 'extern "C" __global__ void add(float *x, float value) { x[threadIdx.x] += value; }',
@@ -164,10 +165,55 @@ def test_a_cooperative_grid_is_limited_by_the_occupancy_of_all_multiprocessors(c
         executor.launch(runtime.source("add", {}), "add", (held + 1, 1, 1), (1024, 1, 1), [x, np.float32(0)], 0, True)
 
 
-def test_a_kernel_that_does_not_compile_or_is_not_there_is_an_error(cupy, executor):
-    for source, name in (("nonsense", "any"), (SOURCES["add"], "subtract")):
-        with pytest.raises(Exception, match="nonsense|subtract|CUDA_ERROR_NOT_FOUND"):
-            executor.launch(source, name, (1, 1, 1), (1, 1, 1), [], 0, False)
+def load(source, kernel):
+    """A new executor compiles the source and loads the kernel."""
+    runtime.CupyExecutor().launch(source, kernel, (1, 1, 1), (1, 1, 1), [], 0, False)
+
+
+def test_source_that_does_not_compile_is_said_with_the_first_error(cupy):
+    source = runtime.assemble("broken.cu", "\nnonsense", {})
+    with pytest.raises(runtime.CompileError, match=r"^any: kernels/broken.cu\(2\): error: this declaration [^\n]*$"):
+        load(source, "any")
+
+
+@pytest.mark.parametrize("disturb, said", [
+    ("architecture", r"^this NVRTC does not know compute capability \d+\.\d: install a newer CuPy and "),
+    ("headers", r"^CuPy misses CUDA's headers \(Failed to find CUDA headers.*: install it as 'char-gru\[cuda13\]' or "),
+    ("image", r"^the driver cannot load new \(CUDA_ERROR_INVALID_IMAGE: .*: update the driver, or "),
+])
+def test_what_keeps_a_kernel_from_loading_is_told_apart(cupy, device, monkeypatch, disturb, said):
+    source = SOURCES["add"].replace("add", "new") + f"  // {disturb}"
+    if disturb == "architecture":
+        monkeypatch.setattr(cupy.cuda.compiler, "_get_arch_for_options_for_nvrtc",
+                            lambda arch=None: ("-arch=sm_130", "cubin"))
+    elif disturb == "headers":  # what CuPy raises where neither CUDA_PATH nor a package has them
+        message = "Failed to find CUDA headers. Please install CUDA toolkit headers"
+        monkeypatch.setattr(cupy.cuda.compiler, "_compile_module_with_cache", raising(RuntimeError(message)))
+    else:
+        error = cupy.cuda.driver.CUDADriverError(CUDA_ERROR_INVALID_IMAGE)
+        monkeypatch.setattr(cupy.cuda.compiler, "_compile_module_with_cache", raising(error))
+    with pytest.raises(runtime.DeviceError, match=said):
+        load(source, "new")
+
+
+def raising(error):
+    def function(*arguments, **options):
+        raise error
+
+    return function
+
+
+def test_kernel_that_its_module_lacks_is_named(cupy):
+    source = runtime.source("add", {})
+    with pytest.raises(ValueError, match="^kernels/add.cu has no kernel subtract$"):
+        load(source, "subtract")
+
+
+def test_failure_of_the_driver_stays_what_it_is(cupy, monkeypatch):
+    error = cupy.cuda.driver.CUDADriverError(CUDA_ERROR_LAUNCH_FAILED)
+    monkeypatch.setattr(cupy.cuda.compiler, "_compile_module_with_cache", raising(error))
+    with pytest.raises(cupy.cuda.driver.CUDADriverError, match="CUDA_ERROR_LAUNCH_FAILED"):
+        load(SOURCES["add"] + "  // failure", "add")
 
 
 # ---- Streams, graphs, threads ----------------------------------------------------------------------------------------

@@ -107,6 +107,25 @@ def test_arrays_come_back_as_they_went_in(executor, dtype):
         np.testing.assert_array_equal(values_back, np.concatenate([np.ones((1, 2, 5)), values[:2]]))
 
 
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (2, 1), (3, 2), (6,), ()])
+def test_copying_in_broadcasts_and_reshapes_nothing(executor, shape):
+    for ops in (kernels, cpu):
+        with pytest.raises(ValueError, match="destination: expected .* of the source's shape .*, got "):
+            ops.copy_in(ops.empty((2, 3)), np.zeros(shape))
+
+
+@pytest.mark.parametrize("count", [6, 2**19])  # with pinned memory, and without
+def test_strided_destination_is_refused_by_the_kernels_and_filled_by_the_cpu(executor, count):
+    values = np.arange(count).reshape(2, -1)
+    array = kernels.empty(values.shape[::-1])
+    with pytest.raises(ValueError, match=r"destination: expected a C-contiguous array .* with strides \(4, "):
+        kernels.copy_in(array.T, values)
+    activations = cpu.empty_activations(values.shape)
+    assert not activations.flags.c_contiguous
+    cpu.copy_in(activations, values)
+    np.testing.assert_array_equal(activations, values)
+
+
 def test_what_was_copied_in_may_change_at_once(executor):
     array, source = kernels.empty((4,)), np.ones(4)
     kernels.copy_in(array, source)
