@@ -102,12 +102,15 @@ def _prefetch(destination, source) -> None:
     staging[...] = source
     with _copy_stream():
         buffer = cupy.empty(destination.shape, destination.dtype)
-        buffer.set(staging)
-        arrived = cupy.cuda.Event(disable_timing=True)
-        arrived.record()
+        try:
+            buffer.set(staging)
+        finally:  # Ctrl-C may come in between, as in read()
+            arrived = _end_of_copy(staging, buffer)
     cupy.cuda.get_current_stream().wait_event(arrived)
-    destination.data.copy_from_device_async(buffer.data, buffer.nbytes)
-    _end_of_copy(staging, buffer)
+    try:
+        destination.data.copy_from_device_async(buffer.data, buffer.nbytes)
+    finally:
+        _end_of_copy(buffer)
 
 
 @functools.cache

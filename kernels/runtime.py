@@ -112,6 +112,7 @@ class CupyExecutor:
         self._functions: dict = {}
         self._resident: dict = {}
         self._loading = threading.Lock()
+        self._thread = threading.local()  # captures: whether this thread captures
         self.array_type = cupy.ndarray
         attributes = self._device.attributes
         self.gpu = GPU(cupy.cuda.runtime.getDeviceProperties(self._device.id)["name"].decode(),
@@ -119,13 +120,16 @@ class CupyExecutor:
                        attributes["MaxSharedMemoryPerBlockOptin"])
 
     def empty(self, shape, dtype):
+        self._check_no_capture(shape)
         return self._cupy.empty(shape, dtype)
 
     def zeros(self, shape, dtype):
+        self._check_no_capture(shape)
         return self._cupy.zeros(shape, dtype)
 
     def to_device(self, array):
-        return self._cupy.asarray(np.ascontiguousarray(array))
+        self._check_no_capture(array.shape)
+        return self._cupy.asarray(np.ascontiguousarray(array)).reshape(array.shape)  # NumPy makes () to (1,)
 
     def to_host(self, array):
         return self._cupy.asnumpy(array)
@@ -166,18 +170,29 @@ class CupyExecutor:
 
     def capture(self, function):
         # The null stream cannot be captured; and while a stream is captured that blocks it, no thread may use it.
-        stream = self._cupy.cuda.Stream(non_blocking=True)
+        stream, cuda = self._cupy.cuda.Stream(non_blocking=True), self._cupy.cuda
+        self._thread.captures = True
         try:
             with stream:
                 stream.begin_capture()
                 try:
                     function()
-                finally:
-                    graph = stream.end_capture()
-        except RuntimeError as error:
+                except BaseException:
+                    with contextlib.suppress(cuda.runtime.CUDARuntimeError):  # what the function raised says more
+                        stream.end_capture()
+                    raise
+                return stream.end_capture()
+        except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
             raise DeviceError(f"CUDA cannot capture launches as a graph ({error}): to train without, use --no-graph, "
                               "or graph=False from Python") from error
-        return graph
+        finally:
+            self._thread.captures = False
+
+    def _check_no_capture(self, shape):
+        """Memory that CuPy's pool hands out during a capture may go to another array while the graph still uses it."""
+        if getattr(self._thread, "captures", False):
+            raise DeviceError(f"an array of shape {tuple(shape)} is made while launches are captured as a graph: make "
+                              "it before the capture")
 
     def _function(self, source, kernel, shared_bytes, cooperative):
         key = source, kernel, shared_bytes, cooperative
@@ -341,22 +356,24 @@ def replayable(function: Callable[..., None]) -> Callable[..., None]:
     """A fixed sequence of launches and copies on fixed arrays, which becomes a single launch of a graph.
 
     The first call runs the function as it is: that compiles and loads kernels and makes scratch arrays, all of which a
-    capture must not do. The second call captures it; that one and all later ones launch the graph. Every call is to
-    have the arguments of the first, and the caller keeps the arrays alive.
+    capture must not do. The second call captures it; that one and all later ones launch the graph. Each thread has its
+    own first call and its own graph, as it has its own scratch arrays. Every call is to have the arguments of the
+    first, and the caller keeps the arrays alive.
 
     The result raises DeviceError where the function cannot be captured.
     """
-    warm, graph = False, None
+    graphs: dict[int, Graph | None] = {}  # by thread; None after the first call
 
     @functools.wraps(function)
     def replayed(*arguments):
-        nonlocal warm, graph
-        if not warm:
+        thread = threading.get_ident()
+        if thread not in graphs:
             function(*arguments)
-            warm = True
+            graphs[thread] = None
             return
+        graph = graphs[thread]
         if graph is None:
-            graph = current_executor().capture(functools.partial(function, *arguments))
+            graph = graphs[thread] = current_executor().capture(functools.partial(function, *arguments))
         graph.launch()
 
     return replayed

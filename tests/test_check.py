@@ -86,6 +86,13 @@ def test_planted_fault_fails_the_checks_of_its_op(plant, name):
     assert len(wrong) >= chosen.count("|") + 1 and not any(result.passed for result in wrong), wrong
 
 
+@pytest.mark.parametrize("precision, passed", [("fp32", False), ("tf32", True), ("bf16", True)])
+def test_a_number_alone_may_err_by_one_rounding_of_an_operand(precision, passed):
+    """Where the specification in float32 happens to give the exact loss."""
+    loss = {"loss": np.float32(4.25)}
+    assert check._compared("loss", {"loss": 4.25 * (1 + 2**-12)}, loss, loss, precision).passed == passed
+
+
 def test_runs_that_differ_in_a_bit_are_found(executor, monkeypatch):
     """Though each is right within rounding: every second launch of adam adds 1 to the last bit of each moment."""
     launch, launched = executor.launch, []

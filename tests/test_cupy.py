@@ -17,6 +17,7 @@ import pytest
 
 from char_gru import kernels
 from char_gru.kernels import arrays, runtime
+from char_gru.kernels.scratch import scratch
 from char_gru.rnn.config import Sizes
 from char_gru.rnn.model import LanguageModel
 from tests.cuda_device import gpu_named
@@ -112,6 +113,7 @@ def test_arrays_are_made_and_copied(cupy, executor):
     strided = np.arange(6.0).reshape(2, 3).T
     np.testing.assert_array_equal(runtime.to_host(runtime.to_device(strided)), strided)
     assert runtime.to_device(strided).flags.c_contiguous
+    assert runtime.to_device(np.array(2.0)).shape == ()
     empty = runtime.empty((3, 2), np.float32)
     executor.copy(empty, zeros)
     np.testing.assert_array_equal(runtime.to_host(empty), np.zeros((3, 2)))
@@ -352,7 +354,47 @@ def test_capture_that_fails_names_the_way_without(cupy, executor):
     assert cupy.cuda.get_current_stream() == stream
 
 
-def test_error_of_the_function_ends_the_capture_and_stays_what_it_is(cupy, executor):
+@pytest.mark.parametrize("error", [runtime.DeviceError, runtime.CompileError, RuntimeError, KeyboardInterrupt])
+def test_error_of_the_function_stays_what_it_is(cupy, executor, error):
+    def function():
+        raise error("said inside")
+
+    with pytest.raises(error, match="^said inside$") as raised:
+        executor.capture(function)
+    assert raised.type is error
+    x = on_device([0])
+    add(x, 1)
+    assert runtime.to_host(x).tolist() == [1]
+
+
+@pytest.mark.parametrize("make", [lambda: runtime.empty((2, 3), np.float32), lambda: runtime.zeros((2, 3), np.int32),
+                                  lambda: runtime.to_device(np.zeros((2, 3)))], ids=["empty", "zeros", "to_device"])
+def test_array_made_in_a_capture_is_refused(cupy, executor, make):
+    """CuPy's pool would give memory that it has, and give it to others while the graph uses it."""
+    make()
+    with pytest.raises(runtime.DeviceError, match=r"^an array of shape \(2, 3\) is made while launches are captured"):
+        executor.capture(make)
+    assert make().shape == (2, 3)
+
+
+def test_step_from_another_thread_has_scratch_and_a_graph_of_its_own(cupy):
+    x, runs = on_device([0]), []
+
+    def step():
+        runs.append(threading.get_ident())
+        kernels.copy(scratch("a test", (1,), zeros=True), x)
+        add(x, 1)
+
+    replayed = runtime.replayable(step)
+    for _ in range(3):
+        replayed()
+        in_another_thread(replayed)
+        in_another_thread(lambda: [replayed() for _ in range(3)])
+    assert runtime.to_host(x).tolist() == [3 + 3 + 9]
+    assert set(map(runs.count, runs)) == {2}
+
+
+def test_error_of_the_function_ends_the_capture(cupy, executor):
     x = on_device([0])
     with pytest.raises(ValueError, match="2000 threads per block") as error:
         executor.capture(lambda: launch("add", [x, np.float32(1)], block=2000))
@@ -390,7 +432,7 @@ def test_data_of_the_next_step_reaches_the_device_while_this_step_is_computed(cu
     kernels.copy_in(x, np.array([1.0]))
     first = kernels.read_scalar(x)
     kernels.copy_in(x, np.array([2.0]))
-    _, (_, buffer) = arrays._in_flight[-1]
+    _, (buffer,) = arrays._in_flight[-1]
     arrays._copy_stream().synchronize()
     assert peek(buffer) == 2, "the data is not there"
     assert peek(x) == 0, "the stream of copies touched what a step may still read"
@@ -444,6 +486,29 @@ def test_memory_of_a_copy_is_not_used_again_before_its_end(cupy):
     other = arrays._pinned(x)
     other[...] = 1
     assert runtime.to_host(x).tolist() == [9] and other.tolist() == [1]
+
+
+def test_memory_of_an_interrupted_copy_is_kept_to_its_end(cupy, monkeypatch):
+    class Interrupted:
+        """The current stream, on which Ctrl-C comes before it waits for the copied data."""
+
+        def __init__(self, stream):
+            self.ptr = stream.ptr
+
+        def wait_event(self, event):
+            raise KeyboardInterrupt
+
+    x, current = on_device([0]), cupy.cuda.get_current_stream
+    with monkeypatch.context() as patched:
+        patched.setattr(cupy.cuda, "get_current_stream", lambda: Interrupted(current()))
+        with pytest.raises(KeyboardInterrupt):
+            kernels.copy_in(x, np.array([9]))
+    gc.collect()
+    other = arrays._pinned(x)
+    other[...] = 1
+    _, (_, buffer) = arrays._in_flight[-1]
+    arrays._copy_stream().synchronize()
+    assert peek(buffer) == 9 and other.tolist() == [1]
 
 
 def test_memory_of_copies_that_ended_is_given_back(cupy):

@@ -42,12 +42,12 @@ FAULTS = {
         ARRAYS, "get_current_stream().wait_event(arrived)", "Stream(non_blocking=True).wait_event(arrived)",
         "copies_move_what_was_there"),
     "event never recorded": Fault(
-        ARRAYS, "        arrived.record()\n", "", "copies_move_what_was_there"),
+        ARRAYS, "    event.record(cupy.cuda.get_current_stream())\n", "", "copies_move_what_was_there"),
     "event before the copy": Fault(
-        ARRAYS, "        buffer.set(staging)\n        arrived = cupy.cuda.Event(disable_timing=True)\n"
-                "        arrived.record()\n",
-        "        arrived = cupy.cuda.Event(disable_timing=True)\n        arrived.record()\n"
-        "        buffer.set(staging)\n",
+        ARRAYS, "        try:\n            buffer.set(staging)\n"
+                "        finally:  # Ctrl-C may come in between, as in read()\n"
+                "            arrived = _end_of_copy(staging, buffer)\n",
+        "        arrived = _end_of_copy(staging, buffer)\n        buffer.set(staging)\n",
         "copies_move_what_was_there"),
     "copies wait for the null stream": Fault(
         ARRAYS, "cupy.cuda.Stream(non_blocking=True)", "cupy.cuda.Stream()", "does_not_wait_for_steps"),
@@ -72,9 +72,16 @@ FAULTS = {
     "staging memory not kept": Fault(
         ARRAYS, "_end_of_copy(staging, buffer)", "_end_of_copy(buffer)", "not_used_again_before_its_end"),
     "buffer not kept": Fault(
-        ARRAYS, "_end_of_copy(staging, buffer)", "_end_of_copy(staging)", "reaches_the_device_while"),
+        ARRAYS, "        _end_of_copy(buffer)", "        _end_of_copy()", "reaches_the_device_while"),
     "what is read to not kept": Fault(
         ARRAYS, "arrived = _end_of_copy(content)", "arrived = _end_of_copy()", "not_used_again_before_its_end"),
+    "staging memory free at Ctrl-C": Fault(
+        ARRAYS, "        finally:  # Ctrl-C may come in between, as in read()\n"
+                "            arrived = _end_of_copy(staging, buffer)\n"
+                "    cupy.cuda.get_current_stream().wait_event(arrived)\n",
+        "        finally:\n            arrived = cupy.cuda.Event(disable_timing=True)\n            arrived.record()\n"
+        "    cupy.cuda.get_current_stream().wait_event(arrived)\n    _end_of_copy(staging, buffer)\n",
+        "interrupted_copy"),
     "memory kept for ever": Fault(
         ARRAYS, "            _in_flight.popleft()\n", "            break\n", "that_ended_is_given_back"),
     "memory given back too early": Fault(
@@ -84,16 +91,22 @@ FAULTS = {
         RUNTIME, "        graph.launch()\n\n    return replayed", "            return\n        graph.launch()\n\n"
                                                                   "    return replayed", "replayable_function_is_run"),
     "captured at the first call": Fault(
-        RUNTIME, "    warm, graph = False, None", "    warm, graph = True, None", "replayable_function_is_run"),
+        RUNTIME, "            function(*arguments)\n            graphs[thread] = None\n            return\n",
+        "            graphs[thread] = None\n", "replayable_function_is_run"),
+    "one graph for all threads": Fault(
+        RUNTIME, "        thread = threading.get_ident()\n", "        thread = 0\n", "from_another_thread"),
     "capture left open": Fault(
-        RUNTIME, "                finally:\n                    graph = stream.end_capture()",
-        "                except ZeroDivisionError:\n                    raise\n"
-        "                graph = stream.end_capture()",
-        "error_of_the_function_ends_the_capture"),
+        RUNTIME, "                        stream.end_capture()\n                    raise",
+        "                        pass\n                    raise", "error_of_the_function_ends_the_capture"),
     "wait inside a capture": Fault(
-        RUNTIME, "                    function()\n                finally",
+        RUNTIME, "                    function()\n                except BaseException",
         "                    function()\n                    self._cupy.cuda.runtime.deviceSynchronize()\n"
-        "                finally", "a_capture_does_nothing"),
+        "                except BaseException", "a_capture_does_nothing"),
+    "array made in a capture": Fault(
+        RUNTIME, "        self._thread.captures = True", "        self._thread.captures = False", "made_in_a_capture"),
+    "our error renamed": Fault(
+        RUNTIME, "        except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:",
+        "        except RuntimeError as error:", "stays_what_it_is"),
     # Launches
     "scalar of the wrong width": Fault(
         RUNTIME, "function(grid, block, tuple(args), shared_mem=shared_bytes)\n            return",
