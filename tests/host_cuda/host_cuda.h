@@ -80,6 +80,8 @@ unsigned ballot(const char *name, unsigned mask, bool predicate, const char *fil
 void spin_pause(const unsigned *counter, unsigned value, unsigned target, const char *file, int line);
 
 void *dynamic_shared();
+std::size_t shared_bytes();  // at dynamic_shared(): what the kernel and the launch ask for
+[[noreturn]] void stop(const char *why);  // ends the launch with this report
 void fence();
 void count_group_barrier(const unsigned *counter);  // an arrival of this block at one
 void count_mma();
@@ -267,6 +269,8 @@ struct Kernel {
     void (*call)(void *const *arguments);
     const Parameter *parameters;
     int parameter_count;
+    std::size_t shared_bytes = 0;  // ahead of the dynamic shared memory, in the same buffer
+    bool shared_shadow = false;    // whether a zero byte per byte of that buffer lies behind it
 };
 
 // The kernels of the compiled source, ending with a null name.

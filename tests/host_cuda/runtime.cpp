@@ -380,11 +380,12 @@ Block::Block(Launch &launch, unsigned index, const Traffic &static_shared)
 {
     for (int i = 0; launch.request.traffic && i < launch.kernel.parameter_count; ++i)
         traffic.push_back({launch.request.traffic[i].start, launch.request.traffic[i].size, 0, 0});
-    const std::size_t shared_bytes = launch.request.shared_bytes;
+    const std::size_t shared_bytes = launch.kernel.shared_bytes + launch.request.shared_bytes;
     if (shared_bytes > 0) {
-        if (posix_memalign(&shared, SHARED_ALIGNMENT, shared_bytes))
+        if (posix_memalign(&shared, SHARED_ALIGNMENT, 2 * shared_bytes))
             abort();
         std::memset(shared, POISON, shared_bytes);
+        std::memset(static_cast<char *>(shared) + shared_bytes, 0, launch.kernel.shared_shadow ? shared_bytes : 0);
     }
     const unsigned *extent = launch.request.block;
     for (unsigned i = 0; i < fibers.size(); ++i) {
@@ -743,6 +744,15 @@ void spin_pause(const unsigned *counter, unsigned value, unsigned target, const 
 }
 
 void *dynamic_shared() { return block->shared; }
+
+std::size_t shared_bytes() { return block->launch.kernel.shared_bytes + block->launch.request.shared_bytes; }
+
+void stop(const char *why)
+{
+    block->launch.stop(why);
+    block->leave(false);
+    std::abort();  // a stopped block gives no more turns
+}
 
 void fence()
 {

@@ -1,0 +1,215 @@
+// The arithmetic of PTX instructions on a CPU: integers, floats with -ftz=true, approximate instructions, conversions.
+//
+// Subnormal numbers: every kernel runs with the CPU's own flushing on (SSE: FTZ and DAZ), so that plain float
+// operations flush their operands and results as .ftz does; an operation that moves bits flushes by flushed(). The
+// same mode flushes subnormal doubles, which PTX does not; a NaN keeps its payload, where PTX writes 0x7fffffff.
+//
+// PTX_WORST: each approximate instruction errs by the largest error that the PTX ISA allows it, up or down by the bits
+// of its argument, except where its table of special values says what comes out.
+// Source: PTX ISA, "Instruction Set".
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+using u8 = std::uint8_t;
+using u16 = std::uint16_t;
+using u32 = std::uint32_t;
+using u64 = std::uint64_t;
+using s8 = std::int8_t;
+using s16 = std::int16_t;
+using s32 = std::int32_t;
+using s64 = std::int64_t;
+using f32 = float;
+using f64 = double;
+
+#define PTX __attribute__((always_inline)) static inline
+#define PTX_CALL [[maybe_unused, gnu::noinline]] static
+
+PTX void flush_subnormals()
+{
+#if defined(__SSE__)
+    _mm_setcsr(_mm_getcsr() | 0x8040);
+#elif defined(__aarch64__)
+    u64 control;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(control));
+    __asm__ volatile("msr fpcr, %0" ::"r"(control | 1u << 24));
+#else
+#error "how does this CPU flush subnormal numbers?"
+#endif
+}
+
+template <class To, class From>
+PTX To bits(From from)
+{
+    return __builtin_bit_cast(To, from);
+}
+
+PTX f32 F(u32 x) { return bits<f32>(x); }
+PTX f32 flushed(f32 x)
+{
+    const u32 b = bits<u32>(x);
+    return b & 0x7f800000u ? x : F(b & 0x80000000u);
+}
+
+// ---- Integers -------------------------------------------------------------------------------------------------------
+
+template <class T>
+PTX T shl(T a, u32 n)
+{
+    return n >= sizeof(T) * 8 ? T(0) : T(a << n);
+}
+
+template <class T>
+PTX T shr(T a, u32 n)  // of a signed type: fills with the sign
+{
+    const u32 last = sizeof(T) * 8 - 1;
+    return n > last ? std::is_signed<T>::value ? T(a >> last) : T(0) : T(a >> n);
+}
+
+template <class T>
+PTX T bfi(T a, T b, u32 position, u32 length)
+{
+    const u32 width = sizeof(T) * 8;
+    position &= 255;
+    length &= 255;
+    if (position >= width)
+        return b;
+    const T mask = T((length >= width ? ~T(0) : (T(1) << length) - 1) << position);
+    return (b & ~mask) | (T(a << position) & mask);
+}
+
+template <class T>
+PTX T bfe(T a, u32 position, u32 length)  // unsigned
+{
+    const u32 width = sizeof(T) * 8;
+    position &= 255;
+    length &= 255;
+    const T moved = position >= width ? T(0) : T(a >> position);
+    return length >= width ? moved : moved & ((T(1) << length) - 1);
+}
+
+PTX u32 clz(u32 a) { return a ? __builtin_clz(a) : 32; }
+PTX u32 clz(u64 a) { return a ? __builtin_clzll(a) : 64; }
+
+// Division by zero gives all ones on a GPU; on a CPU it ends the process.
+template <class T>
+PTX T divided(T a, T b)
+{
+    return b == 0 ? T(~T(0)) : b == T(-1) && std::is_signed<T>::value ? T(0) - a : a / b;
+}
+
+template <class T>
+PTX T remainder_of(T a, T b)
+{
+    return b == 0 ? a : b == T(-1) && std::is_signed<T>::value ? T(0) : a % b;
+}
+
+// ---- Floats ---------------------------------------------------------------------------------------------------------
+
+PTX f32 largest(f32 a, f32 b)  // a number wins over NaN, +0 over -0
+{
+    a = flushed(a);
+    b = flushed(b);
+    return a != a ? b : b != b ? a : a == b ? F(bits<u32>(a) & bits<u32>(b)) : a > b ? a : b;
+}
+
+PTX f32 smallest(f32 a, f32 b)
+{
+    a = flushed(a);
+    b = flushed(b);
+    return a != a ? b : b != b ? a : a == b ? F(bits<u32>(a) | bits<u32>(b)) : a < b ? a : b;
+}
+
+PTX f32 saturated(f32 a) { return a > 0.0f ? a < 1.0f ? a : 1.0f : 0.0f; }  // NaN gives 0
+
+// The next float below x, a finite number.
+PTX f32 below(f32 x)
+{
+    const u32 b = bits<u32>(x);
+    return F(b == 0 ? 0x80000001u : b >> 31 ? b + 1 : b - 1);
+}
+
+// a b + c rounded down: the product is exact in a double, and so are sum and error together.
+PTX_CALL f32 fma_down(f32 a, f32 b, f32 c)
+{
+    const f64 product = f64(a) * f64(b), sum = product + f64(c);
+    if (!(sum - sum == 0.0))  // infinity, NaN
+        return f32(sum);
+    const f64 virtual_c = sum - product, error = (product - (sum - virtual_c)) + (f64(c) - virtual_c);
+    f32 result = f32(sum);
+    if (result - result != 0.0f)
+        return sum > 0 ? F(0x7f7fffffu) : result;  // a finite sum above the largest float
+    if (f64(result) > sum || (f64(result) == sum && error < 0))
+        result = below(result);
+    return flushed(result);
+}
+
+// ---- Approximate instructions ---------------------------------------------------------------------------------------
+
+// The double `exact`, moved by its largest error where that is asked for.
+PTX f32 approximate(f64 exact, f64 error, f32 argument)
+{
+#if defined(PTX_WORST)
+    const u32 hash = bits<u32>(argument) * 2654435761u;  // Knuth's multiplicative hash
+    exact += hash >> 31 ? error : -error;
+#endif
+    (void)error, (void)argument;
+    return f32(exact);
+}
+
+PTX f64 relative(f64 exact, f64 error) { return exact - exact == 0.0 ? exact * error : 0.0; }
+
+PTX_CALL f32 ex2_approx(f32 a)  // relative error 2^-22
+{
+    const f64 exact = std::exp2(f64(a));
+    return approximate(exact, a == 0.0f ? 0.0 : relative(exact, 0x1p-22), a);
+}
+
+PTX_CALL f32 lg2_approx(f32 a)  // absolute error 2^-22 between 1/2 and 2, else relative 2^-22
+{
+    const f64 exact = std::log2(f64(a));
+    return approximate(exact, a > 0.5f && a < 2.0f ? 0x1p-22 : relative(exact, 0x1p-22), a);
+}
+
+PTX_CALL f32 rcp_approx(f32 a)  // relative error 2^-23
+{
+    const f64 exact = 1.0 / f64(a);
+    return approximate(exact, relative(exact, 0x1p-23), a);
+}
+
+PTX_CALL f32 rsqrt_approx(f32 a)  // relative error 2^-22.9
+{
+    const f64 exact = 1.0 / std::sqrt(f64(a));
+    return approximate(exact, relative(exact, 0x1.1p-23), a);
+}
+
+PTX_CALL f32 div_approx(f32 a, f32 b)  // 2 ulp, for 2^-126 <= |b| <= 2^126; beyond that, 0
+{
+    const f64 exact = f64(a) / f64(b), size = std::fabs(f64(b));
+    if (size > 0x1p126 && size - size == 0.0)
+        return a - a == 0.0f ? std::copysign(0.0f, f32(exact)) : F(0x7fffffffu);
+    return approximate(exact, relative(exact, 0x1p-23), a);
+}
+
+// ---- Conversions ----------------------------------------------------------------------------------------------------
+
+PTX u32 to_bf16(f32 x)  // to nearest, ties to even
+{
+    const u32 b = bits<u32>(x);
+    if ((b & 0x7fffffffu) > 0x7f800000u)
+        return 0x7fffu;
+    return (b + 0x7fffu + (b >> 16 & 1u)) >> 16;
+}
+
+PTX u32 to_tf32(f32 x)  // to nearest, ties away from zero
+{
+    const u32 b = bits<u32>(x);
+    if ((b & 0x7f800000u) == 0x7f800000u)
+        return b;
+    return (b + 0x1000u) & 0xffffe000u;
+}

@@ -1,0 +1,226 @@
+// mma and ldmatrix on a CPU, from the tables of the PTX ISA; kernels/ptx.cuh and its host branch have no part in it.
+//
+// Sums inside mma: without PTX_WORST one rounding of the sum of all exact products and the accumulator. With it, as
+// measured on GPUs: the terms of a chunk are aligned to the largest of them, truncated below PTX_EXTRA_BITS bits more
+// than a float has, added as integers, and the sum is truncated to a float. One mma adds its chunks in turn.
+//
+//                       capability 8.0 to 8.9   from 9.0 on
+//   chunk, bf16                  8                   16
+//   chunk, tf32                  4                    8
+//   extra bits                   1                    2
+//
+// Subnormal operands and results are kept, whatever -ftz says.
+// Source: PTX ISA, "Matrix Fragments for mma.m16n8k8", "Matrix Fragments for mma.m16n8k16", "ldmatrix"; Fasi, Higham,
+// Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores" (2021), for capabilities 7.0 to 8.0; for 9.0 the same
+// measurements by Li et al., "FTTN" (2024).
+#pragma once
+
+#include "memory.h"
+
+// A number as sign * mantissa * 2^exponent: the CPU flushes subnormal floats, this does not.
+struct Exact {
+    s64 mantissa;
+    int exponent;
+};
+
+PTX bool is_finite(u32 x) { return (x & 0x7f800000u) != 0x7f800000u; }
+
+PTX Exact exact_of(u32 x)
+{
+    const int exponent = int(x >> 23 & 255);
+    const s64 mantissa = exponent ? s64(x & 0x7fffffu) | 0x800000 : s64(x & 0x7fffffu);
+    return {x >> 31 ? -mantissa : mantissa, (exponent ? exponent : 1) - 150};
+}
+
+PTX int bit_length(u64 x) { return x ? 64 - __builtin_clzll(x) : 0; }
+
+// mantissa 2^exponent as the bits of a float: truncated, or to nearest with ties to even.
+PTX u32 float_of(s64 signed_mantissa, int exponent, bool truncated)
+{
+    const u32 sign = signed_mantissa < 0 ? 0x80000000u : 0;
+    u64 mantissa = signed_mantissa < 0 ? u64(-signed_mantissa) : u64(signed_mantissa);
+    if (!mantissa)
+        return 0;
+    const int wanted = bit_length(mantissa) - 24, lowest = -149 - exponent, drop = wanted > lowest ? wanted : lowest;
+    if (drop > 0) {
+        const u64 rest = drop > 63 ? mantissa : mantissa & ((u64(1) << drop) - 1), half = u64(1) << (drop - 1) % 64;
+        mantissa = drop > 63 ? 0 : mantissa >> drop;
+        mantissa += !truncated && drop <= 63 && (rest > half || (rest == half && mantissa & 1));
+    } else {
+        mantissa <<= -drop;
+    }
+    exponent += drop;
+    if (mantissa >> 24) {
+        mantissa >>= 1;
+        ++exponent;
+    }
+    if (!(mantissa >> 23))
+        return sign | u32(mantissa);  // subnormal, or zero
+    const int biased = exponent + 150;
+    return biased >= 255 ? sign | (truncated ? 0x7f7fffffu : 0x7f800000u) : sign | u32(biased) << 23 | (mantissa & 0x7fffff);
+}
+
+// Terms with infinities or NaN, whose sum has no rounding to speak of.
+PTX_CALL u32 unbounded_sum(u32 c, const u32 *a, const u32 *b, int n)
+{
+    f32 sum = F(c);
+    for (int i = 0; i < n; ++i)
+        sum += F(a[i]) * F(b[i]);
+    return sum != sum ? 0x7fffffffu : bits<u32>(sum);
+}
+
+// Exact products of floats whose exponents differ by less than a double's reach add without error but the last.
+PTX u32 rounded_sum(u32 c, const u32 *a, const u32 *b, int n)
+{
+    f64 sum = f64(F(c));
+    for (int i = 0; i < n; ++i)
+        sum += f64(F(a[i])) * f64(F(b[i]));
+    return bits<u32>(f32(sum));
+}
+
+template <int N>
+PTX u32 truncated_sum(u32 c, const u32 *a, const u32 *b, int extra_bits)
+{
+    Exact terms[N + 1];
+    int highest = -100000;
+    terms[N] = exact_of(c);
+    for (int i = 0; i < N; ++i) {
+        const Exact x = exact_of(a[i]), y = exact_of(b[i]);
+        terms[i] = {x.mantissa * y.mantissa, x.exponent + y.exponent};
+    }
+    for (const Exact &term : terms)
+        if (term.mantissa) {
+            const int top = term.exponent + bit_length(term.mantissa < 0 ? u64(-term.mantissa) : u64(term.mantissa));
+            highest = top > highest ? top : highest;
+        }
+    const int unit = highest - 24 - extra_bits;
+    s64 sum = 0;
+    for (const Exact &term : terms) {
+        const int shift = term.exponent - unit;
+        if (term.mantissa)
+            sum += shift >= 0 ? term.mantissa << shift : shift > -63 ? term.mantissa / (s64(1) << -shift) : 0;
+    }
+    return float_of(sum, unit, true);
+}
+
+template <int N>
+PTX u32 chunk_sum(u32 c, const u32 *a, const u32 *b)
+{
+    bool finite = is_finite(c);
+    for (int i = 0; i < N; ++i)
+        finite &= is_finite(a[i]) && is_finite(b[i]);
+    if (!finite)
+        return unbounded_sum(c, a, b, N);
+#if defined(PTX_WORST)
+    return truncated_sum<N>(c, a, b, PTX_EXTRA_BITS);
+#else
+    return rounded_sum(c, a, b, N);
+#endif
+}
+
+#if !defined(PTX_WORST)
+constexpr int CHUNK_BF16 = 16, CHUNK_TF32 = 8;
+#elif PTX_CAPABILITY >= 90
+constexpr int CHUNK_BF16 = 16, CHUNK_TF32 = 8;
+#define PTX_EXTRA_BITS 2
+#else
+constexpr int CHUNK_BF16 = 8, CHUNK_TF32 = 4;
+#define PTX_EXTRA_BITS 1
+#endif
+
+// ---- mma ------------------------------------------------------------------------------------------------------------
+
+struct Mma {
+    f32 *d;
+    const u32 *a, *b;
+    const f32 *c;
+};
+
+// "mma.m16n8k16", .bf16: element i of a fragment is half i % 2 of register i / 2.
+PTX void gather_bf16(const Mma &mma, int lane, u32 (*a)[16], u32 (*b)[16])
+{
+    const int group = lane >> 2, in_group = lane % 4;
+    for (int i = 0; i < 8; ++i) {
+        const int row = i < 2 || (i >= 4 && i < 6) ? group : group + 8;
+        const int column = in_group * 2 + (i & 1) + (i < 4 ? 0 : 8);
+        a[row][column] = mma.a[i / 2] >> i % 2 * 16 << 16;
+    }
+    for (int i = 0; i < 4; ++i)
+        b[group][in_group * 2 + (i & 1) + (i < 2 ? 0 : 8)] = mma.b[i / 2] >> i % 2 * 16 << 16;
+}
+
+// "mma.m16n8k8", .tf32: the low 13 bits of an operand are ignored.
+PTX void gather_tf32(const Mma &mma, int lane, u32 (*a)[8], u32 (*b)[8])
+{
+    const int group = lane >> 2, in_group = lane % 4;
+    for (int i = 0; i < 4; ++i)
+        a[i == 0 || i == 2 ? group : group + 8][i < 2 ? in_group : in_group + 4] = mma.a[i] & 0xffffe000u;
+    for (int i = 0; i < 2; ++i)
+        b[group][i == 0 ? in_group : in_group + 4] = mma.b[i] & 0xffffe000u;
+}
+
+template <int K, int CHUNK>
+[[maybe_unused]] static void multiply(void *const *lanes)
+{
+    u32 a[16][K], b[8][K], sums[16][8];
+    const auto row = [](int lane, int i) { return i < 2 ? lane >> 2 : (lane >> 2) + 8; };
+    const auto column = [](int lane, int i) { return lane % 4 * 2 + (i & 1); };
+    for (int lane = 0; lane < 32; ++lane) {
+        const Mma &mma = *static_cast<const Mma *>(lanes[lane]);
+        if constexpr (K == 16)
+            gather_bf16(mma, lane, a, b);
+        else
+            gather_tf32(mma, lane, a, b);
+        for (int i = 0; i < 4; ++i)
+            sums[row(lane, i)][column(lane, i)] = bits<u32>(mma.c[i]);
+    }
+    for (int m = 0; m < 16; ++m)
+        for (int n = 0; n < 8; ++n)
+            for (int k = 0; k < K; k += CHUNK)
+                sums[m][n] = chunk_sum<CHUNK>(sums[m][n], &a[m][k], &b[n][k]);
+    for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 4; ++i)
+            static_cast<const Mma *>(lanes[lane])->d[i] = F(sums[row(lane, i)][column(lane, i)]);
+    host_cuda::count_mma();
+}
+
+PTX void mma_bf16(f32 *d, const u32 *a, const u32 *b, const f32 *c, int line)
+{
+    Mma mine = {d, a, b, c};
+    host_cuda::whole_warp("mma.m16n8k16.bf16", &mine, multiply<16, CHUNK_BF16>, SITE, line);
+}
+
+PTX void mma_tf32(f32 *d, const u32 *a, const u32 *b, const f32 *c, int line)
+{
+    Mma mine = {d, a, b, c};
+    host_cuda::whole_warp("mma.m16n8k8.tf32", &mine, multiply<8, CHUNK_TF32>, SITE, line);
+}
+
+// ---- ldmatrix: lane 8 m + r gives the address of row r of matrix m --------------------------------------------------
+
+struct Rows {
+    const u8 *row;
+    u32 *result;
+};
+
+template <bool TRANSPOSED>
+[[maybe_unused]] static void load_matrices(void *const *lanes)
+{
+    u16 matrices[4][8][8];
+    for (int lane = 0; lane < 32; ++lane)
+        std::memcpy(matrices[lane / 8][lane % 8], static_cast<const Rows *>(lanes[lane])->row, 16);
+    for (int lane = 0; lane < 32; ++lane)
+        for (int m = 0; m < 4; ++m) {
+            const int i = lane / 4, j = lane % 4 * 2;
+            const u32 low = TRANSPOSED ? matrices[m][j][i] : matrices[m][i][j];
+            const u32 high = TRANSPOSED ? matrices[m][j + 1][i] : matrices[m][i][j + 1];
+            static_cast<const Rows *>(lanes[lane])->result[m] = low | high << 16;
+        }
+}
+
+template <bool TRANSPOSED>
+PTX void ldmatrix(u32 *result, const u8 *row, int line)
+{
+    Rows mine = {row, result};
+    host_cuda::whole_warp(TRANSPOSED ? "ldmatrix.trans" : "ldmatrix", &mine, load_matrices<TRANSPOSED>, SITE, line);
+}
