@@ -441,6 +441,22 @@ def compile_for(source: str, architecture: str) -> dict[str, ResourceUse]:
 
     Raises: DeviceError where NVRTC is not installed; CompileError with its messages.
     """
+    return _resource_use(_compiled(source, architecture, "--ptxas-options=-v")[0])
+
+
+def ptx_for(source: str, architecture: str) -> str:
+    """The PTX of a source for an architecture such as "sm_90", with no GPU and no driver.
+
+    Raises: as compile_for.
+    """
+    return _compiled(source, architecture.replace("sm_", "compute_"))[1]
+
+
+def _compiled(source: str, architecture: str, *more: str) -> tuple[str, str]:
+    """Messages and PTX of NVRTC for a source, with the options that CuPy has, and more.
+
+    Raises: as compile_for.
+    """
     try:
         from cuda.bindings import nvrtc
 
@@ -450,9 +466,8 @@ def compile_for(source: str, architecture: str) -> dict[str, ResourceUse]:
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise CompileError(f"nvrtcCreateProgram: {status}")
     try:
-        options = [f"--gpu-architecture={architecture}".encode(), b"--ptxas-options=-v",
-                   b"-ftz=true", b"--device-as-default-execution-space",  # as CuPy has it
-                   *(option.encode() for option in _OPTIONS)]
+        options = [option.encode() for option in (f"--gpu-architecture={architecture}", *more, "-ftz=true",
+                                                  "--device-as-default-execution-space", *_OPTIONS)]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         _, size = nvrtc.nvrtcGetProgramLogSize(program)
         buffer = bytearray(size)
@@ -460,9 +475,12 @@ def compile_for(source: str, architecture: str) -> dict[str, ResourceUse]:
         log = buffer.rstrip(b"\0").decode()
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise CompileError(f"{architecture}: {log.strip() or status}")
+        _, size = nvrtc.nvrtcGetPTXSize(program)
+        ptx = bytearray(size)
+        nvrtc.nvrtcGetPTX(program, ptx)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    return _resource_use(log)
+    return log, ptx.rstrip(b"\0").decode()
 
 
 def _resource_use(log: str) -> dict[str, ResourceUse]:

@@ -7,8 +7,9 @@ from char_gru.kernels import runtime
 from char_gru.kernels.matmul import PRECISIONS
 from char_gru.kernels.plan.gpus import precisions
 from tests import host_cuda
+from tests.host_ptx import plugin as ptx_plugin
 
-pytest_plugins = ["tests.cuda_device.plugin"]
+pytest_plugins = ["tests.cuda_device.plugin", "tests.host_ptx.plugin"]
 
 settings.register_profile("char-gru", deadline=None)  # a slow machine is no failure
 settings.load_profile("char-gru")
@@ -23,7 +24,7 @@ def _session_executor(request):
     if request.config.getoption("--gpu"):
         return runtime.CupyExecutor()
     _require_compiler()
-    return host_cuda.HostExecutor()
+    return ptx_plugin.executor_of(request.config) or host_cuda.HostExecutor()
 
 
 @pytest.fixture
@@ -45,7 +46,8 @@ def executor(_session_executor, request):
 def ordered_executor(request):
     """Runs the launches of a test on the CPU, its threads in one order after the other: all have to give equal bits."""
     _require_compiler()
-    with runtime.use(host_cuda.HostExecutor(order=request.param)) as executor:
+    executor = ptx_plugin.executor_of(request.config, request.param) or host_cuda.HostExecutor(order=request.param)
+    with runtime.use(executor):
         yield executor
 
 

@@ -297,10 +297,7 @@ class HostExecutor:
             ranges = ((arg.ctypes.data, arg.nbytes) if isinstance(arg, np.ndarray) else () for arg in args)
             traffic = request.traffic = (_Traffic * len(args))(*ranges)
             request.recording = self._record
-        if self._sanitize:
-            group_barriers, mma_calls = _run_standalone(module.path, request, parameters, args)
-        else:
-            group_barriers, mma_calls = _run_inside(module.library, request, args)
+        group_barriers, mma_calls = self._run(source, module, request, parameters, args)
         recording = None
         if self._record:
             arguments = dict(zip(_parameter_names(source, kernel), args, strict=True))
@@ -308,6 +305,13 @@ class HostExecutor:
         self.launches.append(LaunchCounts(kernel, grid, block, group_barriers, mma_calls,
                                           tuple(argument.read for argument in traffic),
                                           tuple(argument.written for argument in traffic), recording))
+
+    def _run(self, source: str, module: "_Module", request: "_Request", parameters: list[_Parameter],
+             args: list) -> tuple[int, int]:
+        """Runs a launch of a built source; returns the arrivals at group barriers and the mma instructions."""
+        if self._sanitize:
+            return _run_standalone(module.path, request, parameters, args)
+        return run_inside(module.library, request, args)
 
 
 def run_sanitized(function, sanitize: str, order: str = "ascending", seed: int = 0) -> str:
@@ -350,14 +354,25 @@ def _build(source: str, sanitize: str, count_bytes: bool) -> _Module:
     if sanitize:
         library, listing = None, subprocess.run([path], check=True, capture_output=True, text=True).stdout
     else:
-        library = ctypes.CDLL(str(path))
-        library.host_cuda_launch.restype = library.host_cuda_signatures.restype = ctypes.c_char_p
+        library = opened(path)
         listing = library.host_cuda_signatures().decode()
     signatures = {}
     for line in listing.splitlines():
         name, *words = line.split()
         signatures[name] = [_Parameter(word[0], int(word[1:].rstrip("*c")), "*" in word, "c" in word) for word in words]
     return _Module(path, library, signatures)
+
+
+def compiled(text: str, flags: tuple[str, ...]) -> pathlib.Path:
+    """Path of a library of kernels that are written as C++ already, with the runtime in it."""
+    return _compiled(text, flags, (_object("runtime.cpp", ("-std=c++20",)),))
+
+
+def opened(path: pathlib.Path) -> ctypes.CDLL:
+    """A library of kernels."""
+    library = ctypes.CDLL(str(path))
+    library.host_cuda_launch.restype = library.host_cuda_signatures.restype = ctypes.c_char_p
+    return library
 
 
 def _object(name: str, flags: tuple[str, ...]) -> pathlib.Path:
@@ -372,10 +387,10 @@ def _compiled(text: str, flags: tuple[str, ...], objects: tuple[pathlib.Path, ..
     headers = (path.read_text() for path in sorted(_HERE.glob("*.h")))
     everything = "\0".join((_compiler_version(cxx), text, *headers, *flags, *map(str, objects)))
     key = hashlib.sha256(everything.encode()).hexdigest()[:32]
-    target = _cache() / f"{key}.out"
+    target = cache() / f"{key}.out"
     if target.exists():
         return target
-    with tempfile.TemporaryDirectory(dir=_cache()) as folder:
+    with tempfile.TemporaryDirectory(dir=cache()) as folder:
         source = pathlib.Path(folder, "source.cpp")
         source.write_text(text)
         output = pathlib.Path(folder, "output")
@@ -393,7 +408,8 @@ def _compiler_version(cxx: str) -> str:
 
 
 @functools.cache
-def _cache() -> pathlib.Path:
+def cache() -> pathlib.Path:
+    """The folder of everything that is compiled here."""
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     folder = pathlib.Path(base, "char-gru", "host_cuda")
     folder.mkdir(parents=True, exist_ok=True)
@@ -444,7 +460,8 @@ def _check_arguments(kernel: str, parameters: list[_Parameter], args: list) -> N
             raise TypeError(f"{kernel}: argument {i} is a read-only array, the kernel declares {parameter}")
 
 
-def _run_inside(library, request: _Request, args: list) -> tuple[int, int]:
+def run_inside(library, request: _Request, args: list) -> tuple[int, int]:
+    """Runs a launch in this process."""
     values = [np.uint64(arg.ctypes.data) if isinstance(arg, np.ndarray) else arg for arg in args]
     storage = [ctypes.create_string_buffer(value.tobytes(), 8) for value in values]
     request.arguments = (ctypes.c_void_p * max(len(args), 1))(*map(ctypes.addressof, storage))

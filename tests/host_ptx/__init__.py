@@ -1,0 +1,130 @@
+"""Runs the PTX that NVRTC makes of a kernel source, on a CPU: see README.md beside this file.
+
+    with kernels.runtime.use(PtxExecutor("sm_90")):
+        ...  # any launcher
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import os
+import pathlib
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from char_gru.kernels.runtime import CompileError, ptx_for
+from tests import host_cuda
+from tests.host_ptx.parser import Statement, parse
+from tests.host_ptx.translator import Untranslated, translate
+
+__all__ = ["Built", "Coverage", "PtxExecutor", "Untranslated", "build"]
+
+_HERE = pathlib.Path(__file__).parent
+_FLAGS = ("-std=c++20", "-shared", "-O1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden",
+          "-pthread", "-w", "-mfma", "-fno-trapping-math", f"-I{_HERE}")
+_LINE = re.compile(r"PTX line (\d+)")
+
+
+class Coverage(NamedTuple):
+    """The instructions of a kernel, and which of them have been executed in this process."""
+
+    instructions: list[Statement]
+    executed: list[bool]
+
+
+class Built(NamedTuple):
+    """The library that runs a module, and what its PTX said."""
+
+    path: pathlib.Path
+    library: ctypes.CDLL
+    blocks: list[tuple[str, list[Statement]]]
+    locations: dict[int, str]  # PTX line -> CUDA source line
+
+    def coverage(self, kernel: str) -> Coverage:
+        """Of a kernel, without the functions that it calls."""
+        executed = (ctypes.c_uint8 * max(len(self.blocks), 1)).in_dll(self.library, "ptx_executed")
+        pairs = [(statement, bool(executed[i])) for i, (name, statements) in enumerate(self.blocks) if name == kernel
+                 for statement in statements]
+        return Coverage([statement for statement, _ in pairs], [ran for _, ran in pairs])
+
+
+@functools.cache
+def build(source: str, architecture: str, worst: bool = False) -> Built:
+    """Compiles a source to PTX and the PTX to a library, or finds both in the cache.
+
+    Raises: CompileError where NVRTC refuses the source; Untranslated; host_cuda.BuildError.
+    """
+    module = parse(_ptx(source, architecture))
+    translated = translate(module, int(architecture.removeprefix("sm_")), worst)
+    headers = "".join(f"// {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in sorted(_HERE.glob("*.h")))
+    path = host_cuda.compiled(headers + translated.text, _FLAGS)
+    library = host_cuda.opened(path)
+    locations = {statement.line: str(statement.location) for function in module.functions.values()
+                 for statement in function.statements if statement.location}
+    return Built(path, library, translated.blocks, locations)
+
+
+def _ptx(source: str, architecture: str) -> str:
+    """The PTX of a source, from the cache if it is there."""
+    version = importlib.metadata.version("nvidia-cuda-nvrtc")
+    key = hashlib.sha256("\0".join((version, architecture, source)).encode()).hexdigest()[:32]
+    target = host_cuda.cache() / f"{key}.ptx"
+    if not target.exists():
+        text = ptx_for(source, architecture)
+        partial = target.with_suffix(f".{os.getpid()}")
+        partial.write_text(text)
+        os.replace(partial, target)
+    return target.read_text()
+
+
+class PtxExecutor(host_cuda.HostExecutor):
+    """As HostExecutor, with every kernel run from its PTX for an architecture.
+
+    worst: approximate instructions and sums inside mma err as much as hardware may. A source that NVRTC refuses, since
+    a test wrote it for the host alone, runs as HostExecutor runs it; `from_source` has these kernels.
+    """
+
+    def __init__(self, architecture: str = "sm_90", worst: bool = False, order: str = "ascending", seed: int = 0):
+        super().__init__(order, seed)
+        self.architecture, self._worst = architecture, worst
+        self.gpu = host_cuda.HostExecutor.gpu._replace(capability=int(architecture.removeprefix("sm_")))
+        self.from_source: set[str] = set()
+        self.built: dict[str, set[Built]] = {}
+
+    def _run(self, source, module, request, parameters, args):
+        kernel = request.kernel.decode()
+        try:
+            built = build(source, self.architecture, self._worst)
+        except CompileError:
+            self.from_source.add(kernel)
+            return super()._run(source, module, request, parameters, args)
+        _describe_arrays(built.library, args)
+        try:
+            return host_cuda.run_inside(built.library, request, args)
+        except host_cuda.Deadlock as report:
+            raise host_cuda.Deadlock(_LINE.sub(
+                lambda match: f"{match[0]} ({built.locations.get(int(match[1]), 'no source line')})", str(report))) \
+                from None
+
+
+def _describe_arrays(library: ctypes.CDLL, args: list) -> None:
+    """Tells the library where the arrays of the next launch lie; arrays that overlap share their marks."""
+    ranges: list[list[int]] = []
+    arrays = sorted((arg.ctypes.data, arg.ctypes.data + arg.nbytes) for arg in args if isinstance(arg, np.ndarray))
+    for start, end in arrays:
+        if ranges and start < ranges[-1][1]:
+            ranges[-1][1] = max(end, ranges[-1][1])
+        else:
+            ranges.append([start, end])
+    described = (ctypes.c_uint64 * 3 * len(args))()
+    for i, arg in enumerate(args):
+        if isinstance(arg, np.ndarray):
+            before = 0
+            for start, end in ranges:
+                if start <= arg.ctypes.data and arg.ctypes.data + arg.nbytes <= end:
+                    described[i][:] = arg.ctypes.data, arg.nbytes, before + arg.ctypes.data - start
+                before += end - start
+    library.ptx_arrays(len(args), described, ctypes.c_uint64(sum(end - start for start, end in ranges)))

@@ -151,15 +151,23 @@ PTX_CALL f32 fma_down(f32 a, f32 b, f32 c)
 
 // ---- Approximate instructions ---------------------------------------------------------------------------------------
 
-// The double `exact`, moved by its largest error where that is asked for.
+// `exact` rounded; where the largest error is asked for, the last float that is within it.
 PTX f32 approximate(f64 exact, f64 error, f32 argument)
 {
+    const f32 nearest = f32(exact);
 #if defined(PTX_WORST)
+    if (error == 0.0 || !(nearest - nearest == 0.0f))
+        return nearest;
     const u32 hash = bits<u32>(argument) * 2654435761u;  // Knuth's multiplicative hash
-    exact += hash >> 31 ? error : -error;
-#endif
+    const f64 moved = hash >> 31 ? exact + error : exact - error;
+    const f32 result = f32(moved);
+    if (std::fabs(f64(result) - exact) <= error)
+        return result;
+    return std::nextafter(result, nearest);
+#else
     (void)error, (void)argument;
-    return f32(exact);
+    return nearest;
+#endif
 }
 
 PTX f64 relative(f64 exact, f64 error) { return exact - exact == 0.0 ? exact * error : 0.0; }
@@ -185,7 +193,7 @@ PTX_CALL f32 rcp_approx(f32 a)  // relative error 2^-23
 PTX_CALL f32 rsqrt_approx(f32 a)  // relative error 2^-22.9
 {
     const f64 exact = 1.0 / std::sqrt(f64(a));
-    return approximate(exact, relative(exact, 0x1.1p-23), a);
+    return approximate(exact, relative(exact, 0x1.126p-23), a);
 }
 
 PTX_CALL f32 div_approx(f32 a, f32 b)  // 2 ulp, for 2^-126 <= |b| <= 2^126; beyond that, 0
@@ -198,7 +206,7 @@ PTX_CALL f32 div_approx(f32 a, f32 b)  // 2 ulp, for 2^-126 <= |b| <= 2^126; bey
 
 // ---- Conversions ----------------------------------------------------------------------------------------------------
 
-PTX u32 to_bf16(f32 x)  // to nearest, ties to even
+PTX u32 bf16_of(f32 x)  // to nearest, ties to even
 {
     const u32 b = bits<u32>(x);
     if ((b & 0x7fffffffu) > 0x7f800000u)
@@ -206,7 +214,7 @@ PTX u32 to_bf16(f32 x)  // to nearest, ties to even
     return (b + 0x7fffu + (b >> 16 & 1u)) >> 16;
 }
 
-PTX u32 to_tf32(f32 x)  // to nearest, ties away from zero
+PTX u32 tf32_of(f32 x)  // to nearest, ties away from zero
 {
     const u32 b = bits<u32>(x);
     if ((b & 0x7f800000u) == 0x7f800000u)

@@ -1,7 +1,7 @@
 // mma and ldmatrix on a CPU, from the tables of the PTX ISA; kernels/ptx.cuh and its host branch have no part in it.
 //
 // Sums inside mma: without PTX_WORST one rounding of the sum of all exact products and the accumulator. With it, as
-// measured on GPUs: the terms of a chunk are aligned to the largest of them, truncated below PTX_EXTRA_BITS bits more
+// measured on GPUs: the terms of a chunk are aligned to the largest of them, truncated below EXTRA_BITS bits more
 // than a float has, added as integers, and the sum is truncated to a float. One mma adds its chunks in turn.
 //
 //                       capability 8.0 to 8.9   from 9.0 on
@@ -9,6 +9,7 @@
 //   chunk, tf32                  4                    8
 //   extra bits                   1                    2
 //
+// The terms are aligned as normalized numbers, which is a bit less exact than hardware for products of 2 or more.
 // Subnormal operands and results are kept, whatever -ftz says.
 // Source: PTX ISA, "Matrix Fragments for mma.m16n8k8", "Matrix Fragments for mma.m16n8k16", "ldmatrix"; Fasi, Higham,
 // Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores" (2021), for capabilities 7.0 to 8.0; for 9.0 the same
@@ -16,6 +17,12 @@
 #pragma once
 
 #include "memory.h"
+
+#if !defined(PTX_WORST) || PTX_CAPABILITY >= 90
+constexpr int CHUNK_BF16 = 16, CHUNK_TF32 = 8, EXTRA_BITS = 2;
+#else
+constexpr int CHUNK_BF16 = 8, CHUNK_TF32 = 4, EXTRA_BITS = 1;
+#endif
 
 // A number as sign * mantissa * 2^exponent: the CPU flushes subnormal floats, this does not.
 struct Exact {
@@ -63,18 +70,25 @@ PTX u32 float_of(s64 signed_mantissa, int exponent, bool truncated)
 // Terms with infinities or NaN, whose sum has no rounding to speak of.
 PTX_CALL u32 unbounded_sum(u32 c, const u32 *a, const u32 *b, int n)
 {
-    f32 sum = F(c);
+    f64 sum = F(c);
     for (int i = 0; i < n; ++i)
-        sum += F(a[i]) * F(b[i]);
-    return sum != sum ? 0x7fffffffu : bits<u32>(sum);
+        sum += f64(F(a[i])) * f64(F(b[i]));
+    return sum != sum ? 0x7fffffffu : bits<u32>(f32(sum));
+}
+
+PTX f64 double_of(u32 x)
+{
+    return x & 0x7f800000u ? f64(F(x)) : (x >> 31 ? -0x1p-149 : 0x1p-149) * f64(x & 0x7fffffu);
 }
 
 // Exact products of floats whose exponents differ by less than a double's reach add without error but the last.
 PTX u32 rounded_sum(u32 c, const u32 *a, const u32 *b, int n)
 {
-    f64 sum = f64(F(c));
+    f64 sum = double_of(c);
     for (int i = 0; i < n; ++i)
-        sum += f64(F(a[i])) * f64(F(b[i]));
+        sum += double_of(a[i]) * double_of(b[i]);
+    if (std::fabs(sum) < 0x1p-126)
+        return (sum < 0 ? 0x80000000u : 0u) | u32(std::rint(std::fabs(sum) * 0x1p149));
     return bits<u32>(f32(sum));
 }
 
@@ -112,21 +126,11 @@ PTX u32 chunk_sum(u32 c, const u32 *a, const u32 *b)
     if (!finite)
         return unbounded_sum(c, a, b, N);
 #if defined(PTX_WORST)
-    return truncated_sum<N>(c, a, b, PTX_EXTRA_BITS);
+    return truncated_sum<N>(c, a, b, EXTRA_BITS);
 #else
     return rounded_sum(c, a, b, N);
 #endif
 }
-
-#if !defined(PTX_WORST)
-constexpr int CHUNK_BF16 = 16, CHUNK_TF32 = 8;
-#elif PTX_CAPABILITY >= 90
-constexpr int CHUNK_BF16 = 16, CHUNK_TF32 = 8;
-#define PTX_EXTRA_BITS 2
-#else
-constexpr int CHUNK_BF16 = 8, CHUNK_TF32 = 4;
-#define PTX_EXTRA_BITS 1
-#endif
 
 // ---- mma ------------------------------------------------------------------------------------------------------------
 

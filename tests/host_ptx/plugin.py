@@ -1,0 +1,43 @@
+"""``python -m pytest --ptx sm_90``: the tests of kernels, and only they, with every launch run from its PTX."""
+
+import pytest
+
+from tests.host_ptx import PtxExecutor
+
+FIXTURES = {"executor", "ordered_executor"}
+"""A test that asks for one of these runs from PTX."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--ptx", metavar="ARCHITECTURE", help="run kernels from the PTX that NVRTC makes for sm_75, ...")
+    parser.addoption("--worst", action="store_true",
+                     help="with --ptx: approximate instructions and sums in mma err as much as hardware may")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("ptx"):
+        chosen = [item for item in items if FIXTURES & set(item.fixturenames)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
+def executor_of(config: pytest.Config, order: str = "ascending") -> PtxExecutor | None:
+    """The executor that the command line asks for; None without --ptx."""
+    architecture = config.getoption("ptx")
+    if not architecture:
+        return None
+    executor = PtxExecutor(architecture, worst=config.getoption("worst"), order=order)
+    config.stash.setdefault(EXECUTORS, []).append(executor)
+    return executor
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    executors = config.stash.get(EXECUTORS, [])
+    if executors:
+        kernels = sorted({kernel for executor in executors for kernel in executor.from_source})
+        launches = sum(len(executor.launches) for executor in executors)
+        terminalreporter.write_line(f"{launches:,} launches from PTX for {config.getoption('ptx')}"
+                                    + f"; NVRTC refuses the sources of {', '.join(kernels)}" * bool(kernels))
+
+
+EXECUTORS = pytest.StashKey[list[PtxExecutor]]()

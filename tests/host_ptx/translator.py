@@ -1,0 +1,708 @@
+"""Translates a parsed PTX module to C++ for the fibers of tests/host_cuda.
+
+Registers become local variables, labels goto's, shared memory offsets in one buffer. Each rule below knows one kind of
+instruction with exactly the modifiers that its pattern names; anything else raises Untranslated.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from tests.host_ptx.parser import Function, Module, Statement, Variable, parameter
+
+__all__ = ["Translated", "Untranslated", "translate"]
+
+C_TYPES = {"u8": "u8", "u16": "u16", "u32": "u32", "u64": "u64", "s8": "s8", "s16": "s16", "s32": "s32", "s64": "s64",
+           "b8": "u8", "b16": "u16", "b32": "u32", "b64": "u64", "f32": "f32", "f64": "f64", "pred": "bool"}
+POISON = {"f32": "F(~0u)", "f64": "bits<f64>(~u64(0))", "bool": "false"}
+SPECIAL = {"tid": "threadIdx", "ntid": "blockDim", "ctaid": "blockIdx", "nctaid": "gridDim"}
+COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">",
+            "hs": ">="}
+UNORDERED = {"equ": "!=", "neu": "==", "ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}  # true where this is false
+ALIGNMENT = 16  # of the dynamic shared memory, and of the end of the static
+
+
+class Untranslated(RuntimeError):
+    """An instruction that no rule knows."""
+
+
+class Translated(NamedTuple):
+    """The C++ of a module, and which statements each of its basic blocks has."""
+
+    text: str
+    blocks: list[tuple[str, list[Statement]]]  # function, statements; the number of a block is its index
+
+
+class Rule(NamedTuple):
+    """A pattern of operations, the section of the PTX ISA that says what they do, and the C++ of one of them."""
+
+    pattern: re.Pattern
+    section: str
+    text: Callable[..., str]
+
+
+RULES: list[Rule] = []
+
+
+def rule(pattern: str, section: str):
+    """Registers a function (code, statement, match) -> C++ for the operations that a pattern matches in full."""
+    def register(function):
+        RULES.append(Rule(re.compile(pattern), section, function))
+        return function
+
+    return register
+
+
+def translate(module: Module, capability: int, worst: bool = False) -> Translated:
+    """The C++ of all kernels of a module for a compute capability, times ten.
+
+    worst: approximate instructions and sums inside mma err as much as hardware may.
+
+    Raises: Untranslated.
+    """
+    blocks: list[tuple[str, list[Statement]]] = []
+    functions = [_Code(module, function, blocks) for function in module.functions.values()]
+    bodies = [code.text() for code in functions]  # fills blocks
+    entries = "".join(code.table_entry() for code in functions if code.function.entry)
+    head = (f"#define PTX_CAPABILITY {capability}\n" + "#define PTX_WORST\n" * worst +
+            '#include "tensor_cores.h"\n' + f"PTX_EXPORT u8 ptx_executed[{max(len(blocks), 1)}] = {{}};\n")
+    variables = "".join(_global(variable) for variable in module.globals.values())
+    prototypes = "".join(code.head() + ";\n" for code in functions)
+    table = f"const host_cuda::Kernel host_cuda::kernels[] = {{{entries}{{nullptr, nullptr, nullptr, 0}}}};\n"
+    return Translated("\n".join((head, variables, prototypes, *bodies, table)), blocks)
+
+
+def _global(variable: Variable) -> str:
+    """A variable of the module, as "5.1.4 Global State Space" has it."""
+    value = variable.value if variable.value.startswith("{") else "{" + variable.value + "}"
+    return (f"alignas({variable.alignment}) [[maybe_unused]] static {C_TYPES[variable.type]} g_{_name(variable.name)}"
+            f"[{variable.count}] = {value};\n")
+
+
+def _name(name: str) -> str:
+    return re.sub(r"\W|\$", "_", name.lstrip("%"))
+
+
+def _size(type_: str) -> int:
+    return 1 if type_ == "pred" else int(type_[1:]) // 8
+
+
+class _Code:
+    """The C++ of one function."""
+
+    def __init__(self, module: Module, function: Function, blocks: list):
+        self.module, self.function, self._blocks = module, function, blocks
+        self._classes: dict[str, str] = {}  # register -> C type
+        self._offsets, self.shared_bytes = _layout((*module.shared.values(), *function.shared), module.dynamic)
+        operations = {statement.operation for statement in function.statements}
+        self.copies = any(operation.startswith("cp.async") for operation in operations)
+        self.marks = any(".nc." in operation for operation in operations)
+        self._declared: list[str] = []
+        self._origins = _origins(function)
+
+    def head(self) -> str:
+        name = _name(self.function.name)
+        if self.function.entry:
+            given = ", ".join(f"{C_TYPES[p.type]} p_{_name(p.name)}" for p in self.function.parameters)
+            return f"static void k_{name}({given})"
+        given = "".join(f", u8 *q_{_name(p.name)}" for p in (*self.function.returns, *self.function.parameters))
+        return f"[[gnu::noinline, maybe_unused]] static void f_{name}(const Shared &shared{given})"
+
+    def table_entry(self) -> str:
+        name = _name(self.function.name)
+        return (f"[] {{ auto kernel = host_cuda::Trampoline<k_{name}>::kernel(\"{self.function.name}\"); "
+                f"kernel.shared_bytes = {self.shared_bytes}; kernel.shared_shadow = {str(self.copies).lower()}; "
+                "return kernel; }(), ")
+
+    def text(self) -> str:
+        lines, open_block = [], False
+        for statement in self.function.statements:
+            if statement.kind in ("label", "instruction") and (statement.kind == "label" or not open_block):
+                if statement.kind == "label":
+                    lines.append(f"{_name(statement.text)}: ;")
+                lines.append(f"ptx_executed[{len(self._blocks)}] = 1;")
+                self._blocks.append((self.function.name, []))
+                open_block = True
+            if statement.kind == "instruction":
+                self._blocks[-1][1].append(statement)
+                lines.append(self._guarded(statement))
+                open_block = statement.operation.split(".")[0] not in ("bra", "ret", "exit")
+            elif statement.kind in "{}":
+                lines.append(statement.text)
+            elif statement.kind != "label":
+                lines.append(self._declaration(statement))
+        start = ["Poll poll;", *self._declared]
+        if self.function.entry:
+            start = ["flush_subnormals();", "[[maybe_unused]] const Shared shared = shared_memory();", *start]
+        return "\n".join((self.head(), "{", *start, *lines, "}", ""))
+
+    def _declaration(self, statement: Statement) -> str:
+        if statement.kind == "param":
+            declared = parameter(statement.text)
+            return f"alignas(16) u8 q_{_name(declared.name)}[{_size(declared.type) * declared.count}];"
+        type_, names = re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", statement.text, re.DOTALL).groups()
+        several = re.fullmatch(r"%?([\w$]+)<(\d+)>", names)
+        found = ([f"{several[1]}{i}" for i in range(int(several[2]))] if several
+                 else [_name(name.strip()) for name in names.split(",")])
+        c = C_TYPES[type_]
+        self._classes |= dict.fromkeys(found, c)
+        declaration = f"[[maybe_unused]] {c} " + ", ".join(f"r_{name} = {POISON.get(c, f'{c}(~u64(0))')}"
+                                                            for name in found) + ";"
+        if several:  # of the function: ahead of every label
+            self._declared.append(declaration)
+            return ""
+        return declaration
+
+    def _guarded(self, statement: Statement) -> str:
+        text = self._instruction(statement)
+        if statement.guard:
+            return f"if ({statement.guard[0].replace('%', '')}r_{_name(statement.guard.lstrip('!'))}) {{ {text} }}"
+        return text
+
+    def _instruction(self, statement: Statement) -> str:
+        known, match = _rule_of(statement.operation)
+        if known is None:
+            raise Untranslated(f"{self.function.name}, PTX line {statement.line}: {statement.text}")
+        return known.text(self, statement, match)
+
+    # ---- Operands ----
+
+    def value(self, text: str, type_: str) -> str:
+        """An operand as a number of a type; registers hold bits."""
+        c = C_TYPES[type_]
+        if c == "bool" and text.lstrip("-").isdigit():
+            return str(bool(int(text))).lower()
+        if match := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", text):
+            return f"F(0x{match[1]}u)" if c == "f32" else f"{c}(0x{match[1]}u)"
+        if match := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", text):
+            return f"bits<f64>(u64(0x{match[1]}ull))" if c == "f64" else f"{c}(0x{match[1]}ull)"
+        if match := re.fullmatch(r"-?(?:0x[0-9a-fA-F]+|\d+)U?", text):
+            return f"{c}({int(match[0].rstrip('U'), 0) % 2**64:#x}ull)"
+        if match := re.fullmatch(r"%(\w+)\.([xyz])", text):
+            return f"{c}({SPECIAL[match[1]]}.{match[2]})"
+        if text == "%laneid":
+            return f"{c}(host_cuda::lane_in_warp())"
+        register = _name(text)
+        if register in self._classes:
+            held = self._classes[register]
+            if held[0] == "f" != c[0] or (c[0] == "f" != held[0]):
+                return f"bits<{c}>({'u32' if _size(type_) == 4 else 'u64'}(r_{register}))" if held[0] != "f" else \
+                    f"{c}(bits<{'u32' if held == 'f32' else 'u64'}>(r_{register}))"
+            return f"{c}(r_{register})"
+        return f"{c}({self._address_of(text)})"
+
+    def _address_of(self, name: str) -> str:
+        if name in self._offsets:
+            return str(self._offsets[name])
+        if name in self.module.globals:
+            return f"u64(&g_{_name(name)})"
+        raise Untranslated(f"{self.function.name}: operand {name}")
+
+    def assign(self, destination: str, expression: str, type_: str) -> str:
+        """A statement that gives a register the bits of a value of a type."""
+        register, c = _name(destination), C_TYPES[type_]
+        if register == "_":
+            return f"(void)({expression});"
+        held = self._classes[register]
+        if (held[0] == "f") != (c[0] == "f"):
+            expression = f"bits<{held if held[0] == 'f' else 'u32' if c == 'f32' else 'u64'}>({c}({expression}))"
+        else:
+            expression = f"{c}({expression})"
+        return f"r_{register} = {held}({expression});"
+
+    def address(self, text: str, bits: int = 64) -> str:
+        """An operand in brackets, a register or a name plus an offset."""
+        base, offset = re.fullmatch(r"\[\s*([^+\s\]]+)\s*(?:\+\s*(-?\w+))?\s*\]", text).groups()
+        return f"(u{bits}({self.value(base, f'u{bits}')}) + u{bits}({int(offset or '0', 0)}))"
+
+    def array(self, text: str) -> str:
+        """The number of the parameter whose array an address lies in, for the check of its bounds."""
+        origin = self._origins.get(_name(re.fullmatch(r"\[\s*([^+\s\]]+).*\]", text)[1]))
+        return "ANY_ARRAY" if origin is None or origin < 0 else str(origin)
+
+
+@functools.cache
+def _rule_of(operation: str) -> tuple[Rule | None, re.Match | None]:
+    for known in RULES:
+        if match := known.pattern.fullmatch(operation):
+            return known, match
+    return None, None
+
+
+def _layout(variables: Iterable[Variable], dynamic: Iterable[str]) -> tuple[dict[str, int], int]:
+    """Offsets of all variables in shared memory, and the bytes of the static ones: the dynamic memory follows."""
+    offsets, end = {}, 0
+    for variable in variables:
+        end = -(-end // variable.alignment) * variable.alignment
+        offsets[variable.name] = end
+        end += _size(variable.type) * variable.count
+    end = -(-end // ALIGNMENT) * ALIGNMENT
+    return offsets | dict.fromkeys(dynamic, end), end
+
+
+_KEEPS_ORIGIN = re.compile(r"(?:add|sub)\.[su]64|mov\.[bu]64|cvta\.to\.global\.u64|selp\.[bu]64|mad\.(?:lo|wide)\.[su]\d+")
+_SEVERAL = -1
+
+
+def _origins(function: Function) -> dict[str, int]:
+    """64-bit register -> the number of the parameter that its address comes from, or _SEVERAL."""
+    parameters = {p.name: number for number, p in enumerate(function.parameters) if function.entry}
+    origins: dict[str, int] = {}
+    moves = []
+    for statement in function.statements:
+        if statement.operation in ("ld.param.u64", "ld.param.b64"):
+            name = statement.operands[1].strip("[]")
+            if name in parameters:
+                origins[_name(statement.operands[0])] = parameters[name]
+        elif _KEEPS_ORIGIN.fullmatch(statement.operation):
+            moves.append([_name(operand) for operand in statement.operands])
+    changed = True
+    while changed:
+        changed = False
+        for destination, *sources in moves:
+            found = {origins[source] for source in sources if source in origins}
+            if destination in origins:
+                found.add(origins[destination])
+            if found:
+                origin = found.pop() if len(found) == 1 else _SEVERAL
+                changed |= origins.get(destination) != origin
+                origins[destination] = origin
+    return origins
+
+
+def _vector(text: str) -> list[str]:
+    return [part.strip() for part in text.strip("{}").split(",")]
+
+
+# ---- Control flow ---------------------------------------------------------------------------------------------------
+
+@rule(r"bra(\.uni)?", "9.7.12.3 bra")
+def _(code, statement, match):
+    return f"goto {_name(statement.operands[0])};"
+
+
+@rule(r"ret|exit", "9.7.12.5 ret, 9.7.12.6 exit")
+def _(code, statement, match):
+    return "return;"
+
+
+@rule(r"call(\.uni)?", "9.7.12.4 call")
+def _(code, statement, match):
+    lists = [_vector(operand.strip("()")) for operand in statement.operands if operand.startswith("(")]
+    name = next(operand for operand in statement.operands if not operand.startswith("("))
+    given = "".join(f", q_{_name(argument)}" for arguments in lists for argument in arguments if argument)
+    return f"f_{_name(name)}(shared{given});"
+
+
+# ---- Parameters -----------------------------------------------------------------------------------------------------
+
+@rule(r"ld\.param(?:\.v[24])?\.(\w+)", "9.7.9.8 ld")
+def _(code, statement, match):
+    type_, registers = match[1], _vector(statement.operands[0])
+    name, offset = re.fullmatch(r"\[([\w$]+)(?:\+(\d+))?\]", statement.operands[1]).groups()
+    source = f"p_{_name(name)}" if code.function.entry and name in {p.name for p in code.function.parameters} else None
+    lines = []
+    for i, register in enumerate(registers):
+        start = f"reinterpret_cast<const u8 *>(&{source})" if source else f"q_{_name(name)}"
+        at = int(offset or 0) + i * _size(type_)
+        lines.append(f"{{ {C_TYPES[type_]} t; __builtin_memcpy(&t, {start} + {at}, sizeof(t)); "
+                     + code.assign(register, "t", type_) + " }")
+    return " ".join(lines)
+
+
+@rule(r"st\.param(?:\.v[24])?\.(\w+)", "9.7.9.12 st")
+def _(code, statement, match):
+    type_, lines = match[1], []
+    name, offset = re.fullmatch(r"\[([\w$]+)(?:\+(\d+))?\]", statement.operands[0]).groups()
+    for i, register in enumerate(_vector(statement.operands[1])):
+        at = int(offset or 0) + i * _size(type_)
+        lines.append(f"{{ const {C_TYPES[type_]} t = {code.value(register, type_)}; "
+                     f"__builtin_memcpy(q_{_name(name)} + {at}, &t, sizeof(t)); }}")
+    return " ".join(lines)
+
+
+# ---- Memory ---------------------------------------------------------------------------------------------------------
+
+@rule(r"ld\.(?:(relaxed|acquire)\.gpu|volatile)\.global\.(u32|b32|u64)", "9.7.9.8 ld, 8 Memory Consistency Model")
+def _(code, statement, match):
+    order = "__ATOMIC_ACQUIRE" if match[1] == "acquire" else "__ATOMIC_RELAXED"
+    c = C_TYPES[match[2]]
+    load = f"poll.read(at, __atomic_load_n(reinterpret_cast<const {c} *>(at), {order}), {statement.line})"
+    return (f"{{ const u64 at = {code.address(statement.operands[1])}; "
+            f"check_global<{code.array(statement.operands[1])}>(at, sizeof({c}), {statement.line}); "
+            + code.assign(statement.operands[0], load, match[2]) + " }")
+
+
+@rule(r"ld\.global(\.nc)?(?:\.v([24]))?\.(\w+)", "9.7.9.8 ld, 9.7.9.9 ld.global.nc")
+def _(code, statement, match):
+    registers, type_, line = _vector(statement.operands[0]), match[3], statement.line
+    array, size = code.array(statement.operands[1]), _size(match[3])
+    lines = [f"const u64 at = {code.address(statement.operands[1])};",
+             f"check_global<{array}>(at, {size * len(registers)}, {line});"]
+    if match[1]:
+        lines.append(f"mark(at, {size * len(registers)}, false, {line});")
+    c = C_TYPES[type_]
+    lines += [f"const {c} t{i} = load_global<{c}, {array}>(at + {i * size}, {line});" for i in range(len(registers))]
+    lines += [code.assign(register, f"t{i}", type_) for i, register in enumerate(registers)]
+    return "{ " + " ".join(lines) + " }"
+
+
+@rule(r"st\.global(?:\.v([24]))?\.(\w+)", "9.7.9.12 st")
+def _(code, statement, match):
+    values, type_, line = _vector(statement.operands[1]), match[2], statement.line
+    size = _size(type_)
+    lines = [f"const u64 at = {code.address(statement.operands[0])};",
+             f"check_global<{code.array(statement.operands[0])}>(at, {size * len(values)}, {line});"]
+    if code.marks:
+        lines.append(f"mark(at, {size * len(values)}, true, {line});")
+    c = C_TYPES[type_]
+    lines += [f"*reinterpret_cast<{c} *>(at + {i * size}) = {code.value(value, type_)};"
+              for i, value in enumerate(values)]
+    return "{ " + " ".join(lines) + " }"
+
+
+@rule(r"ld\.(?:volatile\.)?shared(?:\.v([24]))?\.(\w+)", "9.7.9.8 ld")
+def _(code, statement, match):
+    registers, type_, line = _vector(statement.operands[0]), match[2], statement.line
+    size, c = _size(type_), C_TYPES[type_]
+    lines = [f"const u32 at = {code.address(statement.operands[1], 32)};",
+             f"const u8 *from = in_shared(shared, at, {size * len(registers)}, {line});"]
+    if code.copies:
+        lines.append(f"check_pending(shared, at, 0, {size * len(registers)}, {line});")
+    lines += [f"const {c} t{i} = reinterpret_cast<const {c} *>(from)[{i}];" for i in range(len(registers))]
+    lines += [code.assign(register, f"t{i}", type_) for i, register in enumerate(registers)]
+    return "{ " + " ".join(lines) + " }"
+
+
+@rule(r"st\.(?:volatile\.)?shared(?:\.v([24]))?\.(\w+)", "9.7.9.12 st")
+def _(code, statement, match):
+    values, type_, line = _vector(statement.operands[1]), match[2], statement.line
+    c = C_TYPES[type_]
+    lines = [f"const u32 at = {code.address(statement.operands[0], 32)};",
+             f"u8 *to = in_shared(shared, at, {_size(type_) * len(values)}, {line});"]
+    if code.copies:
+        lines.append(f"check_pending(shared, at, 0, {_size(type_) * len(values)}, {line});")
+    lines += [f"reinterpret_cast<{c} *>(to)[{i}] = {code.value(value, type_)};" for i, value in enumerate(values)]
+    return "{ " + " ".join(lines) + " }"
+
+
+@rule(r"cvta\.to\.global\.u64", "9.7.9.20 cvta")
+def _(code, statement, match):
+    return code.assign(statement.operands[0], code.value(statement.operands[1], "u64"), "u64")
+
+
+@rule(r"cp\.async\.c[ag]\.shared\.global", "9.7.9.25.3.1 cp.async")
+def _(code, statement, match):
+    to, source, size, *more = statement.operands
+    copied = code.value(more[0], "u32") if more else size
+    return (f"copy_async<{code.array(source)}>(shared, {code.address(to, 32)}, {code.address(source)}, {size}, {copied}, "
+            f"{statement.line});")
+
+
+@rule(r"cp\.async\.commit_group", "9.7.9.25.3.2 cp.async.commit_group")
+def _(code, statement, match):
+    return "host_cuda::commit_copies();"
+
+
+@rule(r"cp\.async\.wait_group", "9.7.9.25.3.3 cp.async.wait_group")
+def _(code, statement, match):
+    return f"finish_copies(shared, {statement.operands[0]});"
+
+
+@rule(r"atom\.(global|shared)\.(add|exch)\.([ub]32|u64)", "9.7.13.5 atom")
+def _(code, statement, match):
+    c, (result, at, value), line = C_TYPES[match[3]], statement.operands, statement.line
+    function = {"add": "add_relaxed", "exch": "exchange_relaxed"}[match[2]]
+    if match[1] == "shared":
+        lines = f"const u64 at = u64(in_shared(shared, {code.address(at, 32)}, sizeof({c}), {line}));"
+    else:
+        lines = f"const u64 at = {code.address(at)}; check_global<{code.array(at)}>(at, sizeof({c}), {line});"
+    return f"{{ {lines} " + code.assign(result, f"{function}<{c}>(at, {code.value(value, match[3])})", match[3]) + " }"
+
+
+@rule(r"red\.release\.gpu\.global\.add\.u32", "9.7.13.7 red")
+def _(code, statement, match):
+    at, value = statement.operands
+    return (f"{{ const u64 at = {code.address(at)}; check_global<{code.array(at)}>(at, 4, {statement.line}); "
+            f"add_release(at, {code.value(value, 'u32')}); }}")
+
+
+@rule(r"membar\.gl|fence\.acq_rel\.gpu", "9.7.13.4 membar, fence")
+def _(code, statement, match):
+    return "host_cuda::fence();"
+
+
+# ---- Threads together -----------------------------------------------------------------------------------------------
+
+@rule(r"bar\.sync", "9.7.13.1 bar")
+def _(code, statement, match):
+    if statement.operands != ("0",):
+        raise Untranslated(f"{code.function.name}, PTX line {statement.line}: {statement.text}")
+    return f"host_cuda::sync_threads(SITE, {statement.line});"
+
+
+@rule(r"bar\.warp\.sync", "9.7.13.2 bar.warp.sync")
+def _(code, statement, match):
+    return f"host_cuda::sync_warp({code.value(statement.operands[0], 'u32')}, SITE, {statement.line});"
+
+
+@rule(r"shfl\.sync\.(up|down|bfly|idx)\.b32", "9.7.9.6 shfl.sync")
+def _(code, statement, match):
+    destination, _, predicate = statement.operands[0].partition("|")
+    values = ", ".join(code.value(operand, "u32") for operand in statement.operands[1:])
+    inside = f"&r_{_name(predicate)}" if predicate else "nullptr"
+    return code.assign(destination, f"shuffle<'{match[1][0]}'>({values}, {inside})", "u32")
+
+
+@rule(r"vote\.sync\.(any|all)\.pred", "9.7.13.9 vote.sync")
+def _(code, statement, match):
+    p, members = code.value(statement.operands[1], "pred"), code.value(statement.operands[2], "u32")
+    return code.assign(statement.operands[0], f"vote_{match[1]}({p}, {members})", "pred")
+
+
+@rule(r"vote\.sync\.ballot\.b32", "9.7.13.9 vote.sync")
+def _(code, statement, match):
+    p, members = code.value(statement.operands[1], "pred"), code.value(statement.operands[2], "u32")
+    return code.assign(statement.operands[0], f"vote_ballot({p}, {members})", "u32")
+
+
+@rule(r"mma\.sync\.aligned\.m16n8k(?:16\.row\.col\.f32\.(bf16)\.bf16|8\.row\.col\.f32\.(tf32)\.tf32)\.f32",
+      "9.7.14.5.14 mma")
+def _(code, statement, match):
+    d, a, b, c = map(_vector, statement.operands)
+    a, b = (", ".join(code.value(x, "u32") for x in registers) for registers in (a, b))
+    c = ", ".join(code.value(x, "f32") for x in c)
+    results = " ".join(code.assign(register, f"D[{i}]", "f32") for i, register in enumerate(d))
+    return (f"{{ const u32 A[4] = {{{a}}}, B[2] = {{{b}}}; const f32 C[4] = {{{c}}}; f32 D[4]; "
+            f"mma_{match[1] or match[2]}(D, A, B, C, {statement.line}); {results} }}")
+
+
+@rule(r"ldmatrix\.sync\.aligned\.m8n8\.x4(\.trans)?\.shared\.b16", "9.7.14.5.15 ldmatrix")
+def _(code, statement, match):
+    pending = f"check_pending(shared, at, 0, 16, {statement.line}); " if code.copies else ""
+    results = " ".join(code.assign(register, f"D[{i}]", "u32")
+                       for i, register in enumerate(_vector(statement.operands[0])))
+    return (f"{{ u32 D[4]; const u32 at = {code.address(statement.operands[1], 32)}; "
+            f"const u8 *row = in_shared(shared, at, 16, {statement.line}); {pending}"
+            f"ldmatrix<{'true' if match[1] else 'false'}>(D, row, {statement.line}); {results} }}")
+
+
+# ---- Moves, comparisons, logic --------------------------------------------------------------------------------------
+
+@rule(r"mov\.(pred|[bu]16|[bsu]32|[bsu]64|f32|f64)", "9.7.9.3 mov")
+def _(code, statement, match):
+    to, source = statement.operands
+    type_, width = match[1], 8 * _size(match[1])
+    if to.startswith("{"):
+        parts = _vector(to)
+        part = f"b{width // len(parts)}"
+        lines = " ".join(code.assign(register, f"t >> {i * width // len(parts)}", part)
+                         for i, register in enumerate(parts))
+        return f"{{ const u64 t = {code.value(source, f'b{width}')}; {lines} }}"
+    if source.startswith("{"):
+        parts = _vector(source)
+        part = width // len(parts)
+        value = " | ".join(f"u64({code.value(x, f'b{part}')}) << {i * part}" for i, x in enumerate(parts))
+        return code.assign(to, value, f"b{width}")
+    return code.assign(to, code.value(source, type_), type_)
+
+
+@rule(r"setp\.(\w+)(?:\.ftz)?\.(\w+)", "9.7.6 Comparison and Selection Instructions: setp")
+def _(code, statement, match):
+    relation, type_ = match.groups()
+    a, b = (code.value(operand, type_) for operand in statement.operands[1:])
+    if relation == "ne" and type_[0] == "f":
+        text = f"{a} < {b} || {a} > {b}"
+    elif relation in COMPARED:
+        text = f"{a} {COMPARED[relation]} {b}"
+    elif relation == "equ":
+        text = f"!({a} < {b} || {a} > {b})"
+    elif relation in UNORDERED:
+        text = f"!({a} {UNORDERED[relation]} {b})"
+    elif relation in ("nan", "num"):
+        text = f"{'' if relation == 'nan' else '!'}({a} != {a} || {b} != {b})"
+    else:
+        raise Untranslated(f"{code.function.name}, PTX line {statement.line}: {statement.text}")
+    return code.assign(statement.operands[0], text, "pred")
+
+
+@rule(r"selp\.(\w+)", "9.7.6 Comparison and Selection Instructions: selp")
+def _(code, statement, match):
+    a, b = (code.value(operand, match[1]) for operand in statement.operands[1:3])
+    return code.assign(statement.operands[0], f"{code.value(statement.operands[3], 'pred')} ? {a} : {b}", match[1])
+
+
+@rule(r"(and|or|xor)\.(pred|b16|b32|b64)", "9.7.8 Logic and Shift Instructions")
+def _(code, statement, match):
+    a, b = (code.value(operand, match[2]) for operand in statement.operands[1:])
+    return code.assign(statement.operands[0], f"{a} {dict(zip(('and', 'or', 'xor'), '&|^'))[match[1]]} {b}", match[2])
+
+
+@rule(r"not\.(pred|b16|b32|b64)", "9.7.8 Logic and Shift Instructions: not")
+def _(code, statement, match):
+    sign = "!" if match[1] == "pred" else "~"
+    return code.assign(statement.operands[0], sign + code.value(statement.operands[1], match[1]), match[1])
+
+
+@rule(r"(shl|shr)\.([bsu](?:16|32|64))", "9.7.8 Logic and Shift Instructions: shl, shr")
+def _(code, statement, match):
+    value, by = code.value(statement.operands[1], match[2]), code.value(statement.operands[2], "u32")
+    return code.assign(statement.operands[0], f"{match[1]}<{C_TYPES[match[2]]}>({value}, {by})", match[2])
+
+
+# ---- Integers -------------------------------------------------------------------------------------------------------
+
+@rule(r"(add|sub)\.[su](16|32|64)", "9.7.1 Integer Arithmetic Instructions: add, sub")
+def _(code, statement, match):
+    type_ = f"u{match[2]}"
+    a, b = (code.value(operand, type_) for operand in statement.operands[1:])
+    return code.assign(statement.operands[0], f"{a} {'+' if match[1] == 'add' else '-'} {b}", type_)
+
+
+@rule(r"(mul|mad)\.lo\.[su](16|32|64)", "9.7.1 Integer Arithmetic Instructions: mul, mad")
+def _(code, statement, match):
+    type_ = f"u{match[2]}"
+    a, b, *c = (code.value(operand, type_) for operand in statement.operands[1:])
+    return code.assign(statement.operands[0], f"u64({a}) * u64({b}){f' + {c[0]}' if c else ''}", type_)
+
+
+@rule(r"(mul|mad)\.wide\.([su])(16|32)", "9.7.1 Integer Arithmetic Instructions: mul, mad")
+def _(code, statement, match):
+    narrow, wide = match[2] + match[3], match[2] + str(2 * int(match[3]))
+    a, b = (f"{wide}({code.value(operand, narrow)})" for operand in statement.operands[1:3])
+    c = f" + {code.value(statement.operands[3], wide)}" if match[1] == "mad" else ""
+    return code.assign(statement.operands[0], f"{a} * {b}{c}", wide)
+
+
+@rule(r"mul\.hi\.([su])(32|64)", "9.7.1 Integer Arithmetic Instructions: mul")
+def _(code, statement, match):
+    type_, wide = match[1] + match[2], "unsigned __int128" if match[1] == "u" else "__int128"
+    a, b = (f"({wide})({code.value(operand, type_)})" for operand in statement.operands[1:])
+    return code.assign(statement.operands[0], f"{a} * {b} >> {match[2]}", type_)
+
+
+@rule(r"(div|rem|min|max)\.([su](?:16|32|64))", "9.7.1 Integer Arithmetic Instructions: div, rem, min, max")
+def _(code, statement, match):
+    a, b = (code.value(operand, match[2]) for operand in statement.operands[1:])
+    text = {"div": f"divided({a}, {b})", "rem": f"remainder_of({a}, {b})", "min": f"{a} < {b} ? {a} : {b}",
+            "max": f"{a} > {b} ? {a} : {b}"}[match[1]]
+    return code.assign(statement.operands[0], text, match[2])
+
+
+@rule(r"neg\.s(16|32|64)", "9.7.1 Integer Arithmetic Instructions: neg")
+def _(code, statement, match):
+    return code.assign(statement.operands[0], f"0 - {code.value(statement.operands[1], 'u' + match[1])}", "u" + match[1])
+
+
+@rule(r"bfi\.(b32|b64)", "9.7.1 Integer Arithmetic Instructions: bfi")
+def _(code, statement, match):
+    a, b = (code.value(operand, match[1]) for operand in statement.operands[1:3])
+    where = ", ".join(code.value(operand, "u32") for operand in statement.operands[3:])
+    return code.assign(statement.operands[0], f"bfi<{C_TYPES[match[1]]}>({a}, {b}, {where})", match[1])
+
+
+@rule(r"clz\.(b32|b64)", "9.7.1 Integer Arithmetic Instructions: clz")
+def _(code, statement, match):
+    return code.assign(statement.operands[0], f"clz({code.value(statement.operands[1], match[1])})", "u32")
+
+
+@rule(r"popc\.b32", "9.7.1 Integer Arithmetic Instructions: popc")
+def _(code, statement, match):
+    return code.assign(statement.operands[0], f"__builtin_popcount({code.value(statement.operands[1], 'b32')})", "u32")
+
+
+# ---- Floats: every float kernel is compiled with -ftz=true, and flush_subnormals() makes the CPU flush --------------
+
+@rule(r"(add|sub|mul)\.(?:rn\.)?(?:ftz\.f32|(?:rn\.)?f64)", "9.7.3 Floating Point Instructions: add, sub, mul")
+def _(code, statement, match):
+    type_ = statement.operation[-3:]
+    a, b = (code.value(operand, type_) for operand in statement.operands[1:])
+    return code.assign(statement.operands[0], f"{a} {dict(add='+', sub='-', mul='*')[match[1]]} {b}", type_)
+
+
+@rule(r"div\.rn\.(?:ftz\.(f32)|(f64))", "9.7.3 Floating Point Instructions: div")
+def _(code, statement, match):
+    type_ = match[1] or match[2]
+    a, b = (code.value(operand, type_) for operand in statement.operands[1:])
+    return code.assign(statement.operands[0], f"{a} / {b}", type_)
+
+
+@rule(r"fma\.rn\.(?:ftz\.(f32)|(f64))", "9.7.3 Floating Point Instructions: fma")
+def _(code, statement, match):
+    type_ = match[1] or match[2]
+    values = ", ".join(code.value(operand, type_) for operand in statement.operands[1:])
+    return code.assign(statement.operands[0], f"{'__builtin_fmaf' if match[1] else '__builtin_fma'}({values})", type_)
+
+
+@rule(r"fma\.rm\.ftz\.f32", "9.7.3 Floating Point Instructions: fma")
+def _(code, statement, match):
+    values = ", ".join(code.value(operand, "f32") for operand in statement.operands[1:])
+    return code.assign(statement.operands[0], f"fma_down({values})", "f32")
+
+
+@rule(r"(ex2|lg2|rcp|rsqrt)\.approx\.ftz\.f32", "9.7.3 Floating Point Instructions: ex2, lg2, rcp, rsqrt")
+def _(code, statement, match):
+    return code.assign(statement.operands[0], f"{match[1]}_approx({code.value(statement.operands[1], 'f32')})", "f32")
+
+
+@rule(r"sqrt\.rn\.ftz\.f32", "9.7.3 Floating Point Instructions: sqrt")
+def _(code, statement, match):
+    return code.assign(statement.operands[0], f"std::sqrt({code.value(statement.operands[1], 'f32')})", "f32")
+
+
+@rule(r"(max|min)\.ftz\.f32", "9.7.3 Floating Point Instructions: max, min")
+def _(code, statement, match):
+    a, b = (code.value(operand, "f32") for operand in statement.operands[1:])
+    return code.assign(statement.operands[0], f"{dict(max='largest', min='smallest')[match[1]]}({a}, {b})", "f32")
+
+
+@rule(r"(neg|abs)\.ftz\.f32", "9.7.3 Floating Point Instructions: neg, abs")
+def _(code, statement, match):
+    a = f"flushed({code.value(statement.operands[1], 'f32')})"
+    return code.assign(statement.operands[0], f"-{a}" if match[1] == "neg" else f"std::fabs({a})", "f32")
+
+
+@rule(r"copysign\.f32", "9.7.3 Floating Point Instructions: copysign")
+def _(code, statement, match):
+    sign, magnitude = (code.value(operand, "f32") for operand in statement.operands[1:])
+    return code.assign(statement.operands[0], f"std::copysign({magnitude}, {sign})", "f32")
+
+
+# ---- Conversions ----------------------------------------------------------------------------------------------------
+
+@rule(r"cvt\.([su](?:8|16|32|64))\.([su](?:8|16|32|64))", "9.7.9.21 cvt")
+def _(code, statement, match):
+    return code.assign(statement.operands[0], code.value(statement.operands[1], match[2]), match[1])
+
+
+@rule(r"cvt\.rn\.(f32|f64)\.([su](?:32|64))", "9.7.9.21 cvt")
+def _(code, statement, match):
+    return code.assign(statement.operands[0], code.value(statement.operands[1], match[2]), match[1])
+
+
+@rule(r"cvt\.ftz\.f64\.f32|cvt\.rn\.ftz\.f32\.f64", "9.7.9.21 cvt")
+def _(code, statement, match):
+    to, source = statement.operation.split(".")[-2:]
+    return code.assign(statement.operands[0], code.value(statement.operands[1], source), to)
+
+
+@rule(r"cvt\.ftz\.sat\.f32\.f32", "9.7.9.21 cvt")
+def _(code, statement, match):
+    return code.assign(statement.operands[0], f"saturated({code.value(statement.operands[1], 'f32')})", "f32")
+
+
+@rule(r"cvt\.rn\.bf16\.f32", "9.7.9.21 cvt")
+def _(code, statement, match):
+    return code.assign(statement.operands[0], f"bf16_of({code.value(statement.operands[1], 'f32')})", "b16")
+
+
+@rule(r"cvt\.rn\.bf16x2\.f32", "9.7.9.21 cvt")
+def _(code, statement, match):
+    high, low = (f"bf16_of({code.value(operand, 'f32')})" for operand in statement.operands[1:])
+    return code.assign(statement.operands[0], f"{high} << 16 | {low}", "b32")
+
+
+@rule(r"cvt\.rna\.tf32\.f32", "9.7.9.21 cvt")
+def _(code, statement, match):
+    return code.assign(statement.operands[0], f"tf32_of({code.value(statement.operands[1], 'f32')})", "b32")
