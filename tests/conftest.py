@@ -7,7 +7,6 @@ from char_gru.kernels import runtime
 from char_gru.kernels.matmul import PRECISIONS
 from char_gru.kernels.plan.gpus import precisions
 from tests import host_cuda
-from tests.host_ptx import plugin as ptx_plugin
 
 pytest_plugins = ["tests.cuda_device.plugin", "tests.host_ptx.plugin"]
 
@@ -24,7 +23,7 @@ def _session_executor(request):
     if request.config.getoption("--gpu"):
         return runtime.CupyExecutor()
     _require_compiler()
-    return ptx_plugin.executor_of(request.config) or host_cuda.HostExecutor()
+    return _cpu_executor(request.config)
 
 
 @pytest.fixture
@@ -46,9 +45,14 @@ def executor(_session_executor, request):
 def ordered_executor(request):
     """Runs the launches of a test on the CPU, its threads in one order after the other: all have to give equal bits."""
     _require_compiler()
-    executor = ptx_plugin.executor_of(request.config, request.param) or host_cuda.HostExecutor(order=request.param)
-    with runtime.use(executor):
+    with runtime.use(_cpu_executor(request.config, request.param)) as executor:
         yield executor
+
+
+def _cpu_executor(config, order="ascending"):
+    """Runs kernels from their source, or with --ptx from their PTX."""
+    return config.pluginmanager.get_plugin("tests.host_ptx.plugin").executor_of(config, order) or (
+        host_cuda.HostExecutor(order=order))
 
 
 def _require_compiler():
