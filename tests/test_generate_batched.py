@@ -123,7 +123,7 @@ def test_rows_do_not_interact(executor):
 def test_batched_text_does_not_depend_on_the_order_of_threads(ordered_executor, weights):
     case = text_case(33, H=20, V=13, layers=1)
     result = written_on_device(case, 4, **OPTIONS, variant="batched", weights=weights)
-    with runtime.use(host_cuda.HostExecutor()):
+    with runtime.use(ordered_executor.ascending()):
         expected = written_on_device(case, 4, **OPTIONS, variant="batched", weights=weights)
     for a, b in zip(result, expected):
         np.testing.assert_array_equal(a, b)

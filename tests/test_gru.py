@@ -142,7 +142,7 @@ def test_batch_rows_do_not_interact(executor, ops):
 def test_gru_does_not_depend_on_the_order_of_threads(ordered_executor, ops, precision):
     case = layer(3, 33, 49, 5)
     results = on_device(case, precision, ops=ops)
-    with runtime.use(host_cuda.HostExecutor()):
+    with runtime.use(ordered_executor.ascending()):
         assert_equal_bits(results, on_device(case, precision, ops=ops))
 
 

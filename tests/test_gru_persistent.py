@@ -123,7 +123,7 @@ def test_persistent_equals_stepwise(executor, T):
 @pytest.mark.parametrize("size", [QUICK, slow(CUTS[8])], ids=str)
 def test_persistent_gru_does_not_depend_on_the_order_of_threads(ordered_executor, size, precision):
     results = on_device(size.case, precision, size.plans(precision))
-    with runtime.use(host_cuda.HostExecutor()):
+    with runtime.use(ordered_executor.ascending()):
         assert_equal_bits(results, on_device(size.case, precision, size.plans(precision)))
 
 

@@ -110,7 +110,7 @@ def test_positions_are_sorted_stably(executor):
 def test_sum_by_id_does_not_depend_on_the_order_of_threads(ordered_executor):
     for T, B, V, H in ((9, 64, 11, 3), (3, 100, 257, 2)):
         dP = sums_by_id(skewed_ids(T, B, V), V, H)[1]
-        with runtime.use(host_cuda.HostExecutor()):
+        with runtime.use(ordered_executor.ascending()):
             np.testing.assert_array_equal(dP, sums_by_id(skewed_ids(T, B, V), V, H)[1])
 
 

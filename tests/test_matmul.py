@@ -218,7 +218,7 @@ def all_kernels(precision: str) -> list[np.ndarray]:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_matmul_does_not_depend_on_the_order_of_threads(ordered_executor, precision):
     results = all_kernels(precision)
-    with runtime.use(host_cuda.HostExecutor()):
+    with runtime.use(ordered_executor.ascending()):
         for result, ascending in zip(results, all_kernels(precision), strict=True):
             np.testing.assert_array_equal(result, ascending)
 

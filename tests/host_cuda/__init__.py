@@ -136,8 +136,8 @@ _EVENT = np.dtype([("block", "u4"), ("thread", "u4"), ("did", "i4"), ("argument"
 READ, WRITE, ATOMIC, BARRIER, ARRIVE, WAIT, COLLECTIVE = range(7)  # Did of launch.h
 
 
-class _Request(ctypes.Structure):
-    """LaunchRequest of launch.h."""
+class Request(ctypes.Structure):
+    """LaunchRequest of launch.h: a launch, and what it counted."""
 
     _fields_ = [
         ("kernel", ctypes.c_char_p),
@@ -207,6 +207,10 @@ class HostExecutor:
         self._count_bytes, self._record = count_bytes, record
         self.launches: list[LaunchCounts] = []
         self._captured: list[tuple] | None = None
+
+    def ascending(self) -> "HostExecutor":
+        """A new executor that runs the same builds of kernels, its threads in ascending order."""
+        return HostExecutor()
 
     def empty(self, shape, dtype) -> np.ndarray:
         """Array full of poison: NaN in every float format, -1 as an integer.
@@ -290,7 +294,7 @@ class HostExecutor:
             raise ValueError(f"no kernel {kernel!r} in the source; it has {', '.join(module.signatures) or 'none'}")
         parameters = module.signatures[kernel]
         _check_arguments(kernel, parameters, args)
-        request = _Request(kernel.encode(), (ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block), shared_bytes,
+        request = Request(kernel.encode(), (ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block), shared_bytes,
                            cooperative, self._order, self._seed)
         traffic = ()
         if self._count_bytes:
@@ -306,7 +310,7 @@ class HostExecutor:
                                           tuple(argument.read for argument in traffic),
                                           tuple(argument.written for argument in traffic), recording))
 
-    def _run(self, source: str, module: "_Module", request: "_Request", parameters: list[_Parameter],
+    def _run(self, source: str, module: "_Module", request: "Request", parameters: list[_Parameter],
              args: list) -> tuple[int, int]:
         """Runs a launch of a built source; returns the arrivals at group barriers and the mma instructions."""
         if self._sanitize:
@@ -434,7 +438,7 @@ def _parameter_names(source: str, kernel: str) -> list[str]:
     return re.findall(r"(\w+)\s*(?:,|$)", _kernels(source)[kernel])
 
 
-def _events(request: _Request) -> tuple[np.ndarray, dict[int, str]]:
+def _events(request: Request) -> tuple[np.ndarray, dict[int, str]]:
     """The events of a recorded launch, and the names of its collectives."""
     events = np.frombuffer(ctypes.string_at(request.events, request.event_count * _EVENT.itemsize), _EVENT)
     addresses = np.unique(events["offset"][events["did"] == COLLECTIVE])
@@ -460,7 +464,7 @@ def _check_arguments(kernel: str, parameters: list[_Parameter], args: list) -> N
             raise TypeError(f"{kernel}: argument {i} is a read-only array, the kernel declares {parameter}")
 
 
-def run_inside(library, request: _Request, args: list) -> tuple[int, int]:
+def run_inside(library, request: Request, args: list) -> tuple[int, int]:
     """Runs a launch in this process."""
     values = [np.uint64(arg.ctypes.data) if isinstance(arg, np.ndarray) else arg for arg in args]
     storage = [ctypes.create_string_buffer(value.tobytes(), 8) for value in values]
@@ -471,7 +475,7 @@ def run_inside(library, request: _Request, args: list) -> tuple[int, int]:
     return request.group_barriers, request.mma_calls
 
 
-def _run_standalone(program: pathlib.Path, request: _Request, parameters: list[_Parameter],
+def _run_standalone(program: pathlib.Path, request: Request, parameters: list[_Parameter],
                     args: list) -> tuple[int, int]:
     arrays = [arg for arg in args if isinstance(arg, np.ndarray)]
     buffers = _buffers(arrays)

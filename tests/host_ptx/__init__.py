@@ -20,7 +20,7 @@ from tests import host_cuda
 from tests.host_ptx.parser import Statement, parse
 from tests.host_ptx.translator import Untranslated, translate
 
-__all__ = ["Built", "Coverage", "PtxExecutor", "Untranslated", "build"]
+__all__ = ["Built", "Coverage", "PtxExecutor", "Untranslated", "build", "build_ptx", "run"]
 
 _HERE = pathlib.Path(__file__).parent
 _FLAGS = ("-std=c++20", "-shared", "-O1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden",
@@ -57,7 +57,15 @@ def build(source: str, architecture: str, worst: bool = False) -> Built:
 
     Raises: CompileError where NVRTC refuses the source; Untranslated; host_cuda.BuildError.
     """
-    module = parse(_ptx(source, architecture))
+    return build_ptx(_ptx(source, architecture), architecture, worst)
+
+
+def build_ptx(ptx: str, architecture: str, worst: bool = False) -> Built:
+    """Compiles a PTX text to a library, or finds it in the cache.
+
+    Raises: Untranslated; host_cuda.BuildError.
+    """
+    module = parse(ptx)
     translated = translate(module, int(architecture.removeprefix("sm_")), worst)
     headers = "".join(f"// {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in sorted(_HERE.glob("*.h")))
     path = host_cuda.compiled(headers + translated.text, _FLAGS)
@@ -70,7 +78,7 @@ def build(source: str, architecture: str, worst: bool = False) -> Built:
 def _ptx(source: str, architecture: str) -> str:
     """The PTX of a source, from the cache if it is there."""
     version = importlib.metadata.version("nvidia-cuda-nvrtc")
-    key = hashlib.sha256("\0".join((version, architecture, source)).encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{version} {architecture} {source}".encode()).hexdigest()[:32]
     target = host_cuda.cache() / f"{key}.ptx"
     if not target.exists():
         text = ptx_for(source, architecture)
@@ -92,7 +100,9 @@ class PtxExecutor(host_cuda.HostExecutor):
         self.architecture, self._worst = architecture, worst
         self.gpu = host_cuda.HostExecutor.gpu._replace(capability=int(architecture.removeprefix("sm_")))
         self.from_source: set[str] = set()
-        self.built: dict[str, set[Built]] = {}
+
+    def ascending(self):
+        return PtxExecutor(self.architecture, self._worst)
 
     def _run(self, source, module, request, parameters, args):
         kernel = request.kernel.decode()
@@ -101,13 +111,21 @@ class PtxExecutor(host_cuda.HostExecutor):
         except CompileError:
             self.from_source.add(kernel)
             return super()._run(source, module, request, parameters, args)
-        _describe_arrays(built.library, args)
-        try:
-            return host_cuda.run_inside(built.library, request, args)
-        except host_cuda.Deadlock as report:
-            raise host_cuda.Deadlock(_LINE.sub(
-                lambda match: f"{match[0]} ({built.locations.get(int(match[1]), 'no source line')})", str(report))) \
-                from None
+        return run(built, request, args)
+
+
+def run(built: Built, request: host_cuda.Request, args: list) -> tuple[int, int]:
+    """Runs a launch of a built module; returns the arrivals at group barriers and the mma instructions.
+
+    Raises: host_cuda.Deadlock for a deadlock, and for each mistake that memory.h sees, with its CUDA source line.
+    """
+    _describe_arrays(built.library, args)
+    try:
+        return host_cuda.run_inside(built.library, request, args)
+    except host_cuda.Deadlock as report:
+        text = _LINE.sub(lambda match: f"{match[0]} ({built.locations.get(int(match[1]), 'no source line')})",
+                         str(report))
+        raise host_cuda.Deadlock(text) from None
 
 
 def _describe_arrays(library: ctypes.CDLL, args: list) -> None:

@@ -20,6 +20,7 @@ SPECIAL = {"tid": "threadIdx", "ntid": "blockDim", "ctaid": "blockIdx", "nctaid"
 COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">",
             "hs": ">="}
 UNORDERED = {"equ": "!=", "neu": "==", "ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}  # true where this is false
+SIGNS = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
 ALIGNMENT = 16  # of the dynamic shared memory, and of the end of the static
 
 
@@ -241,7 +242,8 @@ def _layout(variables: Iterable[Variable], dynamic: Iterable[str]) -> tuple[dict
     return offsets | dict.fromkeys(dynamic, end), end
 
 
-_KEEPS_ORIGIN = re.compile(r"(?:add|sub)\.[su]64|mov\.[bu]64|cvta\.to\.global\.u64|selp\.[bu]64|mad\.(?:lo|wide)\.[su]\d+")
+_KEEPS_ORIGIN = re.compile(r"(?:add|sub)\.[su]64|mov\.[bu]64|cvta\.to\.global\.u64|selp\.[bu]64"
+                           r"|mad\.(?:lo|wide)\.[su]\d+")
 _SEVERAL = -1
 
 
@@ -396,8 +398,8 @@ def _(code, statement, match):
 def _(code, statement, match):
     to, source, size, *more = statement.operands
     copied = code.value(more[0], "u32") if more else size
-    return (f"copy_async<{code.array(source)}>(shared, {code.address(to, 32)}, {code.address(source)}, {size}, {copied}, "
-            f"{statement.line});")
+    return (f"copy_async<{code.array(source)}>(shared, {code.address(to, 32)}, {code.address(source)}, {size}, "
+            f"{copied}, {statement.line});")
 
 
 @rule(r"cp\.async\.commit_group", "9.7.9.25.3.2 cp.async.commit_group")
@@ -536,7 +538,7 @@ def _(code, statement, match):
 @rule(r"(and|or|xor)\.(pred|b16|b32|b64)", "9.7.8 Logic and Shift Instructions")
 def _(code, statement, match):
     a, b = (code.value(operand, match[2]) for operand in statement.operands[1:])
-    return code.assign(statement.operands[0], f"{a} {dict(zip(('and', 'or', 'xor'), '&|^'))[match[1]]} {b}", match[2])
+    return code.assign(statement.operands[0], f"{a} {SIGNS[match[1]]} {b}", match[2])
 
 
 @rule(r"not\.(pred|b16|b32|b64)", "9.7.8 Logic and Shift Instructions: not")
@@ -557,7 +559,7 @@ def _(code, statement, match):
 def _(code, statement, match):
     type_ = f"u{match[2]}"
     a, b = (code.value(operand, type_) for operand in statement.operands[1:])
-    return code.assign(statement.operands[0], f"{a} {'+' if match[1] == 'add' else '-'} {b}", type_)
+    return code.assign(statement.operands[0], f"{a} {SIGNS[match[1]]} {b}", type_)
 
 
 @rule(r"(mul|mad)\.lo\.[su](16|32|64)", "9.7.1 Integer Arithmetic Instructions: mul, mad")
@@ -592,7 +594,8 @@ def _(code, statement, match):
 
 @rule(r"neg\.s(16|32|64)", "9.7.1 Integer Arithmetic Instructions: neg")
 def _(code, statement, match):
-    return code.assign(statement.operands[0], f"0 - {code.value(statement.operands[1], 'u' + match[1])}", "u" + match[1])
+    type_ = f"u{match[1]}"
+    return code.assign(statement.operands[0], f"0 - {code.value(statement.operands[1], type_)}", type_)
 
 
 @rule(r"bfi\.(b32|b64)", "9.7.1 Integer Arithmetic Instructions: bfi")
@@ -618,7 +621,7 @@ def _(code, statement, match):
 def _(code, statement, match):
     type_ = statement.operation[-3:]
     a, b = (code.value(operand, type_) for operand in statement.operands[1:])
-    return code.assign(statement.operands[0], f"{a} {dict(add='+', sub='-', mul='*')[match[1]]} {b}", type_)
+    return code.assign(statement.operands[0], f"{a} {SIGNS[match[1]]} {b}", type_)
 
 
 @rule(r"div\.rn\.(?:ftz\.(f32)|(f64))", "9.7.3 Floating Point Instructions: div")
@@ -654,7 +657,7 @@ def _(code, statement, match):
 @rule(r"(max|min)\.ftz\.f32", "9.7.3 Floating Point Instructions: max, min")
 def _(code, statement, match):
     a, b = (code.value(operand, "f32") for operand in statement.operands[1:])
-    return code.assign(statement.operands[0], f"{dict(max='largest', min='smallest')[match[1]]}({a}, {b})", "f32")
+    return code.assign(statement.operands[0], f"{'largest' if match[1] == 'max' else 'smallest'}({a}, {b})", "f32")
 
 
 @rule(r"(neg|abs)\.ftz\.f32", "9.7.3 Floating Point Instructions: neg, abs")

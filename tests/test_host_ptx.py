@@ -1,0 +1,260 @@
+"""Kernels run from the PTX that NVRTC makes of them; and the executor of that PTX, instruction by instruction."""
+
+import ctypes
+import re
+import struct
+
+import numpy as np
+import pytest
+
+from char_gru.kernels import runtime
+from char_gru.rnn import check
+from tests import host_cuda, host_ptx
+
+HEAD = """
+.version 8.0
+.target sm_90
+.address_size 64
+"""
+WINDOW = check.Window(T=3, B=5, E=7, H=18, V=11, rows=(1, 10))
+
+pytestmark = pytest.mark.skipif(host_cuda.compiler() is None, reason="needs a C++ compiler")
+
+
+def run(text: str, *args, worst: bool = False, threads: int = 32, shared_bytes: int = 0) -> host_ptx.Built:
+    """Runs the kernel of a PTX text in one block."""
+    built = host_ptx.build_ptx(HEAD + text, "sm_90", worst)
+    request = host_cuda.Request(b"kernel", (ctypes.c_uint32 * 3)(1, 1, 1), (ctypes.c_uint32 * 3)(threads, 1, 1),
+                                shared_bytes)
+    host_ptx.run(built, request, list(args))
+    return built
+
+
+# ---- Kernels of the project ------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture, worst", [("sm_75", False), ("sm_80", True), ("sm_90", False)])
+def test_kernels_compute_from_their_ptx_what_the_specification_says(architecture, worst):
+    """On sm_80 with tensor cores and approximate instructions at their worst."""
+    executor = host_ptx.PtxExecutor(architecture, worst)
+    with runtime.use(executor):
+        checks = [named for named in check.checks_of((WINDOW,)) if not re.search("generate.*layers=2", named[0])]
+        failed = [result for result in check.results_of(checks) if not result.passed]
+    assert not failed, failed
+    assert len(checks) > (14 if architecture == "sm_75" else 25) and not executor.from_source
+
+
+def test_orders_of_threads_give_the_same_bits():
+    grads, norms = np.linspace(-1, 1, 1000, dtype=np.float32), []
+    source = runtime.source("adam", {})
+    for order in host_cuda.ORDERS:
+        executor, sums, norm = host_ptx.PtxExecutor(order=order), np.zeros(1024, np.float32), np.zeros(1, np.float32)
+        executor.launch(source, "square_sums", (1, 1, 1), (256, 1, 1), [sums, grads, np.uint64(1000)], 0, False)
+        executor.launch(source, "norm_of_sums", (1, 1, 1), (256, 1, 1), [norm, sums, np.int32(1)], 0, False)
+        norms.append(norm.tobytes())
+    assert len(set(norms)) == 1
+    assert np.frombuffer(norms[0], np.float32)[0] == pytest.approx(np.linalg.norm(grads.astype(float)), rel=1e-6)
+
+
+def test_coverage_tells_executed_instructions_from_others():
+    source = 'extern "C" __global__ void kernel(float *x, int n) { if (n > 3) x[0] = sqrtf(x[0]); else x[1] = 2; }'
+    executor, x = host_ptx.PtxExecutor(), np.ones(2, np.float32)
+    executor.launch(source, "kernel", (1, 1, 1), (1, 1, 1), [x, np.int32(1)], 0, False)
+    coverage = host_ptx.build(source, "sm_90").coverage("kernel")
+    ran = {statement.operation: ran for statement, ran in zip(*coverage)}
+    assert x.tolist() == [1, 2] and ran["ld.param.u64"] and not ran["sqrt.rn.ftz.f32"]
+    executor.launch(source, "kernel", (1, 1, 1), (1, 1, 1), [x, np.int32(4)], 0, False)
+    assert all(host_ptx.build(source, "sm_90").coverage("kernel").executed)
+
+
+def test_source_for_the_host_alone_runs_from_its_source():
+    source = '#ifndef HOST_CUDA\n#error host\n#endif\nextern "C" __global__ void kernel(float *x) { x[0] = 1; }'
+    executor, x = host_ptx.PtxExecutor(), np.zeros(1, np.float32)
+    executor.launch(source, "kernel", (1, 1, 1), (1, 1, 1), [x], 0, False)
+    assert x[0] == 1 and executor.from_source == {"kernel"}
+
+
+# ---- Instructions ----------------------------------------------------------------------------------------------------
+
+def signed(x):
+    return x.astype(np.int32)
+
+
+INTEGERS = {  # instruction on a, b, c -> its result by NumPy, in 64 bits
+    "add.s32 d, a, b": lambda a, b, c: a + b,
+    "sub.s32 d, a, b": lambda a, b, c: a - b,
+    "mul.lo.s32 d, a, b": lambda a, b, c: a * b,
+    "mul.hi.s32 d, a, b": lambda a, b, c: signed(a).astype(np.int64) * signed(b).astype(np.int64) >> 32,
+    "mul.hi.u32 d, a, b": lambda a, b, c: a * b >> 32,
+    "mad.lo.s32 d, a, b, c": lambda a, b, c: a * b + c,
+    "div.s32 d, a, 7": lambda a, b, c: np.trunc(signed(a) / 7).astype(np.int64),
+    "rem.u32 d, a, 7": lambda a, b, c: a % 7,
+    "min.s32 d, a, b": lambda a, b, c: np.minimum(signed(a), signed(b)),
+    "max.u32 d, a, b": lambda a, b, c: np.maximum(a, b),
+    "shl.b32 d, a, 5": lambda a, b, c: a << 5,
+    "shl.b32 d, a, 32": lambda a, b, c: 0 * a,
+    "shr.u32 d, a, 5": lambda a, b, c: a >> 5,
+    "shr.s32 d, a, 40": lambda a, b, c: signed(a) >> 31,
+    "and.b32 d, a, b": lambda a, b, c: a & b,
+    "xor.b32 d, a, -2": lambda a, b, c: a ^ 0xFFFFFFFE,
+    "not.b32 d, a": lambda a, b, c: ~a,
+    "neg.s32 d, a": lambda a, b, c: 0 - a,
+    "bfi.b32 d, a, b, 8, 4": lambda a, b, c: (b & ~0xF00) | (a & 0xF) << 8,
+    "clz.b32 d, a": lambda a, b, c: np.array([32 - int(x).bit_length() for x in a]),
+}
+
+
+def bits(x: float) -> int:
+    return struct.unpack("<I", struct.pack("<f", x))[0]
+
+
+FLOATS = {  # instruction on floats a, b, c -> its result, rounded once
+    "add.ftz.f32 d, a, b": lambda a, b, c: a + b,
+    "sub.ftz.f32 d, a, b": lambda a, b, c: a - b,
+    "mul.ftz.f32 d, a, b": lambda a, b, c: a * b,
+    "fma.rn.ftz.f32 d, a, b, c": lambda a, b, c: a * b + c,
+    "div.rn.ftz.f32 d, a, b": lambda a, b, c: a / b,
+    "sqrt.rn.ftz.f32 d, a": lambda a, b, c: np.sqrt(a),
+    "max.ftz.f32 d, a, b": lambda a, b, c: np.maximum(a, b),
+    "min.ftz.f32 d, a, b": lambda a, b, c: np.minimum(a, b),
+    "neg.ftz.f32 d, a": lambda a, b, c: -a,
+    "abs.ftz.f32 d, b": lambda a, b, c: np.abs(b),
+    "copysign.f32 d, b, a": lambda a, b, c: np.copysign(a, b),
+}
+APPROXIMATE = {  # instruction, its largest relative error, its exact result
+    "ex2.approx.ftz.f32 d, b": (2**-22, lambda a, b, c: np.exp2(b)),
+    "lg2.approx.ftz.f32 d, a": (2**-22, lambda a, b, c: np.log2(a)),
+    "rcp.approx.ftz.f32 d, a": (2**-23, lambda a, b, c: 1 / a),
+    "rsqrt.approx.ftz.f32 d, a": (2**-22.9, lambda a, b, c: 1 / np.sqrt(a)),
+}
+
+
+def each(instructions, type_: str) -> str:
+    """A kernel that stores what each instruction makes of element t of a, b and c to out[instruction, t]."""
+    letter = {"u32": "r", "f32": "f"}[type_]
+    names = dict(zip("abcd", range(4)))
+    lines = []
+    for i, instruction in enumerate(instructions):
+        operation, _, operands = instruction.partition(" ")
+        operands = re.sub(r"\b[abcd]\b", lambda match: f"%{letter}{names[match[0]]}", operands)
+        lines.append(f"{operation} {operands};\nst.global.{type_} [%rd9+{128 * i}], %{letter}3;")
+    loads = "\n".join(f"ld.param.u64 %rd{i}, [p{i}];\nadd.s64 %rd{i}, %rd{i}, %rd8;\n"
+                      f"ld.global.{type_} %{letter}{i}, [%rd{i}];" for i in range(3))
+    return f"""
+.visible .entry kernel(.param .u64 p0, .param .u64 p1, .param .u64 p2, .param .u64 p3)
+{{
+.reg .b32 %r<12>;
+.reg .f32 %f<12>;
+.reg .b64 %rd<12>;
+mov.u32 %r9, %tid.x;
+mul.wide.u32 %rd8, %r9, 4;
+{loads}
+ld.param.u64 %rd9, [p3];
+add.s64 %rd9, %rd9, %rd8;
+{chr(10).join(lines)}
+ret;
+}}"""
+
+
+def test_integer_instructions():
+    rng = np.random.default_rng(0)
+    a, b, c = rng.integers(0, 2**32, (3, 32), np.uint32)
+    a[:3], b[:3] = (0, 1, 2**32 - 1), (2**31, 2**31 - 1, 2**32 - 1)
+    out = np.zeros((len(INTEGERS), 32), np.uint32)
+    run(each(INTEGERS, "u32"), a, b, c, out)
+    for row, (instruction, exact) in zip(out, INTEGERS.items()):
+        expected = np.asarray(exact(*(x.astype(np.uint64) for x in (a, b, c)))).astype(np.int64) & 0xFFFFFFFF
+        np.testing.assert_array_equal(row, expected.astype(np.uint32), instruction)
+
+
+def float_operands():
+    a, b, c = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
+    return np.abs(a) + np.float32(0.1), b, c
+
+
+def test_float_instructions_round_once():
+    operands = float_operands()
+    out = np.zeros((len(FLOATS), 32), np.float32)
+    run(each(FLOATS, "f32"), *operands, out)
+    for row, (instruction, exact) in zip(out, FLOATS.items()):
+        expected = exact(*(x.astype(np.float64) for x in operands)).astype(np.float32)
+        np.testing.assert_array_equal(row.view(np.uint32), expected.view(np.uint32), instruction)
+
+
+def test_subnormal_numbers_are_flushed():
+    tiny = np.full(32, 1e-39, np.float32)
+    out = np.full((3, 32), 7, np.float32)
+    run(each(["add.ftz.f32 d, a, b", "mul.ftz.f32 d, a, c", "neg.ftz.f32 d, a"], "f32"), tiny, 0 * tiny,
+        np.full(32, 2, np.float32), out)
+    assert (out == 0).all() and np.signbit(out[2]).all()
+
+
+@pytest.mark.parametrize("worst", [False, True])
+def test_approximate_instructions_err_as_much_as_they_may(worst):
+    operands = float_operands()
+    out = np.zeros((len(APPROXIMATE), 32), np.float32)
+    run(each(APPROXIMATE, "f32"), *operands, out, worst=worst)
+    for row, (instruction, (bound, exact)) in zip(out, APPROXIMATE.items()):
+        expected = exact(*(x.astype(np.float64) for x in operands))
+        error = np.abs(row - expected) / np.where(instruction.startswith("lg2"), np.maximum(1, np.abs(expected)),
+                                                  np.abs(expected))
+        assert error.max() <= bound, instruction
+        rounded_alone = np.array_equal(row, expected.astype(np.float32))
+        assert rounded_alone != worst, instruction
+
+
+# ---- Mistakes that are seen ------------------------------------------------------------------------------------------
+
+def kernel(lines: str, shared: str = "") -> str:
+    return f"""
+.visible .entry kernel(.param .u64 p0, .param .u64 p1)
+{{
+.reg .pred %p<4>;
+.reg .b32 %r<12>;
+.reg .b64 %rd<12>;
+{shared}
+ld.param.u64 %rd0, [p0];
+ld.param.u64 %rd1, [p1];
+mov.u32 %r0, 1;
+{lines}
+ret;
+}}"""
+
+
+MISTAKES = {  # the lines of a kernel on two arrays of 8 words, and what is said of them
+    "a misaligned load": ("ld.global.u32 %r1, [%rd0+2];", "misaligned access"),
+    "a load behind the array": ("ld.global.u32 %r1, [%rd0+32];", "outside its array"),
+    "a vector that ends behind the array": ("ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd0+32];", "outside its array"),
+    "a store ahead of the array": ("add.s64 %rd2, %rd1, -4;\nst.global.u32 [%rd2], %r0;", "outside its array"),
+    "an address from nowhere": ("mov.u64 %rd2, 64;\nst.global.u32 [%rd2], %r0;", "outside every array"),
+    "shared memory behind its end": ("mov.u32 %r1, 64;\nst.shared.u32 [%r1], %r0;", "outside shared memory"),
+    "a read-only load of what was stored": (
+        "st.global.u32 [%rd0], %r0;\nld.global.nc.u32 %r1, [%rd0];", "ld.global.nc of what this launch has written"),
+    "a store to what was loaded read-only": (
+        "ld.global.nc.u32 %r1, [%rd0];\nst.global.u32 [%rd0], %r0;", "a store to what this launch read"),
+    "a copy that is not waited for": (
+        "mov.u32 %r1, 0;\ncp.async.ca.shared.global [%r1], [%rd0], 4;\ncp.async.commit_group;\n"
+        "ld.shared.u32 %r2, [%r1];", "before the wait for the asynchronous copy"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_reported_with_its_line_block_and_thread(name):
+    lines, said = MISTAKES[name]
+    arrays = np.zeros(8, np.uint32), np.zeros(8, np.uint32)
+    with pytest.raises(host_cuda.Deadlock, match=rf"^kernel: PTX line \d+ .*{said}.*block 0 0 0, thread 0 0 0"):
+        run(kernel(lines), *arrays, threads=1, shared_bytes=64)
+
+
+def test_mistake_in_a_source_is_reported_with_its_source_line():
+    source = '#line 1 "kernels/wrong.cu"\nextern "C" __global__ void kernel(float *x, int n)\n{\n    x[n] = 1;\n}\n'
+    with pytest.raises(host_cuda.Deadlock, match=r"kernels/wrong.cu:3\): outside its array"):
+        host_ptx.PtxExecutor().launch(source, "kernel", (1, 1, 1), (1, 1, 1), [np.zeros(4, np.float32), np.int32(4)],
+                                      0, False)
+
+
+@pytest.mark.parametrize("instruction", ["frobnicate.u32 %r1, %r0;", "add.sat.s32 %r1, %r0, %r0;",
+                                         "ld.global.cv.u32 %r1, [%rd0];", "bar.sync 1;"])
+def test_instruction_that_no_rule_knows_is_named(instruction):
+    with pytest.raises(host_ptx.Untranslated, match=rf"^kernel, PTX line \d+: {re.escape(instruction[:-1])}"):
+        host_ptx.build_ptx(HEAD + kernel(instruction), "sm_90")
