@@ -99,7 +99,7 @@ INTEGERS = {  # instruction on a, b, c -> its result by NumPy, in 64 bits
     "xor.b32 d, a, -2": lambda a, b, c: a ^ 0xFFFFFFFE,
     "not.b32 d, a": lambda a, b, c: ~a,
     "neg.s32 d, a": lambda a, b, c: 0 - a,
-    "bfi.b32 d, a, b, 8, 4": lambda a, b, c: (b & ~0xF00) | (a & 0xF) << 8,
+    "bfi.b32 d, a, b, 8, 4": lambda a, b, c: (b & 0xFFFFF0FF) | (a & 0xF) << 8,
     "clz.b32 d, a": lambda a, b, c: np.array([32 - int(x).bit_length() for x in a]),
 }
 
@@ -233,8 +233,8 @@ MISTAKES = {  # the lines of a kernel on two arrays of 8 words, and what is said
     "a store to what was loaded read-only": (
         "ld.global.nc.u32 %r1, [%rd0];\nst.global.u32 [%rd0], %r0;", "a store to what this launch read"),
     "a copy that is not waited for": (
-        "mov.u32 %r1, 0;\ncp.async.ca.shared.global [%r1], [%rd0], 4;\ncp.async.commit_group;\n"
-        "ld.shared.u32 %r2, [%r1];", "before the wait for the asynchronous copy"),
+        "mov.u32 %r1, 0;\ncp.async.ca.shared.global [%r1], [%rd0], 4;\nld.shared.u32 %r2, [%r1];",
+        "before the wait for the asynchronous copy"),
 }
 
 
