@@ -67,6 +67,28 @@ def test_coverage_tells_executed_instructions_from_others():
     assert all(host_ptx.build(source, "sm_90").coverage("kernel").executed)
 
 
+def test_functions_that_are_called_have_shared_memory_of_their_own():
+    source = """
+        __device__ __noinline__ float called(float x)
+        {
+            __shared__ float kept[32];
+            kept[threadIdx.x] = x;
+            __syncthreads();
+            return kept[31 - threadIdx.x];
+        }
+        extern "C" __global__ void kernel(float *x)
+        {
+            __shared__ float mine[32];
+            mine[threadIdx.x] = x[threadIdx.x];
+            const float other = called(-1.0f);
+            __syncthreads();
+            x[threadIdx.x] = mine[31 - threadIdx.x] + other;
+        }"""
+    x = np.arange(32, dtype=np.float32)
+    host_ptx.PtxExecutor().launch(source, "kernel", (1, 1, 1), (32, 1, 1), [x], 0, False)
+    assert x.tolist() == [30 - i for i in range(32)]
+
+
 def test_source_for_the_host_alone_runs_from_its_source():
     source = '#ifndef HOST_CUDA\n#error host\n#endif\nextern "C" __global__ void kernel(float *x) { x[0] = 1; }'
     executor, x = host_ptx.PtxExecutor(), np.zeros(1, np.float32)

@@ -95,7 +95,9 @@ class _Code:
     def __init__(self, module: Module, function: Function, blocks: list):
         self.module, self.function, self._blocks = module, function, blocks
         self._classes: dict[str, str] = {}  # register -> C type
-        self._offsets, self.shared_bytes = _layout((*module.shared.values(), *function.shared), module.dynamic)
+        called = [variable for other in module.functions.values() if not other.entry for variable in other.shared]
+        own = function.shared if function.entry else ()  # behind those of the functions that any kernel may call
+        self._offsets, self.shared_bytes = _layout((*module.shared.values(), *called, *own), module.dynamic)
         operations = {statement.operation for statement in function.statements}
         self.copies = any(operation.startswith("cp.async") for operation in operations)
         self.marks = any(".nc." in operation for operation in operations)
