@@ -31,7 +31,7 @@ def gpu(executor, device, monkeypatch) -> Gpu:
 def test_facts_name_the_gpu_and_the_versions(gpu, request):
     facts, name = gpu.facts(), request.config.getoption("device_like")
     assert facts["gpu"] == cuda_device.gpu_named(name).name
-    assert facts["driver"] == "for CUDA 13.0" and facts.keys() == {"gpu", "cupy", "driver", "cuda_runtime"}
+    assert facts["driver"] == "for CUDA 13.0" and facts.keys() == {"gpu", "cupy", "driver", "cuda_runtime", "nvrtc"}
     assert "fp32" in gpu.precisions and gpu.cache_bytes > 0
 
 
