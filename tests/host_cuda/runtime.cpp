@@ -382,10 +382,11 @@ Block::Block(Launch &launch, unsigned index, const Traffic &static_shared)
         traffic.push_back({launch.request.traffic[i].start, launch.request.traffic[i].size, 0, 0});
     const std::size_t shared_bytes = launch.kernel.shared_bytes + launch.request.shared_bytes;
     if (shared_bytes > 0) {
-        if (posix_memalign(&shared, SHARED_ALIGNMENT, 2 * shared_bytes))
+        const std::size_t shadow_bytes = launch.kernel.shared_shadow ? shared_bytes : 0;
+        if (posix_memalign(&shared, SHARED_ALIGNMENT, shared_bytes + shadow_bytes))
             abort();
         std::memset(shared, POISON, shared_bytes);
-        std::memset(static_cast<char *>(shared) + shared_bytes, 0, launch.kernel.shared_shadow ? shared_bytes : 0);
+        std::memset(static_cast<char *>(shared) + shared_bytes, 0, shadow_bytes);
     }
     const unsigned *extent = launch.request.block;
     for (unsigned i = 0; i < fibers.size(); ++i) {

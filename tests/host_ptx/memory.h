@@ -48,7 +48,8 @@ PTX_EXPORT void ptx_arrays(int count, const u64 (*described)[3], u64 shadow_byte
     shadow = shadow_bytes ? static_cast<u8 *>(std::calloc(2, shadow_bytes)) : nullptr;
     array_count = count < MOST_ARRAYS ? count : MOST_ARRAYS;
     for (int i = 0; i < array_count; ++i)
-        arrays[i] = {described[i][0], described[i][1], shadow + described[i][2], shadow + shadow_bytes + described[i][2]};
+        arrays[i] = {described[i][0], described[i][1], shadow + described[i][2],
+                     shadow + shadow_bytes + described[i][2]};
 }
 
 constexpr int ANY_ARRAY = -1;

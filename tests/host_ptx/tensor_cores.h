@@ -64,7 +64,9 @@ PTX u32 float_of(s64 signed_mantissa, int exponent, bool truncated)
     if (!(mantissa >> 23))
         return sign | u32(mantissa);  // subnormal, or zero
     const int biased = exponent + 150;
-    return biased >= 255 ? sign | (truncated ? 0x7f7fffffu : 0x7f800000u) : sign | u32(biased) << 23 | (mantissa & 0x7fffff);
+    if (biased >= 255)
+        return sign | (truncated ? 0x7f7fffffu : 0x7f800000u);
+    return sign | u32(biased) << 23 | (mantissa & 0x7fffff);
 }
 
 // Terms with infinities or NaN, whose sum has no rounding to speak of.
