@@ -12,6 +12,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import cuda.pathfinder
 import numpy as np
 import pytest
 
@@ -179,15 +180,23 @@ def test_source_that_does_not_compile_is_said_with_the_first_error(cupy):
 
 
 @pytest.mark.parametrize("disturb, said", [
-    ("architecture", r"^this NVRTC does not know compute capability \d+\.\d: install a newer CuPy and "),
-    ("headers", r"^CuPy misses CUDA's headers \(Failed to find CUDA headers.*: install it as 'char-gru\[cuda13\]' or "),
-    ("image", r"^the driver cannot load new \(CUDA_ERROR_INVALID_IMAGE: .*: update the driver, or "),
+    ("architecture", r"^NVRTC \d+\.\d+ does not compile for compute capability \d+\.\d: char-gru needs 7\.5 "),
+    ("headers", r"^CuPy cannot compile \(Failed to find CUDA headers.*\): install it as 'char-gru\[cuda13\]' or "),
+    ("nvrtc", r"^CuPy cannot compile \(no libnvrtc\): install it as 'char-gru\[cuda13\]' or "),
+    ("newer", r"^the driver cannot load fresh \(CUDA_ERROR_NO_BINARY_FOR_GPU: .*\): .* a newer CuPy and NVRTC$"),
+    ("image", r"^the driver cannot load fresh \(CUDA_ERROR_INVALID_IMAGE: .*: update the driver, or "),
 ])
 def test_what_keeps_a_kernel_from_loading_is_told_apart(cupy, device, monkeypatch, disturb, said):
-    source = SOURCES["add"].replace("add", "new") + f"  // {disturb}"
+    source = SOURCES["add"].replace("add", "fresh") + f"  // {disturb}"
     if disturb == "architecture":
         monkeypatch.setattr(cupy.cuda.compiler, "_get_arch_for_options_for_nvrtc",
-                            lambda arch=None: ("-arch=sm_130", "cubin"))
+                            lambda arch=None: ("-arch=sm_70", "cubin"))
+    elif disturb == "newer":
+        device.set("5090")
+    elif disturb == "nvrtc":
+        error = cuda.pathfinder.DynamicLibNotFoundError("no libnvrtc")
+        for module, name in ((cupy.cuda.compiler, "_compile_module_with_cache"), (cupy.cuda.nvrtc, "getVersion")):
+            monkeypatch.setattr(module, name, raising(error))
     elif disturb == "headers":  # what CuPy raises where neither CUDA_PATH nor a package has them
         message = "Failed to find CUDA headers. Please install CUDA toolkit headers"
         monkeypatch.setattr(cupy.cuda.compiler, "_compile_module_with_cache", raising(RuntimeError(message)))
@@ -195,7 +204,7 @@ def test_what_keeps_a_kernel_from_loading_is_told_apart(cupy, device, monkeypatc
         error = cupy.cuda.driver.CUDADriverError(CUDA_ERROR_INVALID_IMAGE)
         monkeypatch.setattr(cupy.cuda.compiler, "_compile_module_with_cache", raising(error))
     with pytest.raises(runtime.DeviceError, match=said):
-        load(source, "new")
+        load(source, "fresh")
 
 
 def raising(error):
@@ -212,10 +221,12 @@ def test_kernel_that_its_module_lacks_is_named(cupy):
 
 
 def test_failure_of_the_driver_stays_what_it_is(cupy, monkeypatch):
-    error = cupy.cuda.driver.CUDADriverError(CUDA_ERROR_LAUNCH_FAILED)
-    monkeypatch.setattr(cupy.cuda.compiler, "_compile_module_with_cache", raising(error))
-    with pytest.raises(cupy.cuda.driver.CUDADriverError, match="CUDA_ERROR_LAUNCH_FAILED"):
-        load(SOURCES["add"] + "  // failure", "add")
+    for kind in (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError):
+        error = kind(CUDA_ERROR_LAUNCH_FAILED)
+        monkeypatch.setattr(cupy.cuda.compiler, "_compile_module_with_cache", raising(error))
+        with pytest.raises(kind, match="LAUNCH_FAILED|LaunchFailure") as raised:
+            load(SOURCES["add"] + "  // failure", "add")
+        assert raised.value is error
 
 
 # ---- Streams, graphs, threads ----------------------------------------------------------------------------------------
