@@ -26,6 +26,7 @@ SHARED_BYTES_WITHOUT_ASKING = 48 * 1024  # more dynamic shared memory has to be 
 _OPTIONS = ("--std=c++17", "--generate-line-info")
 _REFUSED_IMAGES = ("CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_INVALID_PTX", "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
                    "CUDA_ERROR_JIT_COMPILER_NOT_FOUND")
+_CAPTURE_ERRORS = (800, 801, *range(900, 909))  # not permitted, not supported, cudaErrorStreamCapture...
 _SCALARS = (np.int32, np.uint32, np.int64, np.uint64, np.float32)
 
 
@@ -183,6 +184,8 @@ class CupyExecutor:
                     raise
                 return stream.end_capture()
         except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
+            if error.status not in _CAPTURE_ERRORS:  # such as the failure of a launch before
+                raise
             raise DeviceError(f"CUDA cannot capture launches as a graph ({error}): to train without, use --no-graph, "
                               "or graph=False from Python") from error
         finally:

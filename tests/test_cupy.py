@@ -3,6 +3,7 @@
 `python -m pytest --cuda-device` runs these tests; tests/test_cuda_device.py has the device's own.
 """
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -363,6 +364,25 @@ def test_capture_that_fails_names_the_way_without(cupy, executor):
     with pytest.raises(runtime.DeviceError, match=r"^CUDA cannot capture .*Capture.* use --no-graph, or graph=False"):
         executor.capture(lambda: cupy.cuda.get_current_stream().synchronize())
     assert cupy.cuda.get_current_stream() == stream
+
+
+def test_launch_that_fails_during_a_capture_is_not_blamed_on_it(cupy, executor, device):
+    x, stream = on_device([0]), cupy.cuda.Stream(non_blocking=True)
+    add(x, 1)
+    runtime.to_host(x)
+
+    def function():
+        with stream:
+            add(x, 1)
+        with contextlib.suppress(cupy.cuda.runtime.CUDARuntimeError):
+            stream.synchronize()
+        add(x, 1)
+
+    device.fail_launch("add")
+    with pytest.raises(RuntimeError, match="unspecified launch failure") as error:
+        executor.capture(function)
+    assert device.reports() == ["add fails, as a test asked for"] and not isinstance(error.value, runtime.DeviceError)
+    device.reset()  # before the streams that the traceback keeps are freed
 
 
 @pytest.mark.parametrize("error", [runtime.DeviceError, runtime.CompileError, RuntimeError, KeyboardInterrupt])
