@@ -70,9 +70,9 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned *counter)
 // Spins until the counter has reached `target`, modulo 2^32. The only way for a kernel to wait for another block: on a
 // CPU, the other blocks get their turns in here.
 //
-// An acquire invalidates L1, so the loop polls with relaxed loads. The acquire after the loop reads the value of the last
-// poll or a later one, which came about by releasing adds only, so that it acquires all of them. Its value is not used:
-// ptxas leaves the load out and keeps the invalidation.
+// An acquire invalidates L1, so the loop polls with relaxed loads. The acquire after the loop reads the value of the
+// last poll or a later one, which came about by releasing adds only, so that it acquires all of them. Its value is not
+// used: ptxas leaves the load out and keeps the invalidation.
 __device__ __forceinline__ void wait_at_least(const unsigned *counter, unsigned target)
 {
     while (int(load_relaxed(counter) - target) < 0) {
