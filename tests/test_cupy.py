@@ -422,7 +422,7 @@ def test_step_from_another_thread_has_scratch_and_a_graph_of_its_own(cupy):
         in_another_thread(replayed)
         in_another_thread(lambda: [replayed() for _ in range(3)])
     assert runtime.to_host(x).tolist() == [3 + 3 + 9]
-    assert set(map(runs.count, runs)) == {2}
+    assert max(map(runs.count, runs)) == 2  # a new thread may get the number of one that ended
 
 
 def test_error_of_the_function_ends_the_capture(cupy, executor):
