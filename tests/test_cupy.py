@@ -103,6 +103,13 @@ def test_executor_says_what_gpu_it_has(device, name):
     assert done.stdout == f"{gpu_named(name)!r}\n"
 
 
+def test_versions_are_those_of_cupy_and_its_libraries(cupy, executor):
+    versions, nvrtc = executor.versions(), cupy.cuda.nvrtc.getVersion()
+    assert versions["cupy"] == cupy.__version__ and versions["nvrtc"] == f"{nvrtc[0]}.{nvrtc[1]}"
+    assert versions["driver"].startswith(f"for CUDA {nvrtc[0]}.")
+    assert versions["cuda_runtime"].startswith(f"{nvrtc[0]}.")
+
+
 def test_cupy_that_finds_no_gpu_is_said_plainly(cupy, monkeypatch):
     monkeypatch.setattr(cupy, "is_available", lambda: False)
     with pytest.raises(runtime.DeviceError, match="CuPy finds no GPU: check the driver with nvidia-smi"):
