@@ -335,7 +335,7 @@ CUresult cuModuleLoadData(CUmodule *handle, const void *image)
     std::getline(lines, path);
     std::getline(lines, number);
     const int architecture = std::stoi(number);  // its machine code runs on later GPUs of the same generation too
-    if (architecture / 10 != settings.capability / 10 || architecture > settings.capability)
+    if (architecture / 10 != settings.first_capability / 10 || architecture > settings.first_capability)
         return CUDA_ERROR_NO_BINARY_FOR_GPU;
     void *library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!library) {
