@@ -24,8 +24,9 @@ MAX_THREADS_PER_BLOCK = 1024
 SHARED_BYTES_WITHOUT_ASKING = 48 * 1024  # more dynamic shared memory has to be requested per kernel
 
 _OPTIONS = ("--std=c++17", "--generate-line-info")
-_REFUSED_IMAGES = ("CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA_ERROR_INVALID_PTX",
-                   "CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "CUDA_ERROR_JIT_COMPILER_NOT_FOUND")
+_REFUSED_IMAGES = ("CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_INVALID_PTX", "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+                   "CUDA_ERROR_JIT_COMPILER_NOT_FOUND")
+_CAPTURE_ERRORS = (800, 801, *range(900, 909))  # not permitted, not supported, cudaErrorStreamCapture...
 _SCALARS = (np.int32, np.uint32, np.int64, np.uint64, np.float32)
 
 
@@ -183,6 +184,8 @@ class CupyExecutor:
                     raise
                 return stream.end_capture()
         except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
+            if error.status not in _CAPTURE_ERRORS:  # such as the failure of a launch before
+                raise
             raise DeviceError(f"CUDA cannot capture launches as a graph ({error}): to train without, use --no-graph, "
                               "or graph=False from Python") from error
         finally:
@@ -223,21 +226,26 @@ class CupyExecutor:
 
     def _plainly(self, error, source, kernel):
         """The error to raise for CuPy's about loading a kernel; None where CuPy's says enough."""
-        text = str(error).strip()
-        if isinstance(error, self._cupy.cuda.compiler.CompileException):
-            if "--gpu-architecture" in text:
-                major, minor = divmod(self.gpu.capability, 10)
-                return DeviceError(f"this NVRTC does not know compute capability {major}.{minor}: install a newer CuPy "
-                                   "and NVRTC (pip install --upgrade 'char-gru[cuda13]')")
+        text, cuda, capability = str(error).strip(), self._cupy.cuda, self.gpu.capability / 10
+        if isinstance(error, cuda.compiler.CompileException):
+            if "--gpu-architecture" in text:  # an older GPU: for a newer one, CuPy asks for the newest that NVRTC knows
+                nvrtc = ".".join(map(str, cuda.nvrtc.getVersion()))
+                return DeviceError(f"NVRTC {nvrtc} does not compile for compute capability {capability}: char-gru "
+                                   "needs 7.5 or more, and a CuPy for a CUDA that still supports this GPU")
             first = next((line for line in text.splitlines() if "error" in line), text)
             return CompileError(f"{kernel}: {first}")
-        if not isinstance(error, self._cupy.cuda.driver.CUDADriverError):
-            return DeviceError(f"CuPy misses CUDA's headers ({text}): install it as 'char-gru[cuda13]' or "
-                               "'char-gru[cuda12]', which bring them")
+        if isinstance(error, cuda.runtime.CUDARuntimeError):
+            return None
+        if not isinstance(error, cuda.driver.CUDADriverError):
+            return DeviceError(f"CuPy cannot compile ({text}): install it as 'char-gru[cuda13]' or 'char-gru[cuda12]', "
+                               "which bring NVRTC and CUDA's headers")
         status = text.partition(":")[0]
         if status == "CUDA_ERROR_NOT_FOUND":
             module = re.search(r'#line 1 "(.*)"', source)
             return ValueError(f"{module[1] if module else 'the source'} has no kernel {kernel}")
+        if status == "CUDA_ERROR_NO_BINARY_FOR_GPU":
+            return DeviceError(f"the driver cannot load {kernel} ({text}): NVRTC is too old for compute capability "
+                               f"{capability}; install a newer CuPy and NVRTC")
         if status in _REFUSED_IMAGES:
             return DeviceError(f"the driver cannot load {kernel} ({text}): update the driver, or install CuPy for an "
                                "older CUDA, 'char-gru[cuda12]'")

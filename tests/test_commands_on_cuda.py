@@ -6,14 +6,16 @@ resumed runs, signals, and a GPU that is too small or fails.
 
 import json
 import random
+import re
 import signal
+import subprocess
+import sys
 from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from char_gru.kernels import runtime
 from char_gru.rnn import commands, training
 from char_gru.rnn.checkpoint import find_checkpoint, load_checkpoint
 from tests.helpers.commands import (
@@ -229,14 +231,20 @@ def test_process_whose_gpu_fails_ends_with_one_line(folder):
     assert said[-1].startswith("train.py: the GPU failed: cudaErrorLaunchFailure")
 
 
-def test_gpu_newer_than_nvrtc_is_said_in_one_line(finished, folder, device, capfd, monkeypatch):
-    from cupy.cuda import compiler
+@pytest.mark.parametrize("capability, said", [
+    (70, r"NVRTC \d+\.\d+ does not compile for compute capability 7\.0: .* 7\.5 .*"),
+    (130, r"the driver cannot load \w+ \(CUDA_ERROR_NO_BINARY_FOR_GPU: .*\): NVRTC is too old for .*13\.0; .*"),
+], ids=["older than NVRTC knows", "newer"])
+def test_gpu_that_nvrtc_does_not_know_is_said_in_one_line(folder, capability, said):
+    """CuPy compiles for the newest GPU that NVRTC knows, where that is older than the one there is."""
+    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); from tests import cuda_device; "
+            f"cuda_device.GPUS['other'] = cuda_device.GPU('other', {capability}, 80, 98304); "
+            "cuda_device.install('other'); from char_gru.rnn import commands; sys.exit(commands.train())")
+    done = subprocess.run([sys.executable, "-c", code, ROOT, *map(str, (*TEXT, *ON_CUDA, "--out", "run"))], cwd=folder,
+                          check=False, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert re.fullmatch("train.py: " + said, done.stderr.splitlines()[-1])
 
-    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch=None: ("-arch=sm_130", "cubin"))
-    monkeypatch.setattr(runtime, "_OPTIONS", (*runtime._OPTIONS, "-DNEW"))  # or CuPy would take what it has compiled
-    with runtime.use(runtime.CupyExecutor()):
-        line = failed_here(capfd, "train", *TEXT, *ON_CUDA, "--out", "run", cwd=folder)
-    assert "this NVRTC does not know compute capability 9.0: install a newer" in line
 
 
 # Texts

@@ -583,6 +583,18 @@ def test_a_block_has_no_more_threads_than_the_kernel_and_the_gpu_allow(cuda):
         launch(load_kernels()["add"].kernel.ptr, 1, 0, np.uint64(x.data.ptr), np.float32(1), blocks=0)
 
 
+@pytest.mark.parametrize("architecture", [75, 80, 90, 120])
+def test_machine_code_of_another_generation_is_refused(cuda, device, monkeypatch, architecture, request):
+    import cupy
+
+    monkeypatch.setattr(cupy.cuda.compiler, "_get_arch_for_options_for_nvrtc",
+                        lambda arch=None: (f"-arch=sm_{architecture}", "cubin"))
+    capability = cuda_device.gpu_named(request.config.getoption("device_like")).capability
+    refused = architecture // 10 != capability // 10
+    with raises("CUDA_ERROR_NO_BINARY_FOR_GPU") if refused else contextlib.nullcontext():
+        cupy.RawModule(code=f"{KERNELS}// {architecture}", options=("--std=c++17",)).get_function("add")
+
+
 OCCUPANCY = {  # threads, dynamic shared memory -> blocks on a multiprocessor; `add` takes few registers
     "t4": {(256, 0): 4, (32, 0): 16, (128, 48 * 1024): 1, (128, 20 * 1024): 3},
     "a100": {(256, 0): 8, (32, 0): 32, (128, 48 * 1024): 3, (128, 20 * 1024): 7},

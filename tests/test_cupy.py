@@ -3,6 +3,7 @@
 `python -m pytest --cuda-device` runs these tests; tests/test_cuda_device.py has the device's own.
 """
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -12,6 +13,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import cuda.pathfinder
 import numpy as np
 import pytest
 
@@ -101,6 +103,13 @@ def test_executor_says_what_gpu_it_has(device, name):
     assert done.stdout == f"{gpu_named(name)!r}\n"
 
 
+def test_versions_are_those_of_cupy_and_its_libraries(cupy, executor):
+    versions, nvrtc = executor.versions(), cupy.cuda.nvrtc.getVersion()
+    assert versions["cupy"] == cupy.__version__ and versions["nvrtc"] == f"{nvrtc[0]}.{nvrtc[1]}"
+    assert versions["driver"].startswith(f"for CUDA {nvrtc[0]}.")
+    assert versions["cuda_runtime"].startswith(f"{nvrtc[0]}.")
+
+
 def test_cupy_that_finds_no_gpu_is_said_plainly(cupy, monkeypatch):
     monkeypatch.setattr(cupy, "is_available", lambda: False)
     with pytest.raises(runtime.DeviceError, match="CuPy finds no GPU: check the driver with nvidia-smi"):
@@ -179,15 +188,22 @@ def test_source_that_does_not_compile_is_said_with_the_first_error(cupy):
 
 
 @pytest.mark.parametrize("disturb, said", [
-    ("architecture", r"^this NVRTC does not know compute capability \d+\.\d: install a newer CuPy and "),
-    ("headers", r"^CuPy misses CUDA's headers \(Failed to find CUDA headers.*: install it as 'char-gru\[cuda13\]' or "),
-    ("image", r"^the driver cannot load new \(CUDA_ERROR_INVALID_IMAGE: .*: update the driver, or "),
+    ("architecture", r"^NVRTC \d+\.\d+ does not compile for compute capability \d+\.\d: char-gru needs 7\.5 "),
+    ("headers", r"^CuPy cannot compile \(Failed to find CUDA headers.*\): install it as 'char-gru\[cuda13\]' or "),
+    ("nvrtc", r"^CuPy cannot compile \(no libnvrtc\): install it as 'char-gru\[cuda13\]' or "),
+    ("newer", r"^the driver cannot load fresh \(CUDA_ERROR_NO_BINARY_FOR_GPU: .*\): .* a newer CuPy and NVRTC$"),
+    ("image", r"^the driver cannot load fresh \(CUDA_ERROR_INVALID_IMAGE: .*: update the driver, or "),
 ])
-def test_what_keeps_a_kernel_from_loading_is_told_apart(cupy, device, monkeypatch, disturb, said):
-    source = SOURCES["add"].replace("add", "new") + f"  // {disturb}"
-    if disturb == "architecture":
+def test_what_keeps_a_kernel_from_loading_is_told_apart(cupy, executor, monkeypatch, disturb, said):
+    source = SOURCES["add"].replace("add", "fresh") + f"  // {disturb}"
+    if disturb in ("architecture", "newer"):  # one that NVRTC does not know, or one of another GPU
+        other = 70 if disturb == "architecture" else 80 if executor.gpu.capability >= 90 else 90
         monkeypatch.setattr(cupy.cuda.compiler, "_get_arch_for_options_for_nvrtc",
-                            lambda arch=None: ("-arch=sm_130", "cubin"))
+                            lambda arch=None: (f"-arch=sm_{other}", "cubin"))
+    elif disturb == "nvrtc":
+        error = cuda.pathfinder.DynamicLibNotFoundError("no libnvrtc")
+        for module, name in ((cupy.cuda.compiler, "_compile_module_with_cache"), (cupy.cuda.nvrtc, "getVersion")):
+            monkeypatch.setattr(module, name, raising(error))
     elif disturb == "headers":  # what CuPy raises where neither CUDA_PATH nor a package has them
         message = "Failed to find CUDA headers. Please install CUDA toolkit headers"
         monkeypatch.setattr(cupy.cuda.compiler, "_compile_module_with_cache", raising(RuntimeError(message)))
@@ -195,7 +211,7 @@ def test_what_keeps_a_kernel_from_loading_is_told_apart(cupy, device, monkeypatc
         error = cupy.cuda.driver.CUDADriverError(CUDA_ERROR_INVALID_IMAGE)
         monkeypatch.setattr(cupy.cuda.compiler, "_compile_module_with_cache", raising(error))
     with pytest.raises(runtime.DeviceError, match=said):
-        load(source, "new")
+        load(source, "fresh")
 
 
 def raising(error):
@@ -212,10 +228,12 @@ def test_kernel_that_its_module_lacks_is_named(cupy):
 
 
 def test_failure_of_the_driver_stays_what_it_is(cupy, monkeypatch):
-    error = cupy.cuda.driver.CUDADriverError(CUDA_ERROR_LAUNCH_FAILED)
-    monkeypatch.setattr(cupy.cuda.compiler, "_compile_module_with_cache", raising(error))
-    with pytest.raises(cupy.cuda.driver.CUDADriverError, match="CUDA_ERROR_LAUNCH_FAILED"):
-        load(SOURCES["add"] + "  // failure", "add")
+    for kind in (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError):
+        error = kind(CUDA_ERROR_LAUNCH_FAILED)
+        monkeypatch.setattr(cupy.cuda.compiler, "_compile_module_with_cache", raising(error))
+        with pytest.raises(kind, match="LAUNCH_FAILED|LaunchFailure") as raised:
+            load(SOURCES["add"] + "  // failure", "add")
+        assert raised.value is error
 
 
 # ---- Streams, graphs, threads ----------------------------------------------------------------------------------------
@@ -354,6 +372,25 @@ def test_capture_that_fails_names_the_way_without(cupy, executor):
     assert cupy.cuda.get_current_stream() == stream
 
 
+def test_launch_that_fails_during_a_capture_is_not_blamed_on_it(cupy, executor, device):
+    x, stream = on_device([0]), cupy.cuda.Stream(non_blocking=True)
+    add(x, 1)
+    runtime.to_host(x)
+
+    def function():
+        with stream:
+            add(x, 1)
+        with contextlib.suppress(cupy.cuda.runtime.CUDARuntimeError):
+            stream.synchronize()
+        add(x, 1)
+
+    device.fail_launch("add")
+    with pytest.raises(RuntimeError, match="unspecified launch failure") as error:
+        executor.capture(function)
+    assert device.reports() == ["add fails, as a test asked for"] and not isinstance(error.value, runtime.DeviceError)
+    device.reset()  # before the streams that the traceback keeps are freed
+
+
 @pytest.mark.parametrize("error", [runtime.DeviceError, runtime.CompileError, RuntimeError, KeyboardInterrupt])
 def test_error_of_the_function_stays_what_it_is(cupy, executor, error):
     def function():
@@ -391,7 +428,7 @@ def test_step_from_another_thread_has_scratch_and_a_graph_of_its_own(cupy):
         in_another_thread(replayed)
         in_another_thread(lambda: [replayed() for _ in range(3)])
     assert runtime.to_host(x).tolist() == [3 + 3 + 9]
-    assert set(map(runs.count, runs)) == {2}
+    assert max(map(runs.count, runs)) == 2  # a new thread may get the number of one that ended
 
 
 def test_error_of_the_function_ends_the_capture(cupy, executor):

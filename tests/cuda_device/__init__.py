@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import pathlib
+import re
 import struct
 import subprocess
 import sys
@@ -177,7 +178,10 @@ class _Sources:
         if "#include <cupy/" in source:
             raise DoesNotFit(f"{names}: a kernel of CuPy's own, which is not modelled")
         path, pointers = host_build(_SUBSTITUTES.get(names, source), options)
-        lines = [str(path)]
+        architecture = re.search(r"-arch=sm_(\d+)", " ".join(options))
+        if architecture is None:
+            raise DoesNotFit(f"{names}: not compiled for one architecture")
+        lines = [str(path), architecture[1]]
         for kernel in kernels:
             if len(pointers[kernel.name]) != len(kernel.parameters):
                 raise DoesNotFit(f"{kernel.name}: {len(kernel.parameters)} parameters in the cubin, "

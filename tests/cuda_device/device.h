@@ -103,6 +103,7 @@ void now_doing(const std::string &text);      // named if memory is touched that
 struct Settings {
     char name[256];
     int capability, multiprocessors, shared_bytes;
+    int first_capability;  // for which CuPy compiles, whatever the device becomes later
     std::uint64_t memory_bytes;
 };
 extern Settings settings;

@@ -105,8 +105,13 @@ FAULTS = {
     "array made in a capture": Fault(
         RUNTIME, "        self._thread.captures = True", "        self._thread.captures = False", "made_in_a_capture"),
     "our error renamed": Fault(
-        RUNTIME, "        except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:",
-        "        except RuntimeError as error:", "stays_what_it_is"),
+        RUNTIME, "        except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:\n"
+                 "            if error.status not in _CAPTURE_ERRORS:  # such as the failure of a launch before\n"
+                 "                raise\n",
+        "        except RuntimeError as error:\n", "stays_what_it_is"),
+    "failed launch blamed on the capture": Fault(
+        RUNTIME, "            if error.status not in _CAPTURE_ERRORS:", "            if False:",
+        "during_a_capture_is_not_blamed"),
     # Launches
     "scalar of the wrong width": Fault(
         RUNTIME, "function(grid, block, tuple(args), shared_mem=shared_bytes)\n            return",

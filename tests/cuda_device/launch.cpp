@@ -192,6 +192,8 @@ std::pair<const char *, const char *> error_text(CUresult error)
     case CUDA_ERROR_INVALID_VALUE: return {"CUDA_ERROR_INVALID_VALUE", "invalid argument"};
     case CUDA_ERROR_OUT_OF_MEMORY: return {"CUDA_ERROR_OUT_OF_MEMORY", "out of memory"};
     case CUDA_ERROR_INVALID_IMAGE: return {"CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"};
+    case CUDA_ERROR_NO_BINARY_FOR_GPU:
+        return {"CUDA_ERROR_NO_BINARY_FOR_GPU", "no kernel image is available for execution on the device"};
     case CUDA_ERROR_INVALID_HANDLE: return {"CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"};
     case CUDA_ERROR_NOT_FOUND: return {"CUDA_ERROR_NOT_FOUND", "named symbol not found"};
     case CUDA_ERROR_ILLEGAL_ADDRESS:
@@ -329,8 +331,12 @@ CUresult cuModuleLoadData(CUmodule *handle, const void *image)
     if (!text)
         return CUDA_ERROR_NOT_SUPPORTED;
     std::istringstream lines(text);
-    std::string path;
+    std::string path, number;
     std::getline(lines, path);
+    std::getline(lines, number);
+    const int architecture = std::stoi(number);  // its machine code runs on later GPUs of the same generation too
+    if (architecture / 10 != settings.first_capability / 10 || architecture > settings.first_capability)
+        return CUDA_ERROR_NO_BINARY_FOR_GPU;
     void *library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!library) {
         report(dlerror());

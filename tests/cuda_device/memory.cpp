@@ -246,6 +246,8 @@ void cuda_device_set(const char *name, int capability, int multiprocessors, int 
     std::lock_guard<std::recursive_mutex> lock(mutex);
     std::snprintf(settings.name, sizeof settings.name, "%s", name);
     settings.capability = capability;
+    if (!settings.first_capability)
+        settings.first_capability = capability;
     settings.multiprocessors = multiprocessors;
     settings.shared_bytes = shared_bytes;
     settings.memory_bytes = memory_bytes;
