@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import os
 import pathlib
+import platform
 import re
 from typing import NamedTuple
 
@@ -20,12 +21,17 @@ from tests import host_cuda
 from tests.host_ptx.parser import Statement, parse
 from tests.host_ptx.translator import Untranslated, translate
 
-__all__ = ["Built", "Coverage", "PtxExecutor", "Untranslated", "build", "build_ptx", "run"]
+__all__ = ["Built", "Coverage", "Fault", "PtxExecutor", "Untranslated", "build", "build_ptx", "run"]
 
 _HERE = pathlib.Path(__file__).parent
+# -w: what NVRTC leaves unused is not worth a warning. Without -mfma, an fma is a slow function of the C library.
 _FLAGS = ("-std=c++20", "-shared", "-O1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden",
-          "-pthread", "-w", "-mfma", "-fno-trapping-math", f"-I{_HERE}")
+          "-pthread", "-w", "-fno-trapping-math", *["-mfma"] * (platform.machine() == "x86_64"), f"-I{_HERE}")
 _LINE = re.compile(r"PTX line (\d+)")
+
+
+class Fault(RuntimeError):
+    """A mistake of a kernel that memory.h sees: kernel, PTX line, CUDA source line, address, block, thread."""
 
 
 class Coverage(NamedTuple):
@@ -117,15 +123,16 @@ class PtxExecutor(host_cuda.HostExecutor):
 def run(built: Built, request: host_cuda.Request, args: list) -> tuple[int, int]:
     """Runs a launch of a built module; returns the arrivals at group barriers and the mma instructions.
 
-    Raises: host_cuda.Deadlock for a deadlock, and for each mistake that memory.h sees, with its CUDA source line.
+    Raises: Fault; host_cuda.Deadlock.
     """
     _describe_arrays(built.library, args)
     try:
         return host_cuda.run_inside(built.library, request, args)
     except host_cuda.Deadlock as report:
-        text = _LINE.sub(lambda match: f"{match[0]} ({built.locations.get(int(match[1]), 'no source line')})",
-                         str(report))
-        raise host_cuda.Deadlock(text) from None
+        if not (found := _LINE.search(str(report))):
+            raise
+        where = built.locations.get(int(found[1]), "no source line")
+        raise Fault(str(report).replace(found[0], f"{found[0]} ({where})", 1)) from None
 
 
 def _describe_arrays(library: ctypes.CDLL, args: list) -> None:

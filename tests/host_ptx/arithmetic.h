@@ -83,16 +83,6 @@ PTX T bfi(T a, T b, u32 position, u32 length)
     return (b & ~mask) | (T(a << position) & mask);
 }
 
-template <class T>
-PTX T bfe(T a, u32 position, u32 length)  // unsigned
-{
-    const u32 width = sizeof(T) * 8;
-    position &= 255;
-    length &= 255;
-    const T moved = position >= width ? T(0) : T(a >> position);
-    return length >= width ? moved : moved & ((T(1) << length) - 1);
-}
-
 PTX u32 clz(u32 a) { return a ? __builtin_clz(a) : 32; }
 PTX u32 clz(u64 a) { return a ? __builtin_clzll(a) : 64; }
 
@@ -178,12 +168,6 @@ PTX_CALL f32 ex2_approx(f32 a)  // relative error 2^-22
     return approximate(exact, a == 0.0f ? 0.0 : relative(exact, 0x1p-22), a);
 }
 
-PTX_CALL f32 lg2_approx(f32 a)  // absolute error 2^-22 between 1/2 and 2, else relative 2^-22
-{
-    const f64 exact = std::log2(f64(a));
-    return approximate(exact, a > 0.5f && a < 2.0f ? 0x1p-22 : relative(exact, 0x1p-22), a);
-}
-
 PTX_CALL f32 rcp_approx(f32 a)  // relative error 2^-23
 {
     const f64 exact = 1.0 / f64(a);
@@ -194,14 +178,6 @@ PTX_CALL f32 rsqrt_approx(f32 a)  // relative error 2^-22.9
 {
     const f64 exact = 1.0 / std::sqrt(f64(a));
     return approximate(exact, relative(exact, 0x1.126p-23), a);
-}
-
-PTX_CALL f32 div_approx(f32 a, f32 b)  // 2 ulp, for 2^-126 <= |b| <= 2^126; beyond that, 0
-{
-    const f64 exact = f64(a) / f64(b), size = std::fabs(f64(b));
-    if (size > 0x1p126 && size - size == 0.0)
-        return a - a == 0.0f ? std::copysign(0.0f, f32(exact)) : F(0x7fffffffu);
-    return approximate(exact, relative(exact, 0x1p-23), a);
 }
 
 // ---- Conversions ----------------------------------------------------------------------------------------------------

@@ -129,12 +129,12 @@ PTX u8 *in_shared(const Shared &shared, u32 offset, int bytes, int line)
     return shared.start + offset;
 }
 
-// The same, in a kernel with asynchronous copies: bytes [first, last) of the access matter.
-PTX_CALL void check_pending(const Shared &shared, u32 offset, int first, int last, int line)
+// For an access in a kernel with asynchronous copies.
+PTX_CALL void check_pending(const Shared &shared, u32 offset, int bytes, int line)
 {
-    for (int i = first; i < last; ++i)
+    for (int i = 0; i < bytes; ++i)
         if (shared.pending()[offset + i])
-            fault("shared memory used before the wait for the asynchronous copy to it", offset, last - first, line);
+            fault("shared memory used before the wait for the asynchronous copy to it", offset, bytes, line);
 }
 
 // ---- Asynchronous copies: "cp.async", "cp.async.commit_group", "cp.async.wait_group" -------------------------------
@@ -147,7 +147,7 @@ PTX_CALL void copy_async(const Shared &shared, u32 offset, u64 address, int byte
         fault("a cp.async of a part, which is not modelled", address, bytes, line);
     if (source_bytes)
         check_global<ARRAY>(address, bytes, line);
-    check_pending(shared, offset, 0, bytes, line);
+    check_pending(shared, offset, bytes, line);
     std::memset(shared.pending() + offset, 1, bytes);
     std::memset(target, 0xff, bytes);
     host_cuda::copy_later(target, reinterpret_cast<const void *>(address), bytes, source_bytes != 0);
@@ -221,5 +221,3 @@ PTX_CALL u32 shuffle(u32 value, u32 b, u32 c, u32 members, bool *in_range)
 }
 
 PTX bool vote_any(bool p, u32 members) { return host_cuda::ballot("vote.any", members, p, SITE, 0) != 0; }
-PTX bool vote_all(bool p, u32 members) { return host_cuda::ballot("vote.all", members, !p, SITE, 0) == 0; }
-PTX u32 vote_ballot(bool p, u32 members) { return host_cuda::ballot("vote.ballot", members, p, SITE, 0); }

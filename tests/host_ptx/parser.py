@@ -51,7 +51,6 @@ class Statement(NamedTuple):
     guard: str = ""  # "%p1" or "!%p1" of an instruction
     operation: str = ""  # with all modifiers
     operands: tuple[str, ...] = ()
-    used_bytes: int = -1  # mask of the bytes of a vector load that matter; -1 for all
 
 
 class Function(NamedTuple):
@@ -80,7 +79,7 @@ _LINE_DIRECTIVE = re.compile(r"\.(?:version|target|address_size|maxntid|minnctap
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"[^\n]*')
 _LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)[^\n]*")
 _SECTION = re.compile(r"\.section\s+[^{]*\{[^}]*\}")
-_PRAGMA = re.compile(r'\.pragma\s+"([^"]*)"\s*;')
+_PRAGMA = re.compile(r'\.pragma\s+"[^"]*"\s*;')
 _HEADER = re.compile(r"(?:\.(?:visible|weak|extern)\s+)*\.(entry|func)\s*(?:\(([^)]*)\)\s*)?([\w$]+)\s*"
                      r"(?:\(([^)]*)\))?[^{;]*([{;])")
 _VARIABLE = re.compile(r"(?:\.(?:visible|weak|extern)\s+)*\.(global|const|shared)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+"
@@ -109,7 +108,6 @@ class _Parser:
         self._files = {number: name[name.rfind("kernels/"):] if "kernels/" in name else name
                        for number, name in files.items()}
         self._location: Location | None = None
-        self._used_bytes = -1
 
     def module(self) -> Module:
         module = Module({}, {}, (), {})
@@ -135,7 +133,7 @@ class _Parser:
 
     def _function(self, header: re.Match) -> Function:
         statements, shared, depth = [], [], 1
-        self._location, self._used_bytes = None, -1
+        self._location = None
         while depth:
             if not self._more():
                 self._fail()
@@ -165,9 +163,8 @@ class _Parser:
         match = _INSTRUCTION.fullmatch(text)
         if not match:
             raise PtxSyntaxError(f"PTX line {line}: {text}")
-        used, self._used_bytes = self._used_bytes, -1
         return Statement("instruction", line, self._location, re.sub(r"\s+", " ", text), match[1] or "", match[2],
-                         tuple(_OPERAND.findall(match[3])), used)
+                         tuple(_OPERAND.findall(match[3])))
 
     def _skipped(self) -> bool:
         """Takes a directive that is no statement."""
@@ -177,12 +174,7 @@ class _Parser:
             if line := int(match[2]):  # 0 where the compiler names none
                 self._location = Location(self._files.get(match[1], match[1]), line)
             return True
-        if match := self._take(_PRAGMA):
-            name, _, value = match[1].partition(" ")
-            if name == "used_bytes_mask":
-                self._used_bytes = int(value, 0)
-            return True
-        return any(self._take(pattern) for pattern in (_LINE_DIRECTIVE, _FILE, _SECTION))
+        return any(self._take(pattern) for pattern in (_LINE_DIRECTIVE, _FILE, _SECTION, _PRAGMA))
 
     def _more(self) -> bool:
         self._position = _SPACE.match(self._text, self._position).end()

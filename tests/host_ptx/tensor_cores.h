@@ -1,19 +1,18 @@
 // mma and ldmatrix on a CPU, from the tables of the PTX ISA; kernels/ptx.cuh and its host branch have no part in it.
 //
 // Sums inside mma: without PTX_WORST one rounding of the sum of all exact products and the accumulator. With it, as
-// measured on GPUs: the terms of a chunk are aligned to the largest of them, truncated below EXTRA_BITS bits more
-// than a float has, added as integers, and the sum is truncated to a float. One mma adds its chunks in turn.
+// measured on GPUs: the terms of a chunk are aligned to the largest exponent of them, truncated below EXTRA_BITS bits
+// more than a float has, added as integers, and the sum is truncated to a float. One mma adds its chunks in turn.
 //
-//                       capability 8.0 to 8.9   from 9.0 on
+//                       capability 8.0 to 8.9   9.0, and taken for later ones
 //   chunk, bf16                  8                   16
 //   chunk, tf32                  4                    8
 //   extra bits                   1                    2
 //
-// The terms are aligned as normalized numbers, which is a bit less exact than hardware for products of 2 or more.
 // Subnormal operands and results are kept, whatever -ftz says.
-// Source: PTX ISA, "Matrix Fragments for mma.m16n8k8", "Matrix Fragments for mma.m16n8k16", "ldmatrix"; Fasi, Higham,
-// Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores" (2021), for capabilities 7.0 to 8.0; for 9.0 the same
-// measurements by Li et al., "FTTN" (2024).
+// Source: PTX ISA, "Matrix Fragments for mma.m16n8k8", "Matrix Fragments for mma.m16n8k16", "ldmatrix"; Khattak, Mikaitis,
+// "Accurate Models of NVIDIA Tensor Cores" (2025), for the A100 and the H100; Fasi, Higham, Mikaitis, Pranesh, "Numerical
+// behavior of NVIDIA tensor cores" (2021).
 #pragma once
 
 #include "memory.h"
@@ -41,31 +40,21 @@ PTX Exact exact_of(u32 x)
 
 PTX int bit_length(u64 x) { return x ? 64 - __builtin_clzll(x) : 0; }
 
-// mantissa 2^exponent as the bits of a float: truncated, or to nearest with ties to even.
-PTX u32 float_of(s64 signed_mantissa, int exponent, bool truncated)
+// mantissa 2^exponent as the bits of a float, truncated.
+PTX u32 float_of(s64 signed_mantissa, int exponent)
 {
     const u32 sign = signed_mantissa < 0 ? 0x80000000u : 0;
     u64 mantissa = signed_mantissa < 0 ? u64(-signed_mantissa) : u64(signed_mantissa);
     if (!mantissa)
         return 0;
     const int wanted = bit_length(mantissa) - 24, lowest = -149 - exponent, drop = wanted > lowest ? wanted : lowest;
-    if (drop > 0) {
-        const u64 rest = drop > 63 ? mantissa : mantissa & ((u64(1) << drop) - 1), half = u64(1) << (drop - 1) % 64;
-        mantissa = drop > 63 ? 0 : mantissa >> drop;
-        mantissa += !truncated && drop <= 63 && (rest > half || (rest == half && mantissa & 1));
-    } else {
-        mantissa <<= -drop;
-    }
+    mantissa = drop > 63 ? 0 : drop > 0 ? mantissa >> drop : mantissa << -drop;
     exponent += drop;
-    if (mantissa >> 24) {
-        mantissa >>= 1;
-        ++exponent;
-    }
     if (!(mantissa >> 23))
         return sign | u32(mantissa);  // subnormal, or zero
     const int biased = exponent + 150;
     if (biased >= 255)
-        return sign | (truncated ? 0x7f7fffffu : 0x7f800000u);
+        return sign | 0x7f7fffffu;
     return sign | u32(biased) << 23 | (mantissa & 0x7fffff);
 }
 
@@ -94,29 +83,32 @@ PTX u32 rounded_sum(u32 c, const u32 *a, const u32 *b, int n)
     return bits<u32>(f32(sum));
 }
 
+// The unit of all terms is 23 + EXTRA_BITS below the largest exponent. That of a product is the sum of its operands'
+// exponents, though the product may be 2 or more: it is not normalized.
 template <int N>
-PTX u32 truncated_sum(u32 c, const u32 *a, const u32 *b, int extra_bits)
+PTX u32 truncated_sum(u32 c, const u32 *a, const u32 *b)
 {
     Exact terms[N + 1];
-    int highest = -100000;
-    terms[N] = exact_of(c);
+    int highest = -1000;  // exponent of a term's leading bit, 23 above that of the last bit of a float
+    const auto add = [&](int i, Exact term, int leading) {
+        terms[i] = term;
+        if (term.mantissa && leading > highest)
+            highest = leading;
+    };
     for (int i = 0; i < N; ++i) {
         const Exact x = exact_of(a[i]), y = exact_of(b[i]);
-        terms[i] = {x.mantissa * y.mantissa, x.exponent + y.exponent};
+        add(i, {x.mantissa * y.mantissa, x.exponent + y.exponent}, x.exponent + 23 + y.exponent + 23);
     }
-    for (const Exact &term : terms)
-        if (term.mantissa) {
-            const int top = term.exponent + bit_length(term.mantissa < 0 ? u64(-term.mantissa) : u64(term.mantissa));
-            highest = top > highest ? top : highest;
-        }
-    const int unit = highest - 24 - extra_bits;
+    const Exact before = exact_of(c);
+    add(N, before, before.exponent + 23);
+    const int unit = highest - 23 - EXTRA_BITS;
     s64 sum = 0;
     for (const Exact &term : terms) {
         const int shift = term.exponent - unit;
         if (term.mantissa)
             sum += shift >= 0 ? term.mantissa << shift : shift > -63 ? term.mantissa / (s64(1) << -shift) : 0;
     }
-    return float_of(sum, unit, true);
+    return float_of(sum, unit);
 }
 
 template <int N>
@@ -128,7 +120,7 @@ PTX u32 chunk_sum(u32 c, const u32 *a, const u32 *b)
     if (!finite)
         return unbounded_sum(c, a, b, N);
 #if defined(PTX_WORST)
-    return truncated_sum<N>(c, a, b, EXTRA_BITS);
+    return truncated_sum<N>(c, a, b);
 #else
     return rounded_sum(c, a, b, N);
 #endif

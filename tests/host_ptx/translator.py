@@ -15,6 +15,7 @@ __all__ = ["Translated", "Untranslated", "translate"]
 
 C_TYPES = {"u8": "u8", "u16": "u16", "u32": "u32", "u64": "u64", "s8": "s8", "s16": "s16", "s32": "s32", "s64": "s64",
            "b8": "u8", "b16": "u16", "b32": "u32", "b64": "u64", "f32": "f32", "f64": "f64", "pred": "bool"}
+FLOATS = {"f32": "u32", "f64": "u64"}  # float -> the type of its bits
 POISON = {"f32": "F(~0u)", "f64": "bits<f64>(~u64(0))", "bool": "false"}
 SPECIAL = {"tid": "threadIdx", "ntid": "blockDim", "ctaid": "blockIdx", "nctaid": "gridDim"}
 COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">",
@@ -189,9 +190,10 @@ class _Code:
         register = _name(text)
         if register in self._classes:
             held = self._classes[register]
-            if held[0] == "f" != c[0] or (c[0] == "f" != held[0]):
-                return f"bits<{c}>({'u32' if _size(type_) == 4 else 'u64'}(r_{register}))" if held[0] != "f" else \
-                    f"{c}(bits<{'u32' if held == 'f32' else 'u64'}>(r_{register}))"
+            if c in FLOATS and held not in FLOATS:
+                return f"bits<{c}>({FLOATS[c]}(r_{register}))"
+            if held in FLOATS and c not in FLOATS:
+                return f"{c}(bits<{FLOATS[held]}>(r_{register}))"
             return f"{c}(r_{register})"
         return f"{c}({self._address_of(text)})"
 
@@ -207,12 +209,17 @@ class _Code:
         register, c = _name(destination), C_TYPES[type_]
         if register == "_":
             return f"(void)({expression});"
-        held = self._classes[register]
-        if (held[0] == "f") != (c[0] == "f"):
-            expression = f"bits<{held if held[0] == 'f' else 'u32' if c == 'f32' else 'u64'}>({c}({expression}))"
-        else:
-            expression = f"{c}({expression})"
+        held, expression = self._classes[register], f"{c}({expression})"
+        if held in FLOATS and c not in FLOATS:
+            expression = f"bits<{held}>({expression})"
+        elif c in FLOATS and held not in FLOATS:
+            expression = f"bits<{FLOATS[c]}>({expression})"
         return f"r_{register} = {held}({expression});"
+
+    def computed(self, statement: Statement, template: str, type_: str, of: str = "") -> str:
+        """The statement that gives the first operand an expression, of a type, of the other operands, of type `of`."""
+        values = [self.value(operand, of or type_) for operand in statement.operands[1:]]
+        return self.assign(statement.operands[0], template.format(*values), type_)
 
     def address(self, text: str, bits: int = 64) -> str:
         """An operand in brackets, a register or a name plus an offset."""
@@ -244,8 +251,7 @@ def _layout(variables: Iterable[Variable], dynamic: Iterable[str]) -> tuple[dict
     return offsets | dict.fromkeys(dynamic, end), end
 
 
-_KEEPS_ORIGIN = re.compile(r"(?:add|sub)\.[su]64|mov\.[bu]64|cvta\.to\.global\.u64|selp\.[bu]64"
-                           r"|mad\.(?:lo|wide)\.[su]\d+")
+_KEEPS_ORIGIN = re.compile(r"(?:add|sub)\.[su]64|mov\.[bu]64|cvta\.to\.global\.u64|selp\.[bu]64")
 _SEVERAL = -1
 
 
@@ -373,7 +379,7 @@ def _(code, statement, match):
     lines = [f"const u32 at = {code.address(statement.operands[1], 32)};",
              f"const u8 *from = in_shared(shared, at, {size * len(registers)}, {line});"]
     if code.copies:
-        lines.append(f"check_pending(shared, at, 0, {size * len(registers)}, {line});")
+        lines.append(f"check_pending(shared, at, {size * len(registers)}, {line});")
     lines += [f"const {c} t{i} = reinterpret_cast<const {c} *>(from)[{i}];" for i in range(len(registers))]
     lines += [code.assign(register, f"t{i}", type_) for i, register in enumerate(registers)]
     return "{ " + " ".join(lines) + " }"
@@ -386,7 +392,7 @@ def _(code, statement, match):
     lines = [f"const u32 at = {code.address(statement.operands[0], 32)};",
              f"u8 *to = in_shared(shared, at, {_size(type_) * len(values)}, {line});"]
     if code.copies:
-        lines.append(f"check_pending(shared, at, 0, {_size(type_) * len(values)}, {line});")
+        lines.append(f"check_pending(shared, at, {_size(type_) * len(values)}, {line});")
     lines += [f"reinterpret_cast<{c} *>(to)[{i}] = {code.value(value, type_)};" for i, value in enumerate(values)]
     return "{ " + " ".join(lines) + " }"
 
@@ -459,16 +465,10 @@ def _(code, statement, match):
     return code.assign(destination, f"shuffle<'{match[1][0]}'>({values}, {inside})", "u32")
 
 
-@rule(r"vote\.sync\.(any|all)\.pred", "9.7.13.9 vote.sync")
+@rule(r"vote\.sync\.any\.pred", "9.7.13.9 vote.sync")
 def _(code, statement, match):
     p, members = code.value(statement.operands[1], "pred"), code.value(statement.operands[2], "u32")
-    return code.assign(statement.operands[0], f"vote_{match[1]}({p}, {members})", "pred")
-
-
-@rule(r"vote\.sync\.ballot\.b32", "9.7.13.9 vote.sync")
-def _(code, statement, match):
-    p, members = code.value(statement.operands[1], "pred"), code.value(statement.operands[2], "u32")
-    return code.assign(statement.operands[0], f"vote_ballot({p}, {members})", "u32")
+    return code.assign(statement.operands[0], f"vote_any({p}, {members})", "pred")
 
 
 @rule(r"mma\.sync\.aligned\.m16n8k(?:16\.row\.col\.f32\.(bf16)\.bf16|8\.row\.col\.f32\.(tf32)\.tf32)\.f32",
@@ -484,7 +484,7 @@ def _(code, statement, match):
 
 @rule(r"ldmatrix\.sync\.aligned\.m8n8\.x4(\.trans)?\.shared\.b16", "9.7.14.5.15 ldmatrix")
 def _(code, statement, match):
-    pending = f"check_pending(shared, at, 0, 16, {statement.line}); " if code.copies else ""
+    pending = f"check_pending(shared, at, 16, {statement.line}); " if code.copies else ""
     results = " ".join(code.assign(register, f"D[{i}]", "u32")
                        for i, register in enumerate(_vector(statement.operands[0])))
     return (f"{{ u32 D[4]; const u32 at = {code.address(statement.operands[1], 32)}; "
@@ -539,14 +539,12 @@ def _(code, statement, match):
 
 @rule(r"(and|or|xor)\.(pred|b16|b32|b64)", "9.7.8 Logic and Shift Instructions")
 def _(code, statement, match):
-    a, b = (code.value(operand, match[2]) for operand in statement.operands[1:])
-    return code.assign(statement.operands[0], f"{a} {SIGNS[match[1]]} {b}", match[2])
+    return code.computed(statement, f"{{}} {SIGNS[match[1]]} {{}}", match[2])
 
 
 @rule(r"not\.(pred|b16|b32|b64)", "9.7.8 Logic and Shift Instructions: not")
 def _(code, statement, match):
-    sign = "!" if match[1] == "pred" else "~"
-    return code.assign(statement.operands[0], sign + code.value(statement.operands[1], match[1]), match[1])
+    return code.computed(statement, "!{}" if match[1] == "pred" else "~{}", match[1])
 
 
 @rule(r"(shl|shr)\.([bsu](?:16|32|64))", "9.7.8 Logic and Shift Instructions: shl, shr")
@@ -559,155 +557,119 @@ def _(code, statement, match):
 
 @rule(r"(add|sub)\.[su](16|32|64)", "9.7.1 Integer Arithmetic Instructions: add, sub")
 def _(code, statement, match):
-    type_ = f"u{match[2]}"
-    a, b = (code.value(operand, type_) for operand in statement.operands[1:])
-    return code.assign(statement.operands[0], f"{a} {SIGNS[match[1]]} {b}", type_)
+    return code.computed(statement, f"{{}} {SIGNS[match[1]]} {{}}", f"u{match[2]}")
 
 
 @rule(r"(mul|mad)\.lo\.[su](16|32|64)", "9.7.1 Integer Arithmetic Instructions: mul, mad")
 def _(code, statement, match):
-    type_ = f"u{match[2]}"
-    a, b, *c = (code.value(operand, type_) for operand in statement.operands[1:])
-    return code.assign(statement.operands[0], f"u64({a}) * u64({b}){f' + {c[0]}' if c else ''}", type_)
+    return code.computed(statement, "u64({}) * u64({})" + " + {}" * (match[1] == "mad"), f"u{match[2]}")
 
 
-@rule(r"(mul|mad)\.wide\.([su])(16|32)", "9.7.1 Integer Arithmetic Instructions: mul, mad")
+@rule(r"mul\.wide\.([su])(16|32)", "9.7.1 Integer Arithmetic Instructions: mul")
 def _(code, statement, match):
-    narrow, wide = match[2] + match[3], match[2] + str(2 * int(match[3]))
-    a, b = (f"{wide}({code.value(operand, narrow)})" for operand in statement.operands[1:3])
-    c = f" + {code.value(statement.operands[3], wide)}" if match[1] == "mad" else ""
-    return code.assign(statement.operands[0], f"{a} * {b}{c}", wide)
+    wide = match[1] + str(2 * int(match[2]))
+    return code.computed(statement, f"{wide}({{}}) * {wide}({{}})", wide, of=match[1] + match[2])
 
 
 @rule(r"mul\.hi\.([su])(32|64)", "9.7.1 Integer Arithmetic Instructions: mul")
 def _(code, statement, match):
-    type_, wide = match[1] + match[2], "unsigned __int128" if match[1] == "u" else "__int128"
-    a, b = (f"({wide})({code.value(operand, type_)})" for operand in statement.operands[1:])
-    return code.assign(statement.operands[0], f"{a} * {b} >> {match[2]}", type_)
+    wide = "unsigned __int128" if match[1] == "u" else "__int128"
+    return code.computed(statement, f"({wide})({{}}) * ({wide})({{}}) >> {match[2]}", match[1] + match[2])
 
 
 @rule(r"(div|rem|min|max)\.([su](?:16|32|64))", "9.7.1 Integer Arithmetic Instructions: div, rem, min, max")
 def _(code, statement, match):
-    a, b = (code.value(operand, match[2]) for operand in statement.operands[1:])
-    text = {"div": f"divided({a}, {b})", "rem": f"remainder_of({a}, {b})", "min": f"{a} < {b} ? {a} : {b}",
-            "max": f"{a} > {b} ? {a} : {b}"}[match[1]]
-    return code.assign(statement.operands[0], text, match[2])
+    text = {"div": "divided({}, {})", "rem": "remainder_of({}, {})", "min": "{0} < {1} ? {0} : {1}",
+            "max": "{0} > {1} ? {0} : {1}"}[match[1]]
+    return code.computed(statement, text, match[2])
 
 
 @rule(r"neg\.s(16|32|64)", "9.7.1 Integer Arithmetic Instructions: neg")
 def _(code, statement, match):
-    type_ = f"u{match[1]}"
-    return code.assign(statement.operands[0], f"0 - {code.value(statement.operands[1], type_)}", type_)
+    return code.computed(statement, "0 - {}", f"u{match[1]}")
 
 
 @rule(r"bfi\.(b32|b64)", "9.7.1 Integer Arithmetic Instructions: bfi")
 def _(code, statement, match):
-    a, b = (code.value(operand, match[1]) for operand in statement.operands[1:3])
-    where = ", ".join(code.value(operand, "u32") for operand in statement.operands[3:])
-    return code.assign(statement.operands[0], f"bfi<{C_TYPES[match[1]]}>({a}, {b}, {where})", match[1])
+    return code.computed(statement, f"bfi<{C_TYPES[match[1]]}>({{}}, {{}}, u32({{}}), u32({{}}))", match[1])
 
 
 @rule(r"clz\.(b32|b64)", "9.7.1 Integer Arithmetic Instructions: clz")
 def _(code, statement, match):
-    return code.assign(statement.operands[0], f"clz({code.value(statement.operands[1], match[1])})", "u32")
-
-
-@rule(r"popc\.b32", "9.7.1 Integer Arithmetic Instructions: popc")
-def _(code, statement, match):
-    return code.assign(statement.operands[0], f"__builtin_popcount({code.value(statement.operands[1], 'b32')})", "u32")
+    return code.computed(statement, "clz({})", "u32", of=match[1])
 
 
 # ---- Floats: every float kernel is compiled with -ftz=true, and flush_subnormals() makes the CPU flush --------------
 
-@rule(r"(add|sub|mul)\.(?:rn\.)?(?:ftz\.f32|(?:rn\.)?f64)", "9.7.3 Floating Point Instructions: add, sub, mul")
+@rule(r"(add|sub|mul)\.(ftz\.f32|f64)", "9.7.3 Floating Point Instructions: add, sub, mul")
 def _(code, statement, match):
-    type_ = statement.operation[-3:]
-    a, b = (code.value(operand, type_) for operand in statement.operands[1:])
-    return code.assign(statement.operands[0], f"{a} {SIGNS[match[1]]} {b}", type_)
+    return code.computed(statement, f"{{}} {SIGNS[match[1]]} {{}}", match[2][-3:])
 
 
-@rule(r"div\.rn\.(?:ftz\.(f32)|(f64))", "9.7.3 Floating Point Instructions: div")
+@rule(r"div\.rn\.(ftz\.f32|f64)", "9.7.3 Floating Point Instructions: div")
 def _(code, statement, match):
-    type_ = match[1] or match[2]
-    a, b = (code.value(operand, type_) for operand in statement.operands[1:])
-    return code.assign(statement.operands[0], f"{a} / {b}", type_)
+    return code.computed(statement, "{} / {}", match[1][-3:])
 
 
-@rule(r"fma\.rn\.(?:ftz\.(f32)|(f64))", "9.7.3 Floating Point Instructions: fma")
+@rule(r"fma\.rn\.(ftz\.f32|f64)", "9.7.3 Floating Point Instructions: fma")
 def _(code, statement, match):
-    type_ = match[1] or match[2]
-    values = ", ".join(code.value(operand, type_) for operand in statement.operands[1:])
-    return code.assign(statement.operands[0], f"{'__builtin_fmaf' if match[1] else '__builtin_fma'}({values})", type_)
+    return code.computed(statement, "std::fma({}, {}, {})", match[1][-3:])
 
 
 @rule(r"fma\.rm\.ftz\.f32", "9.7.3 Floating Point Instructions: fma")
 def _(code, statement, match):
-    values = ", ".join(code.value(operand, "f32") for operand in statement.operands[1:])
-    return code.assign(statement.operands[0], f"fma_down({values})", "f32")
+    return code.computed(statement, "fma_down({}, {}, {})", "f32")
 
 
-@rule(r"(ex2|lg2|rcp|rsqrt)\.approx\.ftz\.f32", "9.7.3 Floating Point Instructions: ex2, lg2, rcp, rsqrt")
+@rule(r"(ex2|rcp|rsqrt)\.approx\.ftz\.f32", "9.7.3 Floating Point Instructions: ex2, rcp, rsqrt")
 def _(code, statement, match):
-    return code.assign(statement.operands[0], f"{match[1]}_approx({code.value(statement.operands[1], 'f32')})", "f32")
+    return code.computed(statement, f"{match[1]}_approx({{}})", "f32")
 
 
 @rule(r"sqrt\.rn\.ftz\.f32", "9.7.3 Floating Point Instructions: sqrt")
 def _(code, statement, match):
-    return code.assign(statement.operands[0], f"std::sqrt({code.value(statement.operands[1], 'f32')})", "f32")
+    return code.computed(statement, "std::sqrt({})", "f32")
 
 
 @rule(r"(max|min)\.ftz\.f32", "9.7.3 Floating Point Instructions: max, min")
 def _(code, statement, match):
-    a, b = (code.value(operand, "f32") for operand in statement.operands[1:])
-    return code.assign(statement.operands[0], f"{'largest' if match[1] == 'max' else 'smallest'}({a}, {b})", "f32")
+    return code.computed(statement, "largest({}, {})" if match[1] == "max" else "smallest({}, {})", "f32")
 
 
 @rule(r"(neg|abs)\.ftz\.f32", "9.7.3 Floating Point Instructions: neg, abs")
 def _(code, statement, match):
-    a = f"flushed({code.value(statement.operands[1], 'f32')})"
-    return code.assign(statement.operands[0], f"-{a}" if match[1] == "neg" else f"std::fabs({a})", "f32")
+    return code.computed(statement, "-flushed({})" if match[1] == "neg" else "std::fabs(flushed({}))", "f32")
 
 
 @rule(r"copysign\.f32", "9.7.3 Floating Point Instructions: copysign")
 def _(code, statement, match):
-    sign, magnitude = (code.value(operand, "f32") for operand in statement.operands[1:])
-    return code.assign(statement.operands[0], f"std::copysign({magnitude}, {sign})", "f32")
+    return code.computed(statement, "std::copysign({1}, {0})", "f32")
 
 
 # ---- Conversions ----------------------------------------------------------------------------------------------------
 
-@rule(r"cvt\.([su](?:8|16|32|64))\.([su](?:8|16|32|64))", "9.7.9.21 cvt")
+@rule(r"cvt\.([su](?:8|16|32|64))\.([su](?:8|16|32|64))|cvt\.rn\.(f32|f64)\.([su](?:32|64))"
+      r"|cvt\.ftz\.(f64)\.(f32)|cvt\.rn\.ftz\.(f32)\.(f64)", "9.7.9.21 cvt")
 def _(code, statement, match):
-    return code.assign(statement.operands[0], code.value(statement.operands[1], match[2]), match[1])
-
-
-@rule(r"cvt\.rn\.(f32|f64)\.([su](?:32|64))", "9.7.9.21 cvt")
-def _(code, statement, match):
-    return code.assign(statement.operands[0], code.value(statement.operands[1], match[2]), match[1])
-
-
-@rule(r"cvt\.ftz\.f64\.f32|cvt\.rn\.ftz\.f32\.f64", "9.7.9.21 cvt")
-def _(code, statement, match):
-    to, source = statement.operation.split(".")[-2:]
-    return code.assign(statement.operands[0], code.value(statement.operands[1], source), to)
+    to, source = filter(None, match.groups())
+    return code.computed(statement, "{}", to, of=source)
 
 
 @rule(r"cvt\.ftz\.sat\.f32\.f32", "9.7.9.21 cvt")
 def _(code, statement, match):
-    return code.assign(statement.operands[0], f"saturated({code.value(statement.operands[1], 'f32')})", "f32")
+    return code.computed(statement, "saturated({})", "f32")
 
 
 @rule(r"cvt\.rn\.bf16\.f32", "9.7.9.21 cvt")
 def _(code, statement, match):
-    return code.assign(statement.operands[0], f"bf16_of({code.value(statement.operands[1], 'f32')})", "b16")
+    return code.computed(statement, "bf16_of({})", "b16", of="f32")
 
 
 @rule(r"cvt\.rn\.bf16x2\.f32", "9.7.9.21 cvt")
 def _(code, statement, match):
-    high, low = (f"bf16_of({code.value(operand, 'f32')})" for operand in statement.operands[1:])
-    return code.assign(statement.operands[0], f"{high} << 16 | {low}", "b32")
+    return code.computed(statement, "bf16_of({}) << 16 | bf16_of({})", "b32", of="f32")
 
 
 @rule(r"cvt\.rna\.tf32\.f32", "9.7.9.21 cvt")
 def _(code, statement, match):
-    return code.assign(statement.operands[0], f"tf32_of({code.value(statement.operands[1], 'f32')})", "b32")
+    return code.computed(statement, "tf32_of({})", "b32", of="f32")
