@@ -146,16 +146,6 @@ def _run(op: str, **options) -> int:
     return run(op, **options)
 
 
-def _check(json: bool = False) -> int:
-    """Compare the kernels on this machine's GPU with the reference; returns the exit status.
-
-    Raises: DeviceError where CuPy or a GPU is missing.
-    """
-    from char_gru.rnn.check import run  # which imports this package
-
-    return run(json)
-
-
 def command(arguments: Sequence[str] | None = None) -> int:
     """The command line.
 
@@ -188,13 +178,13 @@ def command(arguments: Sequence[str] | None = None) -> int:
                         help="in which threads and blocks get their turns (default: ascending)")
     of_run.add_argument("--trace", action="store_true", help="print every access and every wait, not only their sums")
     options = vars(parser.parse_args(arguments))
-    modes = [mode for mode in ("check", "plan", "run") if mode in options]
+    modes = [mode for mode in _OPTIONS if mode in options]
     if len(modes) > 1:
         parser.error(f"--{modes[0]} and --{modes[1]} exclude each other")
     mode = modes[0] if modes else "compile"
     for name in options:
         if name not in (mode, *_OPTIONS[mode]):
-            where = [f"--{other}" for other in ("check", "plan", "run") if name in _OPTIONS[other]]
+            where = [f"--{other}" for other in _OPTIONS if name in _OPTIONS[other] and other != "compile"]
             parser.error(f"--{name.replace('_', '-')} is for {' or '.join(where) or 'compiling'}")
     try:
         if mode == "compile":
@@ -203,7 +193,9 @@ def command(arguments: Sequence[str] | None = None) -> int:
             return _run(options.pop("run"), **options)
         del options[mode]
         if mode == "check":
-            return _check(**options)
+            from char_gru.rnn.check import run  # which imports this package
+
+            return run("json" in options)
         device_like = options.pop("device_like", None)
         print("\n".join(plan_lines(GPUS[device_like] if device_like else current_executor().gpu, **options)))
     except (DeviceError, ValueError) as error:

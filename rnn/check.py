@@ -52,7 +52,7 @@ class Window(NamedTuple):
 
 
 WINDOWS = (
-    Window(T=5, B=37, E=33, H=131, V=67, rows=(1, 5, 37)),  # one above or below every tile's edge; odd rows of bytes
+    Window(T=5, B=37, E=33, H=131, V=67, rows=(1, 5, 37)),  # odd: no tile is full, no row aligned
     Window(T=4, B=32, E=64, H=256, V=66, rows=(1,)),  # README's small model
     Window(T=3, B=64, E=256, H=1024, V=66, rows=(1, 64)),  # the tutorial's
 )

@@ -49,6 +49,28 @@ def ordered_executor(request):
         yield executor
 
 
+@pytest.fixture
+def plant(monkeypatch):
+    """Kernels run on the CPU, and `plant(old, new)` changes the one place of their sources that has a text."""
+    planted = {}
+
+    def planting(old: str, new: str) -> None:
+        def changed(stem, constants):
+            text = source(stem, constants)
+            assert text.count(old) <= 1, f"{text.count(old)} times in {stem}.cu: {old}"
+            planted[old] |= old in text
+            return text.replace(old, new)
+
+        source = runtime.source
+        planted[old] = False
+        monkeypatch.setattr(runtime, "source", changed)
+
+    _require_compiler()
+    with runtime.use(host_cuda.HostExecutor()):
+        yield planting
+    assert all(planted.values()), f"no source that was compiled has all of {list(planted)}"
+
+
 def _cpu_executor(config, order="ascending"):
     """Runs kernels from their source, or with --ptx from their PTX."""
     return config.pluginmanager.get_plugin("tests.host_ptx.plugin").executor_of(config, order) or (

@@ -3,7 +3,6 @@ GPU ends in a traceback."""
 
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -24,19 +23,6 @@ def results(chosen: str) -> list[check.Result]:
     """Of the checks whose name a regular expression finds."""
     return list(check.results_of((name, function) for name, function in check.checks_of((SMALL,))
                                  if re.search(chosen, name)))
-
-
-@pytest.fixture
-def plant(monkeypatch):
-    """Kernels run on the CPU, and `plant(old, new)` changes their source."""
-    def planted(old: str, new: str) -> None:
-        source = runtime.source
-        monkeypatch.setattr(runtime, "source", lambda *module: source(*module).replace(old, new))
-
-    if host_cuda.compiler() is None:
-        pytest.skip("the kernels run on the CPU only where there is a C++ compiler")
-    with runtime.use(host_cuda.HostExecutor()):
-        yield planted
 
 
 @pytest.mark.slow
@@ -179,15 +165,3 @@ def test_training_on_a_gpu_that_is_newer_says_so_once(tmp_path, monkeypatch, cap
     line = (f"train.py: a GPU has compute capability {capability / 10}, for which no kernel has been compiled in the "
             "tests: let `python -m char_gru.kernels --check` compare its results with the reference first")
     assert capfd.readouterr().err.splitlines().count(line) == said
-
-
-@pytest.mark.parametrize("arguments, complaint", [
-    (["--check"], "CuPy is not installed: pip install"), (["--json"], "--json is for --check"),
-    (["--check", "--plan"], "--check and --plan exclude each other")])
-def test_check_without_a_gpu_is_one_line_and_status_2(arguments, complaint, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(SystemExit) as stop:
-        program.command(arguments)
-    output = capsys.readouterr()
-    assert stop.value.code == 2 and output.out == ""
-    assert output.err.startswith(f"python -m kernels: {complaint}") and output.err.count("\n") == 1

@@ -246,7 +246,6 @@ def test_gpu_that_nvrtc_does_not_know_is_said_in_one_line(folder, capability, sa
     assert re.fullmatch("train.py: " + said, done.stderr.splitlines()[-1])
 
 
-
 # Texts
 
 @pytest.mark.parametrize("prompts, arguments, options", [

@@ -9,7 +9,6 @@ from char_gru.rnn import reference
 from char_gru.rnn.params import named_views
 from char_gru.rnn.sampler import Generator
 from char_gru.rnn.vocabulary import Vocabulary
-from tests import host_cuda
 from tests.helpers import texts
 from tests.helpers.drawn import assert_drawn
 from tests.helpers.texts import (
@@ -217,24 +216,6 @@ KERNEL_FAULTS = {  # variant, V, a text of the kernel's source, and the text tha
         "batched", 13, "uniforms_tr[offset]", "uniforms_tr[max(t - 1, 0) * R + first_row + row]"),
     "the character of another row is read": ("persistent", 13, "ids_read[row]", "ids_read[0]"),
 }
-
-
-@pytest.fixture
-def plant(monkeypatch):
-    """Kernels run on the CPU, and `plant(old, new)` changes their source."""
-    def planted(old: str, new: str) -> None:
-        def changed(stem, constants):
-            text = source(stem, constants)
-            assert text.count(old) == 1, f"{text.count(old)} times in {stem}.cu: {old}"
-            return text.replace(old, new)
-
-        source = runtime.source
-        monkeypatch.setattr(runtime, "source", changed)
-
-    if host_cuda.compiler() is None:
-        pytest.skip("the kernels run on the CPU only where there is a C++ compiler")
-    with runtime.use(host_cuda.HostExecutor()):
-        yield planted
 
 
 @pytest.mark.parametrize("name", [

@@ -268,7 +268,10 @@ def test_command_is_what_the_module_runs():
     (["--plan", "--arch", "sm_75"], "--arch is for compiling"),
     (["--plan", "--trace"], "--trace is for --run"),
     (["--plan", "--run", "adam"], "--plan and --run exclude each other"),
+    (["--check", "--plan"], "--check and --plan exclude each other"),
+    (["--json"], "--json is for --check"),
     (["--plan"], "CuPy is not installed"),
+    (["--check"], "CuPy is not installed: pip install"),
 ])
 def test_a_bad_command_line_is_one_line_and_status_2(arguments, complaint, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cupy", None)
