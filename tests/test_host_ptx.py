@@ -227,6 +227,7 @@ def test_subnormal_numbers_are_flushed():
     run(each(["add.ftz.f32 d, a, b", "mul.ftz.f32 d, a, c", "neg.ftz.f32 d, a"], "f32"), tiny, 0 * tiny,
         np.full(32, 2, np.float32), out)
     assert (out == 0).all() and np.signbit(out[2]).all()
+    assert (tiny + tiny > 0).all(), "NumPy flushes now, too"
 
 
 @pytest.mark.parametrize("worst", [False, True])

@@ -4,8 +4,8 @@
 // operations flush their operands and results as .ftz does; an operation that moves bits flushes by flushed(). The
 // same mode flushes subnormal doubles, which PTX does not; a NaN keeps its payload, where PTX writes 0x7fffffff.
 //
-// PTX_WORST: each approximate instruction errs by the largest error that the PTX ISA allows it, up or down by the bits
-// of its argument, except where its table of special values says what comes out.
+// PTX_WORST: each approximate instruction errs by the bound that is written at it, up or down by the bits of its
+// argument, except where the PTX ISA's table of special values says what comes out.
 // Source: PTX ISA, "Instruction Set".
 #pragma once
 

@@ -11,8 +11,8 @@
 //
 // Subnormal operands and results are kept, whatever -ftz says.
 // Source: PTX ISA, "Matrix Fragments for mma.m16n8k8", "Matrix Fragments for mma.m16n8k16", "ldmatrix"; Khattak,
-// Mikaitis, "Accurate Models of NVIDIA Tensor Cores" (2025), for the A100 and the H100; Fasi, Higham, Mikaitis, Pranesh,
-// "Numerical behavior of NVIDIA tensor cores" (2021).
+// Mikaitis, "Accurate Models of NVIDIA Tensor Cores" (2025), for the A100 and the H100; Fasi, Higham, Mikaitis,
+// Pranesh, "Numerical behavior of NVIDIA tensor cores" (2021).
 #pragma once
 
 #include "memory.h"
