@@ -12,6 +12,7 @@ from char_gru.kernels.matmul import matmul
 from char_gru.rnn import check, reference
 from tests import host_cuda, host_ptx
 from tests.helpers.compare import assert_close
+from tests.host_ptx.parser import parse
 
 pytest.importorskip("cuda.bindings")  # with it comes NVRTC
 
@@ -61,6 +62,23 @@ def test_multistage_products_from_ptx_match_reference(architecture, precision, t
         C = runtime.empty((M, N), np.float32)
         matmul(*on_device, C, precision=precision, variant="multistage", **{transposed: True} if transposed else {})
     assert_close("C", C, A.astype(float) @ B.astype(float), reference.product(A, B, precision))
+
+
+def test_a_barrier_polls_without_an_acquire_and_acquires_once_behind_the_loop():
+    """An acquire invalidates L1: in the loop it would do so in each turn."""
+    source = """
+        #include "barrier.cuh"
+        extern "C" __global__ void kernel(unsigned *counters)
+        {
+            Group(counters, 0, blockIdx.x, gridDim.x).barrier();
+        }"""
+    statements = parse(runtime.ptx_for(runtime.assemble("test.cu", source, {}), "sm_90")).functions["kernel"].statements
+    labels = {statement.text: i for i, statement in enumerate(statements) if statement.kind == "label"}
+    [poll] = (i for i, statement in enumerate(statements) if statement.operation == "ld.relaxed.gpu.global.u32")
+    [acquire] = (i for i, statement in enumerate(statements) if statement.operation == "ld.acquire.gpu.global.u32")
+    [turn] = (i for i, statement in enumerate(statements) if statement.operation == "bra" and i > poll
+              and labels[statement.operands[0]] <= poll)
+    assert poll < turn < acquire
 
 
 def test_orders_of_threads_give_the_same_bits():
