@@ -2,6 +2,8 @@
 
 Registers become local variables, labels goto's, shared memory offsets in one buffer. Each rule below knows one kind of
 instruction with exactly the modifiers that its pattern names; anything else raises Untranslated.
+
+Source: PTX ISA, "Instructions", which has a section for each instruction, under its name.
 """
 
 import functools
@@ -36,21 +38,16 @@ class Translated(NamedTuple):
     blocks: list[tuple[str, list[Statement]]]  # function, statements; the number of a block is its index
 
 
-class Rule(NamedTuple):
-    """A pattern of operations, the section of the PTX ISA that says what they do, and the C++ of one of them."""
+Text = Callable[["_Code", Statement, re.Match], str]
+"""The C++ of an instruction, whose operation a rule's pattern matches."""
 
-    pattern: re.Pattern
-    section: str
-    text: Callable[..., str]
+RULES: list[tuple[re.Pattern, Text]] = []
 
 
-RULES: list[Rule] = []
-
-
-def rule(pattern: str, section: str):
-    """Registers a function (code, statement, match) -> C++ for the operations that a pattern matches in full."""
-    def register(function):
-        RULES.append(Rule(re.compile(pattern), section, function))
+def rule(pattern: str):
+    """Registers a function for the operations that a pattern matches in full."""
+    def register(function: Text) -> Text:
+        RULES.append((re.compile(pattern), function))
         return function
 
     return register
@@ -76,7 +73,7 @@ def translate(module: Module, capability: int, worst: bool = False) -> Translate
 
 
 def _global(variable: Variable) -> str:
-    """A variable of the module, as "5.1.4 Global State Space" has it."""
+    """A variable of the module, in global memory."""
     value = variable.value if variable.value.startswith("{") else "{" + variable.value + "}"
     return (f"alignas({variable.alignment}) [[maybe_unused]] static {C_TYPES[variable.type]} g_{_name(variable.name)}"
             f"[{variable.count}] = {value};\n")
@@ -165,10 +162,10 @@ class _Code:
         return text
 
     def _instruction(self, statement: Statement) -> str:
-        known, match = _rule_of(statement.operation)
-        if known is None:
+        text, match = _rule_of(statement.operation)
+        if text is None:
             raise Untranslated(f"{self.function.name}, PTX line {statement.line}: {statement.text}")
-        return known.text(self, statement, match)
+        return text(self, statement, match)
 
     # ---- Operands ----
 
@@ -233,10 +230,10 @@ class _Code:
 
 
 @functools.cache
-def _rule_of(operation: str) -> tuple[Rule | None, re.Match | None]:
-    for known in RULES:
-        if match := known.pattern.fullmatch(operation):
-            return known, match
+def _rule_of(operation: str) -> tuple[Text | None, re.Match | None]:
+    for pattern, text in RULES:
+        if match := pattern.fullmatch(operation):
+            return text, match
     return None, None
 
 
@@ -287,17 +284,17 @@ def _vector(text: str) -> list[str]:
 
 # ---- Control flow ---------------------------------------------------------------------------------------------------
 
-@rule(r"bra(\.uni)?", "9.7.12.3 bra")
+@rule(r"bra(\.uni)?")
 def _(code, statement, match):
     return f"goto {_name(statement.operands[0])};"
 
 
-@rule(r"ret|exit", "9.7.12.5 ret, 9.7.12.6 exit")
+@rule(r"ret|exit")
 def _(code, statement, match):
     return "return;"
 
 
-@rule(r"call(\.uni)?", "9.7.12.4 call")
+@rule(r"call(\.uni)?")
 def _(code, statement, match):
     lists = [_vector(operand.strip("()")) for operand in statement.operands if operand.startswith("(")]
     name = next(operand for operand in statement.operands if not operand.startswith("("))
@@ -307,7 +304,7 @@ def _(code, statement, match):
 
 # ---- Parameters -----------------------------------------------------------------------------------------------------
 
-@rule(r"ld\.param(?:\.v[24])?\.(\w+)", "9.7.9.8 ld")
+@rule(r"ld\.param(?:\.v[24])?\.(\w+)")
 def _(code, statement, match):
     type_, registers = match[1], _vector(statement.operands[0])
     name, offset = re.fullmatch(r"\[([\w$]+)(?:\+(\d+))?\]", statement.operands[1]).groups()
@@ -321,7 +318,7 @@ def _(code, statement, match):
     return " ".join(lines)
 
 
-@rule(r"st\.param(?:\.v[24])?\.(\w+)", "9.7.9.12 st")
+@rule(r"st\.param(?:\.v[24])?\.(\w+)")
 def _(code, statement, match):
     type_, lines = match[1], []
     name, offset = re.fullmatch(r"\[([\w$]+)(?:\+(\d+))?\]", statement.operands[0]).groups()
@@ -334,7 +331,7 @@ def _(code, statement, match):
 
 # ---- Memory ---------------------------------------------------------------------------------------------------------
 
-@rule(r"ld\.(?:(relaxed|acquire)\.gpu|volatile)\.global\.(u32|b32|u64)", "9.7.9.8 ld, 8 Memory Consistency Model")
+@rule(r"ld\.(?:(relaxed|acquire)\.gpu|volatile)\.global\.(u32|b32|u64)")
 def _(code, statement, match):
     order = "__ATOMIC_ACQUIRE" if match[1] == "acquire" else "__ATOMIC_RELAXED"
     c = C_TYPES[match[2]]
@@ -344,7 +341,7 @@ def _(code, statement, match):
             + code.assign(statement.operands[0], load, match[2]) + " }")
 
 
-@rule(r"ld\.global(\.nc)?(?:\.v([24]))?\.(\w+)", "9.7.9.8 ld, 9.7.9.9 ld.global.nc")
+@rule(r"ld\.global(\.nc)?(?:\.v([24]))?\.(\w+)")
 def _(code, statement, match):
     registers, type_, line = _vector(statement.operands[0]), match[3], statement.line
     array, size = code.array(statement.operands[1]), _size(match[3])
@@ -358,7 +355,7 @@ def _(code, statement, match):
     return "{ " + " ".join(lines) + " }"
 
 
-@rule(r"st\.global(?:\.v([24]))?\.(\w+)", "9.7.9.12 st")
+@rule(r"st\.global(?:\.v([24]))?\.(\w+)")
 def _(code, statement, match):
     values, type_, line = _vector(statement.operands[1]), match[2], statement.line
     size = _size(type_)
@@ -372,7 +369,7 @@ def _(code, statement, match):
     return "{ " + " ".join(lines) + " }"
 
 
-@rule(r"ld\.(?:volatile\.)?shared(?:\.v([24]))?\.(\w+)", "9.7.9.8 ld")
+@rule(r"ld\.(?:volatile\.)?shared(?:\.v([24]))?\.(\w+)")
 def _(code, statement, match):
     registers, type_, line = _vector(statement.operands[0]), match[2], statement.line
     size, c = _size(type_), C_TYPES[type_]
@@ -385,7 +382,7 @@ def _(code, statement, match):
     return "{ " + " ".join(lines) + " }"
 
 
-@rule(r"st\.(?:volatile\.)?shared(?:\.v([24]))?\.(\w+)", "9.7.9.12 st")
+@rule(r"st\.(?:volatile\.)?shared(?:\.v([24]))?\.(\w+)")
 def _(code, statement, match):
     values, type_, line = _vector(statement.operands[1]), match[2], statement.line
     c = C_TYPES[type_]
@@ -397,12 +394,12 @@ def _(code, statement, match):
     return "{ " + " ".join(lines) + " }"
 
 
-@rule(r"cvta\.to\.global\.u64", "9.7.9.20 cvta")
+@rule(r"cvta\.to\.global\.u64")
 def _(code, statement, match):
     return code.assign(statement.operands[0], code.value(statement.operands[1], "u64"), "u64")
 
 
-@rule(r"cp\.async\.c[ag]\.shared\.global", "9.7.9.25.3.1 cp.async")
+@rule(r"cp\.async\.c[ag]\.shared\.global")
 def _(code, statement, match):
     to, source, size, *more = statement.operands
     copied = code.value(more[0], "u32") if more else size
@@ -410,17 +407,17 @@ def _(code, statement, match):
             f"{copied}, {statement.line});")
 
 
-@rule(r"cp\.async\.commit_group", "9.7.9.25.3.2 cp.async.commit_group")
+@rule(r"cp\.async\.commit_group")
 def _(code, statement, match):
     return "host_cuda::commit_copies();"
 
 
-@rule(r"cp\.async\.wait_group", "9.7.9.25.3.3 cp.async.wait_group")
+@rule(r"cp\.async\.wait_group")
 def _(code, statement, match):
     return f"finish_copies(shared, {statement.operands[0]});"
 
 
-@rule(r"atom\.(global|shared)\.(add|exch)\.([ub]32|u64)", "9.7.13.5 atom")
+@rule(r"atom\.(global|shared)\.(add|exch)\.([ub]32|u64)")
 def _(code, statement, match):
     c, (result, at, value), line = C_TYPES[match[3]], statement.operands, statement.line
     function = {"add": "add_relaxed", "exch": "exchange_relaxed"}[match[2]]
@@ -431,33 +428,33 @@ def _(code, statement, match):
     return f"{{ {lines} " + code.assign(result, f"{function}<{c}>(at, {code.value(value, match[3])})", match[3]) + " }"
 
 
-@rule(r"red\.release\.gpu\.global\.add\.u32", "9.7.13.7 red")
+@rule(r"red\.release\.gpu\.global\.add\.u32")
 def _(code, statement, match):
     at, value = statement.operands
     return (f"{{ const u64 at = {code.address(at)}; check_global<{code.array(at)}>(at, 4, {statement.line}); "
             f"add_release(at, {code.value(value, 'u32')}); }}")
 
 
-@rule(r"membar\.gl|fence\.acq_rel\.gpu", "9.7.13.4 membar, fence")
+@rule(r"membar\.gl|fence\.acq_rel\.gpu")
 def _(code, statement, match):
     return "host_cuda::fence();"
 
 
 # ---- Threads together -----------------------------------------------------------------------------------------------
 
-@rule(r"bar\.sync", "9.7.13.1 bar")
+@rule(r"bar\.sync")
 def _(code, statement, match):
     if statement.operands != ("0",):
         raise Untranslated(f"{code.function.name}, PTX line {statement.line}: {statement.text}")
     return f"host_cuda::sync_threads(SITE, {statement.line});"
 
 
-@rule(r"bar\.warp\.sync", "9.7.13.2 bar.warp.sync")
+@rule(r"bar\.warp\.sync")
 def _(code, statement, match):
     return f"host_cuda::sync_warp({code.value(statement.operands[0], 'u32')}, SITE, {statement.line});"
 
 
-@rule(r"shfl\.sync\.(up|down|bfly|idx)\.b32", "9.7.9.6 shfl.sync")
+@rule(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
 def _(code, statement, match):
     destination, _, predicate = statement.operands[0].partition("|")
     values = ", ".join(code.value(operand, "u32") for operand in statement.operands[1:])
@@ -465,14 +462,13 @@ def _(code, statement, match):
     return code.assign(destination, f"shuffle<'{match[1][0]}'>({values}, {inside})", "u32")
 
 
-@rule(r"vote\.sync\.any\.pred", "9.7.13.9 vote.sync")
+@rule(r"vote\.sync\.any\.pred")
 def _(code, statement, match):
     p, members = code.value(statement.operands[1], "pred"), code.value(statement.operands[2], "u32")
     return code.assign(statement.operands[0], f"vote_any({p}, {members})", "pred")
 
 
-@rule(r"mma\.sync\.aligned\.m16n8k(?:16\.row\.col\.f32\.(bf16)\.bf16|8\.row\.col\.f32\.(tf32)\.tf32)\.f32",
-      "9.7.14.5.14 mma")
+@rule(r"mma\.sync\.aligned\.m16n8k(?:16\.row\.col\.f32\.(bf16)\.bf16|8\.row\.col\.f32\.(tf32)\.tf32)\.f32")
 def _(code, statement, match):
     d, a, b, c = map(_vector, statement.operands)
     a, b = (", ".join(code.value(x, "u32") for x in registers) for registers in (a, b))
@@ -482,7 +478,7 @@ def _(code, statement, match):
             f"mma_{match[1] or match[2]}(D, A, B, C, {statement.line}); {results} }}")
 
 
-@rule(r"ldmatrix\.sync\.aligned\.m8n8\.x4(\.trans)?\.shared\.b16", "9.7.14.5.15 ldmatrix")
+@rule(r"ldmatrix\.sync\.aligned\.m8n8\.x4(\.trans)?\.shared\.b16")
 def _(code, statement, match):
     pending = f"check_pending(shared, at, 16, {statement.line}); " if code.copies else ""
     results = " ".join(code.assign(register, f"D[{i}]", "u32")
@@ -494,7 +490,7 @@ def _(code, statement, match):
 
 # ---- Moves, comparisons, logic --------------------------------------------------------------------------------------
 
-@rule(r"mov\.(pred|[bu]16|[bsu]32|[bsu]64|f32|f64)", "9.7.9.3 mov")
+@rule(r"mov\.(pred|[bu]16|[bsu]32|[bsu]64|f32|f64)")
 def _(code, statement, match):
     to, source = statement.operands
     type_, width = match[1], 8 * _size(match[1])
@@ -512,9 +508,9 @@ def _(code, statement, match):
     return code.assign(to, code.value(source, type_), type_)
 
 
-@rule(r"setp\.(\w+)(?:\.ftz)?\.(\w+)", "9.7.6 Comparison and Selection Instructions: setp")
+@rule(r"setp\.(\w+)\.(?:ftz\.(f32)|(f64|[bsu]\d+))")
 def _(code, statement, match):
-    relation, type_ = match.groups()
+    relation, type_ = filter(None, match.groups())
     a, b = (code.value(operand, type_) for operand in statement.operands[1:])
     if relation == "ne" and type_[0] == "f":
         text = f"{a} < {b} || {a} > {b}"
@@ -531,23 +527,23 @@ def _(code, statement, match):
     return code.assign(statement.operands[0], text, "pred")
 
 
-@rule(r"selp\.(\w+)", "9.7.6 Comparison and Selection Instructions: selp")
+@rule(r"selp\.(\w+)")
 def _(code, statement, match):
     a, b = (code.value(operand, match[1]) for operand in statement.operands[1:3])
     return code.assign(statement.operands[0], f"{code.value(statement.operands[3], 'pred')} ? {a} : {b}", match[1])
 
 
-@rule(r"(and|or|xor)\.(pred|b16|b32|b64)", "9.7.8 Logic and Shift Instructions")
+@rule(r"(and|or|xor)\.(pred|b16|b32|b64)")
 def _(code, statement, match):
     return code.computed(statement, f"{{}} {SIGNS[match[1]]} {{}}", match[2])
 
 
-@rule(r"not\.(pred|b16|b32|b64)", "9.7.8 Logic and Shift Instructions: not")
+@rule(r"not\.(pred|b16|b32|b64)")
 def _(code, statement, match):
     return code.computed(statement, "!{}" if match[1] == "pred" else "~{}", match[1])
 
 
-@rule(r"(shl|shr)\.([bsu](?:16|32|64))", "9.7.8 Logic and Shift Instructions: shl, shr")
+@rule(r"(shl|shr)\.([bsu](?:16|32|64))")
 def _(code, statement, match):
     value, by = code.value(statement.operands[1], match[2]), code.value(statement.operands[2], "u32")
     return code.assign(statement.operands[0], f"{match[1]}<{C_TYPES[match[2]]}>({value}, {by})", match[2])
@@ -555,93 +551,93 @@ def _(code, statement, match):
 
 # ---- Integers -------------------------------------------------------------------------------------------------------
 
-@rule(r"(add|sub)\.[su](16|32|64)", "9.7.1 Integer Arithmetic Instructions: add, sub")
+@rule(r"(add|sub)\.[su](16|32|64)")
 def _(code, statement, match):
     return code.computed(statement, f"{{}} {SIGNS[match[1]]} {{}}", f"u{match[2]}")
 
 
-@rule(r"(mul|mad)\.lo\.[su](16|32|64)", "9.7.1 Integer Arithmetic Instructions: mul, mad")
+@rule(r"(mul|mad)\.lo\.[su](16|32|64)")
 def _(code, statement, match):
     return code.computed(statement, "u64({}) * u64({})" + " + {}" * (match[1] == "mad"), f"u{match[2]}")
 
 
-@rule(r"mul\.wide\.([su])(16|32)", "9.7.1 Integer Arithmetic Instructions: mul")
+@rule(r"mul\.wide\.([su])(16|32)")
 def _(code, statement, match):
     wide = match[1] + str(2 * int(match[2]))
     return code.computed(statement, f"{wide}({{}}) * {wide}({{}})", wide, of=match[1] + match[2])
 
 
-@rule(r"mul\.hi\.([su])(32|64)", "9.7.1 Integer Arithmetic Instructions: mul")
+@rule(r"mul\.hi\.([su])(32|64)")
 def _(code, statement, match):
     wide = "unsigned __int128" if match[1] == "u" else "__int128"
     return code.computed(statement, f"({wide})({{}}) * ({wide})({{}}) >> {match[2]}", match[1] + match[2])
 
 
-@rule(r"(div|rem|min|max)\.([su](?:16|32|64))", "9.7.1 Integer Arithmetic Instructions: div, rem, min, max")
+@rule(r"(div|rem|min|max)\.([su](?:16|32|64))")
 def _(code, statement, match):
     text = {"div": "divided({}, {})", "rem": "remainder_of({}, {})", "min": "{0} < {1} ? {0} : {1}",
             "max": "{0} > {1} ? {0} : {1}"}[match[1]]
     return code.computed(statement, text, match[2])
 
 
-@rule(r"neg\.s(16|32|64)", "9.7.1 Integer Arithmetic Instructions: neg")
+@rule(r"neg\.s(16|32|64)")
 def _(code, statement, match):
     return code.computed(statement, "0 - {}", f"u{match[1]}")
 
 
-@rule(r"bfi\.(b32|b64)", "9.7.1 Integer Arithmetic Instructions: bfi")
+@rule(r"bfi\.(b32|b64)")
 def _(code, statement, match):
     return code.computed(statement, f"bfi<{C_TYPES[match[1]]}>({{}}, {{}}, u32({{}}), u32({{}}))", match[1])
 
 
-@rule(r"clz\.(b32|b64)", "9.7.1 Integer Arithmetic Instructions: clz")
+@rule(r"clz\.(b32|b64)")
 def _(code, statement, match):
     return code.computed(statement, "clz({})", "u32", of=match[1])
 
 
 # ---- Floats: every float kernel is compiled with -ftz=true, and flush_subnormals() makes the CPU flush --------------
 
-@rule(r"(add|sub|mul)\.(ftz\.f32|f64)", "9.7.3 Floating Point Instructions: add, sub, mul")
+@rule(r"(add|sub|mul)\.(ftz\.f32|f64)")
 def _(code, statement, match):
     return code.computed(statement, f"{{}} {SIGNS[match[1]]} {{}}", match[2][-3:])
 
 
-@rule(r"div\.rn\.(ftz\.f32|f64)", "9.7.3 Floating Point Instructions: div")
+@rule(r"div\.rn\.(ftz\.f32|f64)")
 def _(code, statement, match):
     return code.computed(statement, "{} / {}", match[1][-3:])
 
 
-@rule(r"fma\.rn\.(ftz\.f32|f64)", "9.7.3 Floating Point Instructions: fma")
+@rule(r"fma\.rn\.(ftz\.f32|f64)")
 def _(code, statement, match):
     return code.computed(statement, "std::fma({}, {}, {})", match[1][-3:])
 
 
-@rule(r"fma\.rm\.ftz\.f32", "9.7.3 Floating Point Instructions: fma")
+@rule(r"fma\.rm\.ftz\.f32")
 def _(code, statement, match):
     return code.computed(statement, "fma_down({}, {}, {})", "f32")
 
 
-@rule(r"(ex2|rcp|rsqrt)\.approx\.ftz\.f32", "9.7.3 Floating Point Instructions: ex2, rcp, rsqrt")
+@rule(r"(ex2|rcp|rsqrt)\.approx\.ftz\.f32")
 def _(code, statement, match):
     return code.computed(statement, f"{match[1]}_approx({{}})", "f32")
 
 
-@rule(r"sqrt\.rn\.ftz\.f32", "9.7.3 Floating Point Instructions: sqrt")
+@rule(r"sqrt\.rn\.ftz\.f32")
 def _(code, statement, match):
     return code.computed(statement, "std::sqrt({})", "f32")
 
 
-@rule(r"(max|min)\.ftz\.f32", "9.7.3 Floating Point Instructions: max, min")
+@rule(r"(max|min)\.ftz\.f32")
 def _(code, statement, match):
     return code.computed(statement, "largest({}, {})" if match[1] == "max" else "smallest({}, {})", "f32")
 
 
-@rule(r"(neg|abs)\.ftz\.f32", "9.7.3 Floating Point Instructions: neg, abs")
+@rule(r"(neg|abs)\.ftz\.f32")
 def _(code, statement, match):
     return code.computed(statement, "-flushed({})" if match[1] == "neg" else "std::fabs(flushed({}))", "f32")
 
 
-@rule(r"copysign\.f32", "9.7.3 Floating Point Instructions: copysign")
+@rule(r"copysign\.f32")
 def _(code, statement, match):
     return code.computed(statement, "std::copysign({1}, {0})", "f32")
 
@@ -649,27 +645,27 @@ def _(code, statement, match):
 # ---- Conversions ----------------------------------------------------------------------------------------------------
 
 @rule(r"cvt\.([su](?:8|16|32|64))\.([su](?:8|16|32|64))|cvt\.rn\.(f32|f64)\.([su](?:32|64))"
-      r"|cvt\.ftz\.(f64)\.(f32)|cvt\.rn\.ftz\.(f32)\.(f64)", "9.7.9.21 cvt")
+      r"|cvt\.ftz\.(f64)\.(f32)|cvt\.rn\.ftz\.(f32)\.(f64)")
 def _(code, statement, match):
     to, source = filter(None, match.groups())
     return code.computed(statement, "{}", to, of=source)
 
 
-@rule(r"cvt\.ftz\.sat\.f32\.f32", "9.7.9.21 cvt")
+@rule(r"cvt\.ftz\.sat\.f32\.f32")
 def _(code, statement, match):
     return code.computed(statement, "saturated({})", "f32")
 
 
-@rule(r"cvt\.rn\.bf16\.f32", "9.7.9.21 cvt")
+@rule(r"cvt\.rn\.bf16\.f32")
 def _(code, statement, match):
     return code.computed(statement, "bf16_of({})", "b16", of="f32")
 
 
-@rule(r"cvt\.rn\.bf16x2\.f32", "9.7.9.21 cvt")
+@rule(r"cvt\.rn\.bf16x2\.f32")
 def _(code, statement, match):
     return code.computed(statement, "bf16_of({}) << 16 | bf16_of({})", "b32", of="f32")
 
 
-@rule(r"cvt\.rna\.tf32\.f32", "9.7.9.21 cvt")
+@rule(r"cvt\.rna\.tf32\.f32")
 def _(code, statement, match):
     return code.computed(statement, "tf32_of({})", "b32", of="f32")
