@@ -30,22 +30,27 @@ def _session_executor(request):
 def executor(_session_executor, request):
     """Runs the launches of a test: the CPU, or with --gpu the GPU; that GPU may lack the test's precision or compute
     capability, which skips the test."""
-    gpu = _session_executor.gpu
+    _skip_unless_possible(_session_executor.gpu, request)
+    with runtime.use(_session_executor) as executor:
+        yield executor
+
+
+def _skip_unless_possible(gpu, request):
     precision = request.node.callspec.params.get("precision") if hasattr(request.node, "callspec") else None
     if precision in set(PRECISIONS) - set(precisions(gpu)):
         pytest.skip(f"{gpu.name} does not compute in {precision}")
     needed = request.node.get_closest_marker("capability")
     if needed and gpu.capability < needed.args[0]:
         pytest.skip(f"{gpu.name} has compute capability {gpu.capability / 10}; this needs {needed.args[0] / 10}")
-    with runtime.use(_session_executor) as executor:
-        yield executor
 
 
 @pytest.fixture(params=host_cuda.ORDERS)
 def ordered_executor(request):
     """Runs the launches of a test on the CPU, its threads in one order after the other: all have to give equal bits."""
     _require_compiler()
-    with runtime.use(_cpu_executor(request.config, request.param)) as executor:
+    executor = _cpu_executor(request.config, request.param)
+    _skip_unless_possible(executor.gpu, request)
+    with runtime.use(executor):
         yield executor
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "HostExecutor",
     "LaunchCounts",
     "SanitizerReport",
+    "allocation",
     "compiler",
     "run_sanitized",
     "unwritten",
@@ -167,6 +168,14 @@ def unwritten(array: np.ndarray) -> int:
     """How many elements of an array from ``HostExecutor.empty`` still hold the poison."""
     content = np.ascontiguousarray(array)
     return int((content.reshape(-1, 1).view(np.uint8) == _POISON).all(axis=1).sum())
+
+
+def allocation(array: np.ndarray) -> tuple[int, int]:
+    """Address and bytes of the array from ``HostExecutor.empty`` that an array is a part of; else of the array."""
+    memory = array.base
+    if isinstance(memory, np.ndarray) and memory.dtype == np.uint8 and memory.ndim == 1 and memory.size >= _ALIGNMENT:
+        return memory.ctypes.data + -memory.ctypes.data % _ALIGNMENT, memory.size - _ALIGNMENT
+    return array.ctypes.data, array.nbytes
 
 
 class _Graph(NamedTuple):

@@ -136,20 +136,17 @@ def run(built: Built, request: host_cuda.Request, args: list) -> tuple[int, int]
 
 
 def _describe_arrays(library: ctypes.CDLL, args: list) -> None:
-    """Tells the library where the arrays of the next launch lie; arrays that overlap share their marks."""
+    """Tells the library where the arrays of the next launch lie. A part of an array counts as the whole of it, which is
+    what a graph may use later. Arrays that overlap share their marks."""
+    arrays = {i: host_cuda.allocation(arg) for i, arg in enumerate(args) if isinstance(arg, np.ndarray)}
     ranges: list[list[int]] = []
-    arrays = sorted((arg.ctypes.data, arg.ctypes.data + arg.nbytes) for arg in args if isinstance(arg, np.ndarray))
-    for start, end in arrays:
+    for start, size in sorted(arrays.values()):
         if ranges and start < ranges[-1][1]:
-            ranges[-1][1] = max(end, ranges[-1][1])
+            ranges[-1][1] = max(start + size, ranges[-1][1])
         else:
-            ranges.append([start, end])
+            ranges.append([start, start + size])
     described = (ctypes.c_uint64 * 3 * len(args))()
-    for i, arg in enumerate(args):
-        if isinstance(arg, np.ndarray):
-            before = 0
-            for start, end in ranges:
-                if start <= arg.ctypes.data and arg.ctypes.data + arg.nbytes <= end:
-                    described[i][:] = arg.ctypes.data, arg.nbytes, before + arg.ctypes.data - start
-                before += end - start
-    library.ptx_arrays(len(args), described, ctypes.c_uint64(sum(end - start for start, end in ranges)))
+    for i, (start, size) in arrays.items():
+        before = sum(min(last, start) - first for first, last in ranges if first <= start)
+        described[i][:] = start, size, before
+    library.ptx_arrays(len(args), described, ctypes.c_uint64(sum(last - first for first, last in ranges)))
