@@ -126,6 +126,16 @@ def test_functions_that_are_called_have_shared_memory_of_their_own():
     assert x.tolist() == [30 - i for i in range(32)]
 
 
+def test_kernel_that_an_architecture_lacks_is_named():
+    source = """
+        #if __CUDA_ARCH__ >= 800
+        extern "C" __global__ void kernel(float *x) { x[0] = 1; }
+        #endif"""
+    with pytest.raises(ValueError, match="no kernel 'kernel' in the source for sm_75"):
+        host_ptx.PtxExecutor("sm_75").launch(source, "kernel", (1, 1, 1), (1, 1, 1), [np.zeros(1, np.float32)], 0,
+                                             False)
+
+
 def test_source_for_the_host_alone_runs_from_its_source():
     source = '#ifndef HOST_CUDA\n#error host\n#endif\nextern "C" __global__ void kernel(float *x) { x[0] = 1; }'
     executor, x = host_ptx.PtxExecutor(), np.zeros(1, np.float32)

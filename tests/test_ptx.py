@@ -133,6 +133,7 @@ def test_product_of_fragments_equals_numpy(executor, kernel):
     assert np.abs(out - 2 * (a.astype(np.float64) @ b)).max() > 1e-4  # the operands were rounded
 
 
+@pytest.mark.capability(80)
 @pytest.mark.parametrize("right, wrong", [
     ("(g + 8 * (r % 2)) * K + q * P + 4 * P * (r / 2)", "(g + 8 * (r / 2)) * K + q * P + 4 * P * (r % 2)"),
     ("fb[r] = PACK", "fb[A / 2 - 1 - r] = PACK"),

@@ -117,6 +117,8 @@ class PtxExecutor(host_cuda.HostExecutor):
         except CompileError:
             self.from_source.add(kernel)
             return super()._run(source, module, request, parameters, args)
+        if kernel not in dict(built.blocks):
+            raise ValueError(f"no kernel {kernel!r} in the source for {self.architecture}")
         return run(built, request, args)
 
 

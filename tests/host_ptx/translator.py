@@ -417,7 +417,7 @@ def _(code, statement, match):
     return f"finish_copies(shared, {statement.operands[0]});"
 
 
-@rule(r"atom\.(global|shared)\.(add|exch)\.([ub]32|u64)")
+@rule(r"atom(?:\.relaxed\.gpu)?\.(global|shared)\.(add|exch)\.([ub]32|u64)")
 def _(code, statement, match):
     c, (result, at, value), line = C_TYPES[match[3]], statement.operands, statement.line
     function = {"add": "add_relaxed", "exch": "exchange_relaxed"}[match[2]]
@@ -567,7 +567,7 @@ def _(code, statement, match):
     return code.computed(statement, f"{wide}({{}}) * {wide}({{}})", wide, of=match[1] + match[2])
 
 
-@rule(r"mul\.hi\.([su])(32|64)")
+@rule(r"mul\.hi\.([su])(16|32|64)")
 def _(code, statement, match):
     wide = "unsigned __int128" if match[1] == "u" else "__int128"
     return code.computed(statement, f"({wide})({{}}) * ({wide})({{}}) >> {match[2]}", match[1] + match[2])
