@@ -147,6 +147,7 @@ class Request(ctypes.Structure):
         ("shared_bytes", ctypes.c_uint64),
         ("cooperative", ctypes.c_int32),
         ("order", ctypes.c_int32),
+        ("schedule", ctypes.c_int32),
         ("seed", ctypes.c_uint64),
         ("arguments", ctypes.POINTER(ctypes.c_void_p)),
         ("traffic", ctypes.POINTER(_Traffic)),
@@ -304,7 +305,7 @@ class HostExecutor:
         parameters = module.signatures[kernel]
         _check_arguments(kernel, parameters, args)
         request = Request(kernel.encode(), (ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block), shared_bytes,
-                           cooperative, self._order, self._seed)
+                           cooperative, self._order, seed=self._seed)
         traffic = ()
         if self._count_bytes:
             ranges = ((arg.ctypes.data, arg.nbytes) if isinstance(arg, np.ndarray) else () for arg in args)

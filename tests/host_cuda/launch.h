@@ -5,6 +5,10 @@
 
 enum class Order : std::int32_t { ASCENDING, DESCENDING, RANDOM };
 
+// Which block goes on, where only one runs at a time, by the seed: any of them; all others before the one that is
+// starved; the fast one before all others. FREE: all at once.
+enum class Schedule : std::int32_t { FREE, RANDOM, STARVED, FAST };
+
 struct Traffic {
     std::uint64_t start, size;    // where the array of an argument lies, in bytes; both 0 where it is a number
     std::uint64_t read, written;  // results: bytes, counted each time that a thread asks for them
@@ -27,7 +31,8 @@ struct LaunchRequest {
     std::uint64_t shared_bytes;  // dynamic shared memory per block
     std::int32_t cooperative;    // all blocks alive at once
     Order order;                 // in which the threads of a block, and the blocks, get their turns
-    std::uint64_t seed;          // of the random order
+    Schedule schedule;           // of the blocks
+    std::uint64_t seed;          // of the random order, and of the schedule
     void *const *arguments;      // one pointer per parameter, to its value
     Traffic *traffic;            // one per parameter, or null where no bytes are counted
     std::int32_t recording;      // whether to keep the events; only where bytes are counted

@@ -1,7 +1,8 @@
 // Runs kernels compiled behind host_cuda.h: fibers, blocks, rendezvous, deadlock reports, poison.
 //
 // A launch starts one OS thread per block (all at once if it is cooperative, else a few at a time). A block's thread
-// switches between the fibers of its CUDA threads in the chosen order; a fiber runs until it has to wait. This file is
+// switches between the fibers of its CUDA threads in the chosen order; a fiber runs until it has to wait. Under a
+// schedule, blocks are fibers, too, all of one OS thread, which take turns as the schedule has it. This file is
 // compiled without sanitizer instrumentation and tells the sanitizers which stack is in use, and which
 // rendezvous order memory. ThreadSanitizer thus sees every CUDA thread as a thread of its own, and races inside a
 // block as well.
@@ -33,15 +34,20 @@
 
 #include "host_cuda.h"
 #include "launch.h"
+#include "schedule.h"
 
 __thread uint3 threadIdx, blockIdx;
 __thread dim3 blockDim, gridDim;
 
 namespace host_cuda {
+
+MemoryOrder memory_order;
+
 namespace {
 
 constexpr unsigned WARP = 32;
 constexpr unsigned BLOCKS_AT_ONCE = 4;   // of a launch that is not cooperative
+constexpr unsigned TURNS = 16;           // under a schedule, after one of so many turns of threads another block goes on
 constexpr int PATIENCE_SECONDS = 60;     // without a switch between fibers: some loop never ends
 constexpr unsigned char POISON = 0xff;   // NaN in every float format, -1 as an integer
 constexpr std::size_t SHARED_ALIGNMENT = 1024;
@@ -68,6 +74,21 @@ void order_after([[maybe_unused]] void *key)
 #if defined(HOST_CUDA_SANITIZE_THREAD)
     __tsan_acquire(key);
 #endif
+}
+
+// The same, where a primitive of the kernel is the reason: then the memory model is told, too.
+void hand_over(void *key)
+{
+    order_before(key);
+    if (memory_order.before)
+        memory_order.before(key);
+}
+
+void take_over(void *key)
+{
+    order_after(key);
+    if (memory_order.after)
+        memory_order.after(key);
 }
 
 // ---- Contexts: a stack and the registers that a call preserves ------------------------------------------------------
@@ -139,11 +160,28 @@ private:
     std::atomic_flag flag = ATOMIC_FLAG_INIT;
 };
 
+class Block;
+struct Fiber;
+
+// A block that is a fiber, and what it finds in the thread's variables when it goes on.
+struct ScheduledBlock {
+    Context context;
+    char *stack;
+    Block *block;
+    Fiber *self;
+    uint3 thread, index;
+};
+
 struct Launch {
     LaunchRequest &request;
     const Kernel &kernel;
     const unsigned threads;
     std::atomic<unsigned> running{0};  // OS threads; a futex
+    const std::vector<unsigned> order;  // of the blocks
+    unsigned started = 0, scheduled_now = 0;  // of them, under a schedule
+    BlockSchedule schedule;
+    std::vector<ScheduledBlock> scheduled;
+    ScheduledBlock caller;  // of the launch
     std::vector<std::atomic<std::uint64_t>> switches;  // per block
     std::atomic<std::uint64_t> group_barriers{0}, mma_calls{0};
     std::vector<std::vector<Event>> events;  // per block
@@ -157,14 +195,16 @@ struct Launch {
     std::string reason;
     std::vector<std::string> waiting;  // per block
 
-    Launch(LaunchRequest &request, const Kernel &kernel, unsigned threads, unsigned blocks)
+    Launch(LaunchRequest &request, const Kernel &kernel, unsigned threads, std::vector<unsigned> block_order)
         : request(request),
           kernel(kernel),
           threads(threads),
-          switches(blocks),
-          events(blocks),
-          live(blocks),
-          waiting(blocks)
+          order(std::move(block_order)),
+          schedule(request.schedule, request.seed, unsigned(order.size())),
+          switches(order.size()),
+          events(order.size()),
+          live(unsigned(order.size())),
+          waiting(order.size())
     {
     }
 
@@ -272,6 +312,8 @@ private:
 
 __thread Block *block;
 __thread Fiber *self;
+
+void pause_block(Launch &launch, unsigned index, bool idle, unsigned chances);
 
 // ---- Memory of a block ----------------------------------------------------------------------------------------------
 
@@ -468,6 +510,7 @@ void Block::run()
                 break;
             spinning |= fiber.state == State::SPINNING;
             moved |= fiber.state != State::SPINNING || fiber.moved;
+            pause_block(launch, index, false, TURNS);
         }
         if (moved) {
             launch.progress();
@@ -479,7 +522,10 @@ void Block::run()
             looked_since = since;
             if (launch.deadlocked(since))
                 launch.stop("deadlock between blocks");
-            sched_yield();
+            if (launch.schedule.used())
+                pause_block(launch, index, true, 1);
+            else
+                sched_yield();
         }
     }
     if (launch.stopped)
@@ -573,9 +619,9 @@ bool Block::meet(const Fiber &candidate)
     } else {
         for (Fiber *fiber : lanes)
             if (fiber)
-                order_after(&fiber->arrived_key);
+                take_over(&fiber->arrived_key);
         char *key = &self->met_keys[self->led++ % 2];
-        order_before(key);
+        hand_over(key);
         for (Fiber *fiber : lanes)
             if (fiber)
                 fiber->met_key = key;
@@ -618,7 +664,8 @@ struct Vote {
 
 void run_block(Launch &launch, unsigned index)
 {
-    const Traffic static_shared = poison_static_shared();
+    // Under a schedule, blocks share the thread: kernels come from PTX, and have all shared memory in Block::shared.
+    const Traffic static_shared = launch.schedule.used() ? Traffic{} : poison_static_shared();
     const auto extent = [](const std::uint32_t (&n)[3]) { return dim3{n[0], n[1], n[2]}; };
     gridDim = extent(launch.request.grid);
     blockDim = extent(launch.request.block);
@@ -628,6 +675,11 @@ void run_block(Launch &launch, unsigned index)
         block = &mine;
         mine.run();
     }
+}
+
+// The end of an OS thread of the launch.
+void finish(Launch &launch)
+{
     std::atomic<unsigned> &running = launch.running;
     --running;  // the launch may be gone from here on
     syscall(SYS_futex, &running, FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0);
@@ -654,6 +706,76 @@ bool wait_for_blocks(Launch &launch, unsigned limit)
     return false;
 }
 
+// ---- Blocks under a schedule ----------------------------------------------------------------------------------------
+
+void switch_blocks(ScheduledBlock &from, ScheduledBlock &to)
+{
+    from.block = block;
+    from.self = self;
+    from.thread = threadIdx;
+    from.index = blockIdx;
+    switch_context(from.context, to.context);
+    block = from.block;
+    self = from.self;
+    threadIdx = from.thread;
+    blockIdx = from.index;
+}
+
+// Perhaps lets another block go on: always if this one is idle, else in one of `chances` calls.
+void pause_block(Launch &launch, unsigned index, bool idle, unsigned chances)
+{
+    if (!launch.schedule.used() || (!idle && launch.schedule.draw(chances) != 0))
+        return;
+    if (idle)
+        launch.schedule.waits(index);
+    else
+        launch.schedule.goes_on(index);
+    const unsigned next = launch.schedule.next();
+    if (next != index)
+        switch_blocks(launch.scheduled[index], launch.scheduled[next]);
+}
+
+__thread Launch *scheduled_launch;
+
+void scheduled_entry();
+
+void start_scheduled(Launch &launch)
+{
+    const unsigned index = launch.order[launch.started++];
+    ScheduledBlock &mine = launch.scheduled[index];
+    mine.stack = take_stacks(STACK_BYTES);
+    make_context(mine.context, mine.stack, scheduled_entry);
+    launch.schedule.started(index);
+    ++launch.scheduled_now;
+}
+
+// The next block is known by whose stack this is.
+void scheduled_entry()
+{
+    Launch &launch = *scheduled_launch;
+    const char here = 0;
+    unsigned index = 0;
+    while (std::uintptr_t(&here) - std::uintptr_t(launch.scheduled[index].stack) >= STACK_BYTES)
+        ++index;
+    run_block(launch, index);
+    launch.schedule.ended(index);
+    if (!launch.stopped && launch.started < launch.order.size())
+        start_scheduled(launch);
+    ScheduledBlock &next = --launch.scheduled_now ? launch.scheduled[launch.schedule.next()] : launch.caller;
+    switch_blocks(launch.scheduled[index], next);
+}
+
+void run_scheduled(Launch &launch, unsigned at_once)
+{
+    launch.scheduled.resize(launch.order.size());
+    scheduled_launch = &launch;
+    while (launch.started < at_once)
+        start_scheduled(launch);
+    switch_blocks(launch.caller, launch.scheduled[launch.schedule.next()]);
+    for (unsigned i = 0; i < launch.started; ++i)
+        give_stacks(launch.scheduled[launch.order[i]].stack, STACK_BYTES);
+}
+
 }  // namespace
 
 // ---- What host_cuda.h declares --------------------------------------------------------------------------------------
@@ -662,7 +784,7 @@ void sync_threads(const char *file, int line)
 {
     Fiber &fiber = *self;
     char *key = &block->barrier_keys[block->barriers_passed % 2];
-    order_before(key);
+    hand_over(key);
     fiber.state = State::AT_BARRIER;
     fiber.name = "__syncthreads";
     fiber.file = file;
@@ -670,7 +792,7 @@ void sync_threads(const char *file, int line)
     bool together = ++block->at_barrier == block->fibers.size();
     if (together)
         for (const Fiber &other : block->fibers)
-            if (other.file != file || other.line != line) {
+            if (std::strcmp(other.file, file) != 0 || other.line != line) {
                 block->launch.stop("threads of one block are in different __syncthreads");
                 together = false;
             }
@@ -683,14 +805,14 @@ void sync_threads(const char *file, int line)
     } else {
         block->leave(false);
     }
-    order_after(key);
+    take_over(key);
 }
 
 void sync_warp(unsigned mask, const char *file, int line)
 {
-    order_before(&self->arrived_key);
+    hand_over(&self->arrived_key);
     wait_in_collective("__syncwarp", mask, false, nullptr, nullptr, file, line);
-    order_after(self->met_key);
+    take_over(self->met_key);
 }
 
 void whole_warp(const char *name, void *data, Work work, const char *file, int line)
@@ -743,6 +865,8 @@ void spin_pause(const unsigned *counter, unsigned value, unsigned target, const 
     block->leave(false);
     fiber.state = State::READY;
 }
+
+void give_way(unsigned chances) { pause_block(block->launch, block->index, false, chances); }
 
 void *dynamic_shared() { return block->shared; }
 
@@ -816,18 +940,29 @@ extern "C" __attribute__((visibility("default"))) const char *host_cuda_launch(L
         ++kernel;
     const unsigned threads = request->block[0] * request->block[1] * request->block[2];
     const unsigned blocks = request->grid[0] * request->grid[1] * request->grid[2];
-    Launch *launch = new Launch(*request, *kernel, threads, blocks);
     std::vector<unsigned> order = first_order(request->order, blocks);
     std::uint64_t random = request->seed;
     if (request->order == Order::RANDOM)
         shuffle_order(order, random);
+    Launch *launch = new Launch(*request, *kernel, threads, order);
     bool ended = true;
-    for (unsigned index : order) {
-        ended = request->cooperative || wait_for_blocks(*launch, BLOCKS_AT_ONCE - 1);
-        if (!ended || launch->stopped)
-            break;
+    if (launch->schedule.used()) {
         ++launch->running;
-        std::thread(run_block, std::ref(*launch), index).detach();
+        std::thread([=] {
+            run_scheduled(*launch, launch->request.cooperative ? blocks : std::min(blocks, BLOCKS_AT_ONCE));
+            finish(*launch);
+        }).detach();
+    } else {
+        for (unsigned index : order) {
+            ended = request->cooperative || wait_for_blocks(*launch, BLOCKS_AT_ONCE - 1);
+            if (!ended || launch->stopped)
+                break;
+            ++launch->running;
+            std::thread([=] {
+                run_block(*launch, index);
+                finish(*launch);
+            }).detach();
+        }
     }
     ended = ended && wait_for_blocks(*launch, 0);
     if (!ended) {  // the launch stays, for the threads that still use it

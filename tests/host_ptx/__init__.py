@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.metadata
+import math
 import os
 import pathlib
 import platform
@@ -21,12 +22,16 @@ from tests import host_cuda
 from tests.host_ptx.parser import Statement, parse
 from tests.host_ptx.translator import Untranslated, translate
 
-__all__ = ["Built", "Coverage", "Fault", "PtxExecutor", "Untranslated", "build", "build_ptx", "run"]
+__all__ = ["Built", "Coverage", "Fault", "PtxExecutor", "SCHEDULES", "Untranslated", "build", "build_ptx", "run"]
+
+SCHEDULES = ("random", "starved", "fast")
+"""Which block goes on, as Schedule of host_cuda/launch.h has it."""
 
 _HERE = pathlib.Path(__file__).parent
 # -w: what NVRTC leaves unused is not worth a warning. Without -mfma, an fma is a slow function of the C library.
 _FLAGS = ("-std=c++20", "-shared", "-O1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden",
           "-pthread", "-w", "-fno-trapping-math", *["-mfma"] * (platform.machine() == "x86_64"), f"-I{_HERE}")
+_PLACES = 16  # an address and its place in the shadow are equal modulo this
 _LINE = re.compile(r"PTX line (\d+)")
 
 
@@ -48,6 +53,7 @@ class Built(NamedTuple):
     library: ctypes.CDLL
     blocks: list[tuple[str, list[Statement]]]
     locations: dict[int, str]  # PTX line -> CUDA source line
+    weak: bool  # whether global memory is
 
     def coverage(self, kernel: str) -> Coverage:
         """Of a kernel, without the functions that it calls."""
@@ -58,27 +64,27 @@ class Built(NamedTuple):
 
 
 @functools.cache
-def build(source: str, architecture: str, worst: bool = False) -> Built:
+def build(source: str, architecture: str, worst: bool = False, weak: bool = False) -> Built:
     """Compiles a source to PTX and the PTX to a library, or finds both in the cache.
 
     Raises: CompileError where NVRTC refuses the source; Untranslated; host_cuda.BuildError.
     """
-    return build_ptx(_ptx(source, architecture), architecture, worst)
+    return build_ptx(_ptx(source, architecture), architecture, worst, weak)
 
 
-def build_ptx(ptx: str, architecture: str, worst: bool = False) -> Built:
+def build_ptx(ptx: str, architecture: str, worst: bool = False, weak: bool = False) -> Built:
     """Compiles a PTX text to a library, or finds it in the cache.
 
     Raises: Untranslated; host_cuda.BuildError.
     """
     module = parse(ptx)
-    translated = translate(module, int(architecture.removeprefix("sm_")), worst)
+    translated = translate(module, int(architecture.removeprefix("sm_")), worst, weak)
     headers = "".join(f"// {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in sorted(_HERE.glob("*.h")))
     path = host_cuda.compiled(headers + translated.text, _FLAGS)
     library = host_cuda.opened(path)
     locations = {statement.line: str(statement.location) for function in module.functions.values()
                  for statement in function.statements if statement.location}
-    return Built(path, library, translated.blocks, locations)
+    return Built(path, library, translated.blocks, locations, weak)
 
 
 def _ptx(source: str, architecture: str) -> str:
@@ -97,13 +103,17 @@ def _ptx(source: str, architecture: str) -> str:
 class PtxExecutor(host_cuda.HostExecutor):
     """As HostExecutor, with every kernel run from its PTX for an architecture.
 
-    worst: approximate instructions and sums inside mma err as much as hardware may. A source that NVRTC refuses, since
-    a test wrote it for the host alone, runs as HostExecutor runs it; `from_source` has these kernels.
+    worst: approximate instructions and sums inside mma err as much as hardware may. schedule: one of SCHEDULES, by which
+    one block runs at a time; global memory is then as late and as stale as the PTX memory model allows, and a seed
+    decides all of it. A source that NVRTC refuses, since a test wrote it for the host alone, runs as HostExecutor runs
+    it; `from_source` has these kernels.
     """
 
-    def __init__(self, architecture: str = "sm_90", worst: bool = False, order: str = "ascending", seed: int = 0):
+    def __init__(self, architecture: str = "sm_90", worst: bool = False, order: str = "ascending", seed: int = 0,
+                 schedule: str = ""):
         super().__init__(order, seed)
         self.architecture, self._worst = architecture, worst
+        self._schedule = SCHEDULES.index(schedule) + 1 if schedule else 0
         self.gpu = host_cuda.HostExecutor.gpu._replace(capability=int(architecture.removeprefix("sm_")))
         self.from_source: set[str] = set()
 
@@ -113,12 +123,14 @@ class PtxExecutor(host_cuda.HostExecutor):
     def _run(self, source, module, request, parameters, args):
         kernel = request.kernel.decode()
         try:
-            built = build(source, self.architecture, self._worst)
+            built = build(source, self.architecture, self._worst, weak=self._schedule != 0)
         except CompileError:
             self.from_source.add(kernel)
             return super()._run(source, module, request, parameters, args)
         if kernel not in dict(built.blocks):
             raise ValueError(f"no kernel {kernel!r} in the source for {self.architecture}")
+        if self._schedule:  # each launch with other choices
+            request.schedule, request.seed = self._schedule, self._seed << 32 | len(self.launches)
         return run(built, request, args)
 
 
@@ -127,7 +139,10 @@ def run(built: Built, request: host_cuda.Request, args: list) -> tuple[int, int]
 
     Raises: Fault; host_cuda.Deadlock.
     """
-    _describe_arrays(built.library, args)
+    shadow_bytes = _describe_arrays(built.library, args)
+    if built.weak:
+        built.library.ptx_memory(math.prod((*request.grid, *request.block)), ctypes.c_uint64(shadow_bytes),
+                                 ctypes.c_uint64(request.seed))
     try:
         return host_cuda.run_inside(built.library, request, args)
     except host_cuda.Deadlock as report:
@@ -137,9 +152,10 @@ def run(built: Built, request: host_cuda.Request, args: list) -> tuple[int, int]
         raise Fault(str(report).replace(found[0], f"{found[0]} ({where})", 1)) from None
 
 
-def _describe_arrays(library: ctypes.CDLL, args: list) -> None:
-    """Tells the library where the arrays of the next launch lie. A part of an array counts as the whole of it, which is
-    what a graph may use later. Arrays that overlap share their marks."""
+def _describe_arrays(library: ctypes.CDLL, args: list) -> int:
+    """Tells the library where the arrays of the next launch lie; returns the bytes of their shadow. A part of an array
+    counts as the whole of it, which is what a graph may use later. Arrays that overlap share their bytes of the shadow.
+    """
     arrays = {i: host_cuda.allocation(arg) for i, arg in enumerate(args) if isinstance(arg, np.ndarray)}
     ranges: list[list[int]] = []
     for start, size in sorted(arrays.values()):
@@ -147,8 +163,13 @@ def _describe_arrays(library: ctypes.CDLL, args: list) -> None:
             ranges[-1][1] = max(start + size, ranges[-1][1])
         else:
             ranges.append([start, start + size])
-    described = (ctypes.c_uint64 * 3 * len(args))()
-    for i, (start, size) in arrays.items():
-        before = sum(min(last, start) - first for first, last in ranges if first <= start)
-        described[i][:] = start, size, before
-    library.ptx_arrays(len(args), described, ctypes.c_uint64(sum(last - first for first, last in ranges)))
+    described, shadow_bytes = (ctypes.c_uint64 * 3 * len(args))(), 0
+    for first, last in ranges:
+        shadow_bytes += first % _PLACES
+        for i, (start, size) in arrays.items():
+            if first <= start < last:
+                described[i][:] = start, size, shadow_bytes + start - first
+        shadow_bytes += last - first
+        shadow_bytes += -shadow_bytes % _PLACES
+    library.ptx_arrays(len(args), described, ctypes.c_uint64(shadow_bytes))
+    return shadow_bytes

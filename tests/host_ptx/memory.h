@@ -1,5 +1,6 @@
 // Memory as the translated kernels use it: alignment and bounds of every access, asynchronous copies that are read
-// before their wait, read-only loads of what the launch writes. Each instruction has its effect at once, as on x86.
+// before their wait, read-only loads of what the launch writes. Each access to global memory has its effect at once, as
+// on x86, or with PTX_WEAK as late as weak_memory.h allows.
 //
 // Global memory: translator.py follows each address to the parameter that it comes from. Such an access has to lie in
 // that argument's array; an address of mixed origin in any of them. Where arrays() was not called, nothing is known
@@ -12,6 +13,12 @@
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
+#ifdef PTX_WEAK  // here, since host_cuda.h redefines words that these headers use
+#include <memory>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+#endif
 
 #include "arithmetic.h"
 #include "host_cuda.h"
@@ -29,7 +36,7 @@
 // ---- Global memory --------------------------------------------------------------------------------------------------
 
 struct Array {
-    u64 start, size;
+    u64 start, size, place;
     u8 *written, *read_only;  // a byte per byte: whether this launch stored there, or read it by ld.global.nc
 };
 
@@ -40,15 +47,15 @@ static u8 *shadow = nullptr;
 
 #define PTX_EXPORT extern "C" __attribute__((visibility("default")))
 
-// The arrays of the next launch: per parameter its start, its size, and where its bytes begin in the shadow, in which
-// arrays that overlap share their bytes. A number has size 0.
+// The arrays of the next launch: per parameter its start, its size, and its place in the shadow, in which arrays that
+// overlap share their bytes; address and place are equal modulo 16. A number has size 0.
 PTX_EXPORT void ptx_arrays(int count, const u64 (*described)[3], u64 shadow_bytes)
 {
     std::free(shadow);
     shadow = shadow_bytes ? static_cast<u8 *>(std::calloc(2, shadow_bytes)) : nullptr;
     array_count = count < MOST_ARRAYS ? count : MOST_ARRAYS;
     for (int i = 0; i < array_count; ++i)
-        arrays[i] = {described[i][0], described[i][1], shadow + described[i][2],
+        arrays[i] = {described[i][0], described[i][1], described[i][2], shadow + described[i][2],
                      shadow + shadow_bytes + described[i][2]};
 }
 
@@ -99,12 +106,53 @@ PTX_CALL void mark(u64 address, int bytes, bool stored, int line)
     }
 }
 
+enum class Scope { GPU, BLOCK };  // of a release, an acquire, or a fence
+
+#ifdef PTX_WEAK
+#include "weak_memory.h"
+#else
 template <class T, int ARRAY>
-PTX T load_global(u64 address, int line)
+PTX T load_weak(u64 address)
 {
-    check_global<ARRAY>(address, sizeof(T), line);
     return *reinterpret_cast<const T *>(address);
 }
+
+template <class T, int ARRAY>
+PTX void store_weak(u64 address, T value)
+{
+    *reinterpret_cast<T *>(address) = value;
+}
+
+template <class T, int ARRAY>
+PTX T load_strong(u64 address, bool acquire, Scope, bool)
+{
+    return __atomic_load_n(reinterpret_cast<const T *>(address), acquire ? __ATOMIC_ACQUIRE : __ATOMIC_RELAXED);
+}
+
+template <class T, int ARRAY>
+PTX void store_strong(u64 address, T value, bool release, Scope)
+{
+    __atomic_store_n(reinterpret_cast<T *>(address), value, release ? __ATOMIC_RELEASE : __ATOMIC_RELAXED);
+}
+
+// The new value is operation(old value); returns the old one.
+template <class T, int ARRAY, class Operation>
+PTX T atomic_at(u64 address, Operation operation, bool, bool, Scope)
+{
+    T before = __atomic_load_n(reinterpret_cast<T *>(address), __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(reinterpret_cast<T *>(address), &before, operation(before), true,
+                                        __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
+    }
+    return before;
+}
+
+PTX void memory_fence(bool, Scope) { host_cuda::fence(); }
+PTX void copy_started() {}
+PTX void copy_bytes(void *target, u64 address, int bytes)
+{
+    std::memcpy(target, reinterpret_cast<const void *>(address), bytes);
+}
+#endif
 
 // ---- Shared memory --------------------------------------------------------------------------------------------------
 
@@ -145,8 +193,10 @@ PTX_CALL void copy_async(const Shared &shared, u32 offset, u64 address, int byte
     u8 *target = in_shared(shared, offset, bytes, line);
     if (source_bytes != 0 && source_bytes != u32(bytes))
         fault("a cp.async of a part, which is not modelled", address, bytes, line);
-    if (source_bytes)
+    if (source_bytes) {
         check_global<ARRAY>(address, bytes, line);
+        copy_started();
+    }
     check_pending(shared, offset, bytes, line);
     std::memset(shared.pending() + offset, 1, bytes);
     std::memset(target, 0xff, bytes);
@@ -157,7 +207,7 @@ PTX_CALL void finish_copies(const Shared &shared, int pending)
 {
     for (host_cuda::Copy copy; host_cuda::next_finished_copy(pending, copy);) {
         if (copy.inside)
-            std::memcpy(copy.target, copy.source, copy.bytes);
+            copy_bytes(copy.target, u64(copy.source), copy.bytes);
         else
             std::memset(copy.target, 0, copy.bytes);
         std::memset(static_cast<u8 *>(copy.target) + shared.size, 0, copy.bytes);
@@ -175,6 +225,8 @@ struct Poll {
     int repeated = 0;
     static constexpr int PATIENCE = 64;  // equal reads in a row that are no wait
 
+    bool is_waiting(u64 at) const { return at == address && repeated > PATIENCE / 2; }
+
     template <class T>
     T read(u64 at, T now, int line)
     {
@@ -186,24 +238,6 @@ struct Poll {
         return now;
     }
 };
-
-template <class T>
-PTX T add_relaxed(u64 address, T value)
-{
-    return __atomic_fetch_add(reinterpret_cast<T *>(address), value, __ATOMIC_RELAXED);
-}
-
-template <class T>
-PTX T exchange_relaxed(u64 address, T value)
-{
-    return __atomic_exchange_n(reinterpret_cast<T *>(address), value, __ATOMIC_RELAXED);
-}
-
-PTX void add_release(u64 address, u32 value)
-{
-    host_cuda::count_group_barrier(reinterpret_cast<const unsigned *>(address));
-    __atomic_fetch_add(reinterpret_cast<u32 *>(address), value, __ATOMIC_RELEASE);
-}
 
 // "shfl.sync": c has the segment mask in bits 8 to 12 and the clamp in bits 0 to 4.
 template <char MODE>

@@ -23,6 +23,7 @@ SPECIAL = {"tid": "threadIdx", "ntid": "blockDim", "ctaid": "blockIdx", "nctaid"
 COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">",
             "hs": ">="}
 UNORDERED = {"equ": "!=", "neu": "==", "ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}  # true where this is false
+SCOPES = "(gpu|cta|sys)"
 SIGNS = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
 ALIGNMENT = 16  # of the dynamic shared memory, and of the end of the static
 
@@ -53,10 +54,11 @@ def rule(pattern: str):
     return register
 
 
-def translate(module: Module, capability: int, worst: bool = False) -> Translated:
+def translate(module: Module, capability: int, worst: bool = False, weak: bool = False) -> Translated:
     """The C++ of all kernels of a module for a compute capability, times ten.
 
-    worst: approximate instructions and sums inside mma err as much as hardware may.
+    worst: approximate instructions and sums inside mma err as much as hardware may. weak: global memory is as late and
+    as stale as it may be.
 
     Raises: Untranslated.
     """
@@ -64,7 +66,7 @@ def translate(module: Module, capability: int, worst: bool = False) -> Translate
     functions = [_Code(module, function, blocks) for function in module.functions.values()]
     bodies = [code.text() for code in functions]  # fills blocks
     entries = "".join(code.table_entry() for code in functions if code.function.entry)
-    head = (f"#define PTX_CAPABILITY {capability}\n" + "#define PTX_WORST\n" * worst +
+    head = (f"#define PTX_CAPABILITY {capability}\n" + "#define PTX_WORST\n" * worst + "#define PTX_WEAK\n" * weak +
             '#include "tensor_cores.h"\n' + f"PTX_EXPORT u8 ptx_executed[{max(len(blocks), 1)}] = {{}};\n")
     variables = "".join(_global(variable) for variable in module.globals.values())
     prototypes = "".join(code.head() + ";\n" for code in functions)
@@ -223,6 +225,10 @@ class _Code:
         base, offset = re.fullmatch(r"\[\s*([^+\s\]]+)\s*(?:\+\s*(-?\w+))?\s*\]", text).groups()
         return f"(u{bits}({self.value(base, f'u{bits}')}) + u{bits}({int(offset or '0', 0)}))"
 
+    def marked(self, address: str, size: int, statement: Statement) -> str:
+        """The statement that marks bytes as written, in a kernel with read-only loads."""
+        return f"mark({address}, {size}, true, {statement.line}); " if self.marks else ""
+
     def array(self, text: str) -> str:
         """The number of the parameter whose array an address lies in, for the check of its bounds."""
         origin = self._origins.get(_name(re.fullmatch(r"\[\s*([^+\s\]]+).*\]", text)[1]))
@@ -278,6 +284,14 @@ def _origins(function: Function) -> dict[str, int]:
     return origins
 
 
+def _true(condition: bool) -> str:
+    return "true" if condition else "false"
+
+
+def _scope(name: str | None) -> str:
+    return "Scope::BLOCK" if name == "cta" else "Scope::GPU"
+
+
 def _vector(text: str) -> list[str]:
     return [part.strip() for part in text.strip("{}").split(",")]
 
@@ -331,14 +345,22 @@ def _(code, statement, match):
 
 # ---- Memory ---------------------------------------------------------------------------------------------------------
 
-@rule(r"ld\.(?:(relaxed|acquire)\.gpu|volatile)\.global\.(u32|b32|u64)")
+@rule(rf"ld\.(?:(relaxed|acquire)\.{SCOPES}|volatile)\.global\.([usbf](?:32|64))")
 def _(code, statement, match):
-    order = "__ATOMIC_ACQUIRE" if match[1] == "acquire" else "__ATOMIC_RELAXED"
-    c = C_TYPES[match[2]]
-    load = f"poll.read(at, __atomic_load_n(reinterpret_cast<const {c} *>(at), {order}), {statement.line})"
+    c, array = C_TYPES[match[3]], code.array(statement.operands[1])
+    load = (f"load_strong<{c}, {array}>(at, {_true(match[1] == 'acquire')}, {_scope(match[2])}, poll.is_waiting(at))")
     return (f"{{ const u64 at = {code.address(statement.operands[1])}; "
-            f"check_global<{code.array(statement.operands[1])}>(at, sizeof({c}), {statement.line}); "
-            + code.assign(statement.operands[0], load, match[2]) + " }")
+            f"check_global<{array}>(at, sizeof({c}), {statement.line}); "
+            + code.assign(statement.operands[0], f"poll.read(at, {load}, {statement.line})", match[3]) + " }")
+
+
+@rule(rf"st\.(?:(relaxed|release)\.{SCOPES}|volatile)\.global\.([usbf](?:32|64))")
+def _(code, statement, match):
+    c, array = C_TYPES[match[3]], code.array(statement.operands[0])
+    return (f"{{ const u64 at = {code.address(statement.operands[0])}; "
+            f"check_global<{array}>(at, sizeof({c}), {statement.line}); {code.marked('at', _size(match[3]), statement)}"
+            f"store_strong<{c}, {array}>(at, {code.value(statement.operands[1], match[3])}, "
+            f"{_true(match[1] == 'release')}, {_scope(match[2])}); }}")
 
 
 @rule(r"ld\.global(\.nc)?(?:\.v([24]))?\.(\w+)")
@@ -350,7 +372,7 @@ def _(code, statement, match):
     if match[1]:
         lines.append(f"mark(at, {size * len(registers)}, false, {line});")
     c = C_TYPES[type_]
-    lines += [f"const {c} t{i} = load_global<{c}, {array}>(at + {i * size}, {line});" for i in range(len(registers))]
+    lines += [f"const {c} t{i} = load_weak<{c}, {array}>(at + {i * size});" for i in range(len(registers))]
     lines += [code.assign(register, f"t{i}", type_) for i, register in enumerate(registers)]
     return "{ " + " ".join(lines) + " }"
 
@@ -359,12 +381,11 @@ def _(code, statement, match):
 def _(code, statement, match):
     values, type_, line = _vector(statement.operands[1]), match[2], statement.line
     size = _size(type_)
+    array, c = code.array(statement.operands[0]), C_TYPES[type_]
     lines = [f"const u64 at = {code.address(statement.operands[0])};",
-             f"check_global<{code.array(statement.operands[0])}>(at, {size * len(values)}, {line});"]
-    if code.marks:
-        lines.append(f"mark(at, {size * len(values)}, true, {line});")
-    c = C_TYPES[type_]
-    lines += [f"*reinterpret_cast<{c} *>(at + {i * size}) = {code.value(value, type_)};"
+             f"check_global<{array}>(at, {size * len(values)}, {line});",
+             code.marked("at", size * len(values), statement)]
+    lines += [f"store_weak<{c}, {array}>(at + {i * size}, {code.value(value, type_)});"
               for i, value in enumerate(values)]
     return "{ " + " ".join(lines) + " }"
 
@@ -417,27 +438,36 @@ def _(code, statement, match):
     return f"finish_copies(shared, {statement.operands[0]});"
 
 
-@rule(r"atom(?:\.relaxed\.gpu)?\.(global|shared)\.(add|exch)\.([ub]32|u64)")
+@rule(rf"atom(?:\.(relaxed|acquire|release|acq_rel))?(?:\.{SCOPES})?\.(global|shared)\.(add|exch)\.([ub]32|u64)")
 def _(code, statement, match):
-    c, (result, at, value), line = C_TYPES[match[3]], statement.operands, statement.line
-    function = {"add": "add_relaxed", "exch": "exchange_relaxed"}[match[2]]
-    if match[1] == "shared":
-        lines = f"const u64 at = u64(in_shared(shared, {code.address(at, 32)}, sizeof({c}), {line}));"
+    order, scope, space, operation, type_ = match.groups()
+    c, (result, at, value), line = C_TYPES[type_], statement.operands, statement.line
+    new = f"[&](const {c} old) {{ return {c}({'old + ' * (operation == 'add')}{code.value(value, type_)}); }}"
+    if space == "shared":
+        change = (f"auto &at = *reinterpret_cast<{c} *>(in_shared(shared, {code.address(at, 32)}, sizeof({c}), {line})); "
+                  f"const {c} old = at; at = ({new})(old);")
     else:
-        lines = f"const u64 at = {code.address(at)}; check_global<{code.array(at)}>(at, sizeof({c}), {line});"
-    return f"{{ {lines} " + code.assign(result, f"{function}<{c}>(at, {code.value(value, match[3])})", match[3]) + " }"
+        array, acquire, release = code.array(at), order in ("acquire", "acq_rel"), order in ("release", "acq_rel")
+        change = (f"const u64 at = {code.address(at)}; check_global<{array}>(at, sizeof({c}), {line}); "
+                  + code.marked("at", _size(type_), statement) +
+                  f"const {c} old = atomic_at<{c}, {array}>(at, {new}, {_true(acquire)}, {_true(release)}, "
+                  f"{_scope(scope)});")
+    return f"{{ {change} " + code.assign(result, "old", type_) + " }"
 
 
-@rule(r"red\.release\.gpu\.global\.add\.u32")
+@rule(rf"red(?:\.(relaxed|release))?(?:\.{SCOPES})?\.global\.add\.u32")
 def _(code, statement, match):
     at, value = statement.operands
-    return (f"{{ const u64 at = {code.address(at)}; check_global<{code.array(at)}>(at, 4, {statement.line}); "
-            f"add_release(at, {code.value(value, 'u32')}); }}")
+    array = code.array(at)
+    return (f"{{ const u64 at = {code.address(at)}; check_global<{array}>(at, 4, {statement.line}); "
+            f"host_cuda::count_group_barrier(reinterpret_cast<const unsigned *>(at)); "
+            f"atomic_at<u32, {array}>(at, [&](const u32 old) {{ return old + {code.value(value, 'u32')}; }}, false, "
+            f"{_true(match[1] == 'release')}, {_scope(match[2])}); }}")
 
 
-@rule(r"membar\.gl|fence\.acq_rel\.gpu")
+@rule(r"membar\.(gl|cta)|fence\.(acq_rel|sc)\.(gpu|cta)")
 def _(code, statement, match):
-    return "host_cuda::fence();"
+    return f"memory_fence({_true(match[2] != 'acq_rel')}, {_scope(match[1] or match[3])});"
 
 
 # ---- Threads together -----------------------------------------------------------------------------------------------
@@ -446,7 +476,9 @@ def _(code, statement, match):
 def _(code, statement, match):
     if statement.operands != ("0",):
         raise Untranslated(f"{code.function.name}, PTX line {statement.line}: {statement.text}")
-    return f"host_cuda::sync_threads(SITE, {statement.line});"
+    # The compiler may make several instructions of one barrier: they have its source line in common.
+    file, line = statement.location or ("no source line", 0)
+    return f"host_cuda::sync_threads(\"{file}\", {line});"
 
 
 @rule(r"bar\.warp\.sync")

@@ -1,0 +1,62 @@
+"""Kernels whose blocks exchange data, from PTX, with global memory as late and as stale as the PTX memory model allows:
+they give the bits that they give when each access has its effect at once."""
+
+import numpy as np
+import pytest
+
+from char_gru.kernels import runtime
+from char_gru.kernels.matmul import PRECISIONS
+from char_gru.kernels.plan.generation import PERSISTENT
+from tests import host_cuda, host_ptx
+from tests.helpers.recurrence import assert_equal_bits, layer, on_device
+from tests.helpers.texts import text_case, written_on_device
+from tests.test_gru_persistent import Cut
+
+pytestmark = pytest.mark.skipif(host_cuda.compiler() is None, reason="needs a C++ compiler")
+
+
+def persistent(T: int, precision: str) -> dict[str, np.ndarray]:
+    """Both passes of a recurrence that has groups, ranges and tiles of rows."""
+    size = Cut(T, B=17, H=6, V=3, M=2, groups=2, rows=16, units=4, units_back=6, splits=2)
+    return on_device(size.case, precision, size.plans(precision))
+
+
+def stepwise(T: int, precision: str) -> dict[str, np.ndarray]:
+    """Backward, several blocks sum each product, and the last one of them finishes it."""
+    return on_device(layer(T, B=5, H=40, V=4, M=7), precision)
+
+
+def text(T: int, layers: int, variant: str) -> dict[str, np.ndarray]:
+    ids_tr, ids, h = written_on_device(text_case(2, H=9, V=5, layers=layers, scale=0.3), T, variant)
+    return {"ids_tr": ids_tr, "ids": ids, "h": h}
+
+
+def results_of(kernels, *arguments, **memory) -> dict[str, np.ndarray]:
+    with runtime.use(host_ptx.PtxExecutor("sm_90", **memory)) as executor:
+        results = kernels(*arguments)
+    assert any(launch.grid != (1, 1, 1) for launch in executor.launches) and not executor.from_source
+    return results
+
+
+CASES = {
+    **{f"persistent recurrence in {precision}": (persistent, 20, precision) for precision in PRECISIONS},
+    "stepwise recurrence": (stepwise, 3, "fp32"),
+    **{f"text by {variant}, {layers} layers": (text, 20, layers, variant)
+       for variant in PERSISTENT for layers in (1, 2)},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", host_ptx.SCHEDULES)
+@pytest.mark.parametrize("name", CASES)
+def test_weak_memory_changes_no_bit(name, schedule):
+    kernels, *arguments = CASES[name]
+    expected = results_of(kernels, *arguments)
+    for seed in range(3):
+        assert_equal_bits(results_of(kernels, *arguments, schedule=schedule, seed=seed), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", host_ptx.SCHEDULES)
+def test_weak_memory_changes_no_bit_of_thousands_of_steps(schedule):
+    assert_equal_bits(results_of(persistent, 2000, "fp32", schedule=schedule), results_of(persistent, 2000, "fp32"))
