@@ -57,6 +57,5 @@ def test_weak_memory_changes_no_bit(name, schedule):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", host_ptx.SCHEDULES)
-def test_weak_memory_changes_no_bit_of_thousands_of_steps(schedule):
-    assert_equal_bits(results_of(persistent, 2000, "fp32", schedule=schedule), results_of(persistent, 2000, "fp32"))
+def test_weak_memory_changes_no_bit_of_thousands_of_steps():
+    assert_equal_bits(results_of(persistent, 2000, "fp32", schedule="random"), results_of(persistent, 2000, "fp32"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.host_ptx import PtxExecutor
+from tests.host_ptx import SCHEDULES, PtxExecutor
 
 FIXTURES = {"executor", "ordered_executor"}
 """A test that asks for one of these runs from PTX."""
@@ -12,6 +12,8 @@ def pytest_addoption(parser):
     parser.addoption("--ptx", metavar="ARCHITECTURE", help="run kernels from the PTX that NVRTC makes for sm_75, ...")
     parser.addoption("--worst", action="store_true",
                      help="with --ptx: approximate instructions and sums in mma err as much as hardware may")
+    parser.addoption("--schedule", choices=SCHEDULES, default="",
+                     help="with --ptx: global memory is as late and as stale as may be; which block goes on")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -26,7 +28,8 @@ def executor_of(config: pytest.Config, order: str = "ascending") -> PtxExecutor 
     architecture = config.getoption("ptx")
     if not architecture:
         return None
-    executor = PtxExecutor(architecture, worst=config.getoption("worst"), order=order)
+    executor = PtxExecutor(architecture, worst=config.getoption("worst"), order=order,
+                           schedule=config.getoption("schedule"))
     config.stash.setdefault(EXECUTORS, []).append(executor)
     return executor
 

@@ -46,7 +46,7 @@ struct Clock {
         reads.emplace_back(place, message);
     }
 
-    void join(const Clock &other)
+    [[gnu::optimize("O3")]] void join(const Clock &other)
     {
         for (std::size_t i = 0; i < epochs.size(); ++i)
             epochs[i] = epochs[i] < other.epochs[i] ? other.epochs[i] : epochs[i];
@@ -100,7 +100,9 @@ struct Thread {
 };
 
 struct HandedOver {
-    Known all, latest;  // joined, and the clock that was handed over latest
+    Known all;       // joined
+    Known parts[2];  // the latest of the clocks that were handed over
+    bool has(const Known &known) const { return known == parts[0] || known == parts[1]; }
 };
 
 static std::vector<Thread> memory_threads;
@@ -142,9 +144,10 @@ PTX_CALL void memory_hand_over(void *key)
     const u32 number = this_thread();
     Thread &thread = memory_threads[number];
     HandedOver &handed = handed_over(key);
-    if (handed.latest != thread.known)
+    if (!handed.has(thread.known)) {
         join(handed.all, thread.known);
-    handed.latest = thread.known;
+        handed.parts[1] = std::exchange(handed.parts[0], thread.known);
+    }
     changeable(handed.all).epochs[number] = ++thread.epoch;
 }
 
@@ -152,7 +155,7 @@ PTX_CALL void memory_take_over(void *key)
 {
     Thread &thread = memory_threads[this_thread()];
     const HandedOver &handed = handed_over(key);
-    if (handed.latest == thread.known)  // of which `all` has everything: from now on, the threads share it
+    if (handed.has(thread.known))  // `all` holds whatever it knows: after a barrier, the threads share one clock
         thread.known = handed.all;
     else
         join(thread.known, handed.all);
