@@ -22,6 +22,9 @@ SEEDS = 60
 """Launches of a litmus test in each schedule."""
 
 
+Outcomes = set[tuple[int, ...]] | frozenset[tuple[int, ...]]
+
+
 class Litmus(NamedTuple):
     """What each thread does, and the results of all loads, thread by thread.
 
@@ -30,8 +33,8 @@ class Litmus(NamedTuple):
     """
 
     threads: list[str]  # lines with ";" between them
-    forbidden: set[tuple[int, ...]] = set()
-    shows: set[tuple[int, ...]] = set()
+    forbidden: Outcomes = frozenset()
+    shows: Outcomes = frozenset()
     in_block: int = 1  # threads per block
 
 
@@ -75,7 +78,7 @@ MESSAGE_PASSING = {
 }
 
 
-def sb(between: str, forbidden=frozenset(), shows=frozenset()) -> Litmus:
+def sb(between: str, forbidden: Outcomes = frozenset(), shows: Outcomes = frozenset()) -> Litmus:
     """Store buffering: may both threads miss the other one's store?"""
     return Litmus([f"st.relaxed.gpu x 1; {between}ld.relaxed.gpu y", f"st.relaxed.gpu y 1; {between}ld.relaxed.gpu x"],
                   forbidden, shows)

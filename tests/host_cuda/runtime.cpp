@@ -47,7 +47,7 @@ namespace {
 
 constexpr unsigned WARP = 32;
 constexpr unsigned BLOCKS_AT_ONCE = 4;   // of a launch that is not cooperative
-constexpr unsigned TURNS = 16;           // under a schedule, after one of so many turns of threads another block goes on
+constexpr unsigned TURNS = 16;           // of threads: after one of so many, a schedule lets another block go on
 constexpr int PATIENCE_SECONDS = 60;     // without a switch between fibers: some loop never ends
 constexpr unsigned char POISON = 0xff;   // NaN in every float format, -1 as an integer
 constexpr std::size_t SHARED_ALIGNMENT = 1024;

@@ -1,7 +1,7 @@
 // Which block goes on, where one runs at a time: a seed decides, so that the same launch does the same things again.
 //
-// A block is idle when all its threads wait for other blocks. An idle block becomes busy, which is to look again whether
-// it may go on, now and then, and when all are idle.
+// A block is idle when all its threads wait for other blocks. Now and then, and when all are idle, the idle blocks look
+// again whether they may go on.
 #pragma once
 
 #include <cstdint>

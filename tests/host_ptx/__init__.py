@@ -22,7 +22,7 @@ from tests import host_cuda
 from tests.host_ptx.parser import Statement, parse
 from tests.host_ptx.translator import Untranslated, translate
 
-__all__ = ["Built", "Coverage", "Fault", "PtxExecutor", "SCHEDULES", "Untranslated", "build", "build_ptx", "run"]
+__all__ = ["SCHEDULES", "Built", "Coverage", "Fault", "PtxExecutor", "Untranslated", "build", "build_ptx", "run"]
 
 SCHEDULES = ("random", "starved", "fast")
 """Which block goes on, as Schedule of host_cuda/launch.h has it."""
@@ -103,10 +103,10 @@ def _ptx(source: str, architecture: str) -> str:
 class PtxExecutor(host_cuda.HostExecutor):
     """As HostExecutor, with every kernel run from its PTX for an architecture.
 
-    worst: approximate instructions and sums inside mma err as much as hardware may. schedule: one of SCHEDULES, by which
-    one block runs at a time; global memory is then as late and as stale as the PTX memory model allows, and a seed
-    decides all of it. A source that NVRTC refuses, since a test wrote it for the host alone, runs as HostExecutor runs
-    it; `from_source` has these kernels.
+    worst: approximate instructions and sums inside mma err as much as hardware may. schedule: one of SCHEDULES, by
+    which one block runs at a time; global memory is then as late and as stale as the PTX memory model allows, and a
+    seed decides all of it. A source that NVRTC refuses, since a test wrote it for the host alone, runs as HostExecutor
+    runs it; `from_source` has these kernels.
     """
 
     def __init__(self, architecture: str = "sm_90", worst: bool = False, order: str = "ascending", seed: int = 0,

@@ -444,7 +444,8 @@ def _(code, statement, match):
     c, (result, at, value), line = C_TYPES[type_], statement.operands, statement.line
     new = f"[&](const {c} old) {{ return {c}({'old + ' * (operation == 'add')}{code.value(value, type_)}); }}"
     if space == "shared":
-        change = (f"auto &at = *reinterpret_cast<{c} *>(in_shared(shared, {code.address(at, 32)}, sizeof({c}), {line})); "
+        place = f"in_shared(shared, {code.address(at, 32)}, sizeof({c}), {line})"
+        change = (f"auto &at = *reinterpret_cast<{c} *>({place}); "
                   f"const {c} old = at; at = ({new})(old);")
     else:
         array, acquire, release = code.array(at), order in ("acquire", "acq_rel"), order in ("release", "acq_rel")

@@ -11,9 +11,9 @@
 //   a release (red, atom, st, fence)  the clock travels with the message, and with those of the atomics that follow it
 //   an acquire (ld, atom, fence)      takes over the clock of the message that was read
 //   fence.sc, membar                  also from each such fence to all later ones
-// A strong load (relaxed, acquire, volatile, atomics) of a strong write puts this write, and nothing else, into the clock
-// of its thread. It is not torn, and a loop of them finds a new value after a finite number of turns. A weak load leaves no
-// trace: the next one may give an older value. Between blocks, an operation of scope .cta is weak.
+// A strong load (relaxed, acquire, volatile, atomics) of a strong write puts this write, and nothing else, into the
+// clock of its thread. It is not torn, and a loop of them finds a new value after a finite number of turns. A weak load
+// leaves no trace: the next one may give an older value. Between blocks, an operation of scope .cta is weak.
 //
 // Not shown: values that a thread writes only after the load (load buffering); writes that overtake each other in the
 // coherence order of one word. Shared memory has its effect at once.
@@ -187,7 +187,10 @@ PTX History **memory_word(u64 address)
     return array ? &memory_words[(array->place + (address - array->start)) / 8] : nullptr;
 }
 
-PTX u64 mask_of(u64 address, int bytes) { return (bytes == 8 ? ~u64(0) : (u64(1) << 8 * bytes) - 1) << address % 8 * 8; }
+PTX u64 mask_of(u64 address, int bytes)
+{
+    return (bytes == 8 ? ~u64(0) : (u64(1) << 8 * bytes) - 1) << address % 8 * 8;
+}
 
 PTX bool knows(u32 number, const Clock &known, const Message &message)
 {
