@@ -17,13 +17,37 @@
 #include "host_cuda.h"
 #undef asm
 
-[[noreturn, gnu::cold]] PTX_CALL void fault(const char *what, u64 address, int bytes, int line)
+[[noreturn, gnu::cold]] PTX_CALL void fault(const char *what, const char *where, int line)
 {
     char text[256];
-    std::snprintf(text, sizeof(text), "PTX line %d: %s; address %#llx, %d bytes; block %u %u %u, thread %u %u %u", line,
-                  what, (unsigned long long)address, bytes, blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x,
-                  threadIdx.y, threadIdx.z);
+    std::snprintf(text, sizeof(text), "PTX line %d: %s; %s; block %u %u %u, thread %u %u %u", line, what, where,
+                  blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
     host_cuda::stop(text);
+}
+
+[[noreturn, gnu::cold]] PTX_CALL void fault(const char *what, u64 address, int bytes, int line)
+{
+    char where[64];
+    std::snprintf(where, sizeof(where), "address %#llx, %d bytes", (unsigned long long)address, bytes);
+    fault(what, where, line);
+}
+
+// ---- Registers ------------------------------------------------------------------------------------------------------
+
+[[noreturn, gnu::cold]] PTX_CALL void unwritten_register(const char *name, int line)
+{
+    char where[64];
+    std::snprintf(where, sizeof(where), "register %%%s", name);
+    fault("a register read before it is written", where, line);
+}
+
+// What a register holds, where it may be read ahead of every write: registers.py finds these places.
+template <class T>
+PTX T checked(T held, bool written, const char *name, int line)
+{
+    if (__builtin_expect(!written, 0))
+        unwritten_register(name, line);
+    return held;
 }
 
 // ---- Global memory --------------------------------------------------------------------------------------------------
@@ -207,17 +231,18 @@ PTX void add_release(u64 address, u32 value)
 
 // "shfl.sync": c has the segment mask in bits 8 to 12 and the clamp in bits 0 to 4.
 template <char MODE>
-PTX_CALL u32 shuffle(u32 value, u32 b, u32 c, u32 members, bool *in_range)
+PTX_CALL u32 shuffle(u32 value, u32 b, u32 c, u32 members, bool &inside, int line)
 {
     const int lane = host_cuda::lane_in_warp(), segment = int(c >> 8 & 31), clamp = int(c & 31), by = int(b & 31);
     const int last = (lane & segment) | (clamp & ~segment), first = lane & segment;
     const int source = MODE == 'u' ? lane - by : MODE == 'd' ? lane + by : MODE == 'b' ? lane ^ by
                                                                          : first | (by & ~segment);
-    const bool inside = MODE == 'u' ? source >= last : source <= last;
-    if (in_range)
-        *in_range = inside;
+    inside = MODE == 'u' ? source >= last : source <= last;
     const char *name = MODE == 'u' ? "shfl.up" : MODE == 'd' ? "shfl.down" : MODE == 'b' ? "shfl.bfly" : "shfl.idx";
-    return u32(host_cuda::shuffle(name, members, value, inside ? source : lane, SITE, 0));
+    return u32(host_cuda::shuffle(name, members, value, inside ? source : lane, SITE, line));
 }
 
-PTX bool vote_any(bool p, u32 members) { return host_cuda::ballot("vote.any", members, p, SITE, 0) != 0; }
+PTX bool vote_any(bool p, u32 members, int line)
+{
+    return host_cuda::ballot("vote.any", members, p, SITE, line) != 0;
+}

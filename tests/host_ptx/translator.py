@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from tests.host_ptx.parser import Function, Module, Statement, Variable, parameter
+from tests.host_ptx.registers import Step, uncertain_reads
 
 __all__ = ["Translated", "Untranslated", "translate"]
 
@@ -100,6 +101,8 @@ class _Code:
         self.copies = any(operation.startswith("cp.async") for operation in operations)
         self.marks = any(".nc." in operation for operation in operations)
         self._declared: list[str] = []
+        self._reads: list[str] = []  # registers, of the statement at hand
+        self._writes: list[str] = []
         self._origins = _origins(function)
 
     def head(self) -> str:
@@ -118,7 +121,10 @@ class _Code:
 
     def text(self) -> str:
         lines, open_block = [], False
-        for statement in self.function.statements:
+        texts, steps = zip(*map(self._step, self.function.statements))
+        uncertain = uncertain_reads(steps)
+        flagged = set().union(*uncertain)
+        for statement, text, step, unsure in zip(self.function.statements, texts, steps, uncertain):
             if statement.kind in ("label", "instruction") and (statement.kind == "label" or not open_block):
                 if statement.kind == "label":
                     lines.append(f"{_name(statement.text)}: ;")
@@ -127,16 +133,27 @@ class _Code:
                 open_block = True
             if statement.kind == "instruction":
                 self._blocks[-1][1].append(statement)
-                lines.append(self._guarded(statement))
+                lines.append(_guarded(statement, text, unsure, flagged.intersection(step.writes)))
                 open_block = statement.operation.split(".")[0] not in ("bra", "ret", "exit")
             elif statement.kind in "{}":
                 lines.append(statement.text)
             elif statement.kind != "label":
-                lines.append(self._declaration(statement))
-        start = ["Poll poll;", *self._declared]
+                lines += [text, *(f"w_{name} = false;" for name in step.writes if name in flagged)]
+        start = ["Poll poll;", *self._declared, *(f"bool w_{name} = false;" for name in sorted(flagged))]
         if self.function.entry:
             start = ["flush_subnormals();", "[[maybe_unused]] const Shared shared = shared_memory();", *start]
         return "\n".join((self.head(), "{", *start, *lines, "}", ""))
+
+    def _step(self, statement: Statement) -> tuple[str, Step]:
+        """The C++ of an instruction or a declaration, without its guard, and the registers that it reads and writes."""
+        self._reads, self._writes, text = [], [], ""
+        if statement.kind == "instruction":
+            text = self._instruction(statement)
+            if statement.guard:
+                self._reads.append(_name(statement.guard.lstrip("!")))
+        elif statement.kind in ("reg", "param"):
+            text = self._declaration(statement)
+        return text, Step(statement, tuple(self._reads), tuple(self._writes))
 
     def _declaration(self, statement: Statement) -> str:
         if statement.kind == "param":
@@ -148,18 +165,13 @@ class _Code:
                  else [_name(name.strip()) for name in names.split(",")])
         c = C_TYPES[type_]
         self._classes |= dict.fromkeys(found, c)
+        self._writes += found
         declaration = f"[[maybe_unused]] {c} " + ", ".join(f"r_{name} = {POISON.get(c, f'{c}(~u64(0))')}"
                                                             for name in found) + ";"
         if several:  # of the function: ahead of every label
             self._declared.append(declaration)
             return ""
         return declaration
-
-    def _guarded(self, statement: Statement) -> str:
-        text = self._instruction(statement)
-        if statement.guard:
-            return f"if ({statement.guard[0].replace('%', '')}r_{_name(statement.guard.lstrip('!'))}) {{ {text} }}"
-        return text
 
     def _instruction(self, statement: Statement) -> str:
         text, match = _rule_of(statement.operation)
@@ -186,6 +198,7 @@ class _Code:
             return f"{c}(host_cuda::lane_in_warp())"
         register = _name(text)
         if register in self._classes:
+            self._reads.append(register)
             held = self._classes[register]
             if c in FLOATS and held not in FLOATS:
                 return f"bits<{c}>({FLOATS[c]}(r_{register}))"
@@ -206,6 +219,7 @@ class _Code:
         register, c = _name(destination), C_TYPES[type_]
         if register == "_":
             return f"(void)({expression});"
+        self._writes.append(register)
         held, expression = self._classes[register], f"{c}({expression})"
         if held in FLOATS and c not in FLOATS:
             expression = f"bits<{held}>({expression})"
@@ -227,6 +241,17 @@ class _Code:
         """The number of the parameter whose array an address lies in, for the check of its bounds."""
         origin = self._origins.get(_name(re.fullmatch(r"\[\s*([^+\s\]]+).*\]", text)[1]))
         return "ANY_ARRAY" if origin is None or origin < 0 else str(origin)
+
+
+def _guarded(statement: Statement, text: str, uncertain: set[str], flagged: set[str]) -> str:
+    """The C++ of an instruction under its guard. The flag w_NAME says whether the register NAME is written: a read of
+    a register of `uncertain` looks at its flag, a write of one of `flagged` sets it."""
+    text += "".join(f" w_{name} = true;" for name in sorted(flagged))
+    if statement.guard:
+        text = f"if ({statement.guard[0].replace('%', '')}r_{_name(statement.guard.lstrip('!'))}) {{ {text} }}"
+    for name in uncertain:
+        text = re.sub(rf"\br_{name}\b(?! = )", f'checked(r_{name}, w_{name}, "{name}", {statement.line})', text)
+    return text
 
 
 @functools.cache
@@ -458,14 +483,17 @@ def _(code, statement, match):
 def _(code, statement, match):
     destination, _, predicate = statement.operands[0].partition("|")
     values = ", ".join(code.value(operand, "u32") for operand in statement.operands[1:])
-    inside = f"&r_{_name(predicate)}" if predicate else "nullptr"
-    return code.assign(destination, f"shuffle<'{match[1][0]}'>({values}, {inside})", "u32")
+    lines = ["bool inside;",
+             code.assign(destination, f"shuffle<'{match[1][0]}'>({values}, inside, {statement.line})", "u32")]
+    if predicate:
+        lines.append(code.assign(predicate, "inside", "pred"))
+    return "{ " + " ".join(lines) + " }"
 
 
 @rule(r"vote\.sync\.any\.pred")
 def _(code, statement, match):
     p, members = code.value(statement.operands[1], "pred"), code.value(statement.operands[2], "u32")
-    return code.assign(statement.operands[0], f"vote_any({p}, {members})", "pred")
+    return code.assign(statement.operands[0], f"vote_any({p}, {members}, {statement.line})", "pred")
 
 
 @rule(r"mma\.sync\.aligned\.m16n8k(?:16\.row\.col\.f32\.(bf16)\.bf16|8\.row\.col\.f32\.(tf32)\.tf32)\.f32")
