@@ -27,7 +27,11 @@ _HERE = pathlib.Path(__file__).parent
 # -w: what NVRTC leaves unused is not worth a warning. Without -mfma, an fma is a slow function of the C library.
 _FLAGS = ("-std=c++20", "-shared", "-O1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden",
           "-pthread", "-w", "-fno-trapping-math", *["-mfma"] * (platform.machine() == "x86_64"), f"-I{_HERE}")
-_LINE = re.compile(r"PTX line (\d+)")
+_FAULT = re.compile(r"^[\w$]+: PTX line ")
+_LINE = re.compile(r"PTX(?: line |:)(\d+)")
+_NEVER_ALL_ONES = (np.float32, np.uint16, np.int32)
+"""Types of arrays in which an element whose bits are all ones was never written: no arithmetic makes this NaN (uint16
+has the bits of a bfloat16), and -1 is no id, position or count."""
 
 
 class Fault(RuntimeError):
@@ -76,6 +80,7 @@ def build_ptx(ptx: str, architecture: str, worst: bool = False) -> Built:
     headers = "".join(f"// {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in sorted(_HERE.glob("*.h")))
     path = host_cuda.compiled(headers + translated.text, _FLAGS)
     library = host_cuda.opened(path)
+    library.ptx_wrong_counter.restype = ctypes.c_char_p
     locations = {statement.line: str(statement.location) for function in module.functions.values()
                  for statement in function.statements if statement.location}
     return Built(path, library, translated.blocks, locations)
@@ -129,12 +134,18 @@ def run(built: Built, request: host_cuda.Request, args: list) -> tuple[int, int]
     """
     _describe_arrays(built.library, args)
     try:
-        return host_cuda.run_inside(built.library, request, args)
+        counts = host_cuda.run_inside(built.library, request, args)
+        blocks = request.grid[0] * request.grid[1] * request.grid[2]
+        if wrong := built.library.ptx_wrong_counter(ctypes.c_uint64(blocks)):
+            raise host_cuda.Deadlock(f"{request.kernel.decode()}: {wrong.decode()}")
     except host_cuda.Deadlock as report:
-        if not (found := _LINE.search(str(report))):
-            raise
-        where = built.locations.get(int(found[1]), "no source line")
-        raise Fault(str(report).replace(found[0], f"{found[0]} ({where})", 1)) from None
+        kind = Fault if _FAULT.search(str(report)) else host_cuda.Deadlock
+        raise kind(_LINE.sub(functools.partial(_located, built.locations), str(report))) from None
+    return counts
+
+
+def _located(locations: dict[int, str], line: re.Match) -> str:
+    return f"PTX line {line[1]} ({locations.get(int(line[1]), 'no source line')})"
 
 
 def _describe_arrays(library: ctypes.CDLL, args: list) -> None:
@@ -147,8 +158,8 @@ def _describe_arrays(library: ctypes.CDLL, args: list) -> None:
             ranges[-1][1] = max(start + size, ranges[-1][1])
         else:
             ranges.append([start, start + size])
-    described = (ctypes.c_uint64 * 3 * len(args))()
+    described = (ctypes.c_uint64 * 4 * len(args))()
     for i, (start, size) in arrays.items():
         before = sum(min(last, start) - first for first, last in ranges if first <= start)
-        described[i][:] = start, size, before
+        described[i][:] = start, size, before, args[i].itemsize if args[i].dtype in _NEVER_ALL_ONES else 0
     library.ptx_arrays(len(args), described, ctypes.c_uint64(sum(last - first for first, last in ranges)))

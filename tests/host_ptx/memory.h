@@ -13,16 +13,33 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include <pthread.h>
+
 #include "arithmetic.h"
 #include "host_cuda.h"
 #undef asm
 
+#define PTX_EXPORT extern "C" __attribute__((visibility("default")))
+
+struct Place {
+    int line;  // of the PTX
+    uint3 block, thread;
+};
+
+struct Report {
+    char text[256];
+
+    Report(const char *what, const char *where, const Place &place)
+    {
+        const auto &[line, block, thread] = place;
+        std::snprintf(text, sizeof(text), "PTX line %d: %s; %s; block %u %u %u, thread %u %u %u", line, what, where,
+                      block.x, block.y, block.z, thread.x, thread.y, thread.z);
+    }
+};
+
 [[noreturn, gnu::cold]] PTX_CALL void fault(const char *what, const char *where, int line)
 {
-    char text[256];
-    std::snprintf(text, sizeof(text), "PTX line %d: %s; %s; block %u %u %u, thread %u %u %u", line, what, where,
-                  blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
-    host_cuda::stop(text);
+    host_cuda::stop(Report(what, where, {line, blockIdx, threadIdx}).text);
 }
 
 [[noreturn, gnu::cold]] PTX_CALL void fault(const char *what, u64 address, int bytes, int line)
@@ -50,11 +67,93 @@ PTX T checked(T held, bool written, const char *name, int line)
     return held;
 }
 
+// ---- Counters: words of global memory that a launch adds to by atomics, as barriers among blocks do ------------------
+
+struct Arrivals {  // of one block at a counter
+    u32 count;
+    Place last;
+};
+
+struct Counter {
+    u64 address;
+    u32 before;  // the launch
+    Place last;  // addition
+    Arrivals *arrivals;  // per block; null where no addition is a release
+    Counter *next;
+};
+
+static Counter *counters = nullptr;
+static pthread_mutex_t counters_lock = PTHREAD_MUTEX_INITIALIZER;
+
+// To be called ahead of each addition.
+PTX_CALL void count_on(u64 address, bool release, int line)
+{
+    pthread_mutex_lock(&counters_lock);
+    Counter *counter = counters;
+    while (counter && counter->address != address)
+        counter = counter->next;
+    if (!counter) {
+        const u32 before = __atomic_load_n(reinterpret_cast<const u32 *>(address), __ATOMIC_RELAXED);
+        counters = counter = new Counter{address, before, {}, nullptr, counters};
+    }
+    counter->last = {line, blockIdx, threadIdx};
+    if (release) {
+        if (!counter->arrivals)
+            counter->arrivals = static_cast<Arrivals *>(
+                std::calloc(u64(gridDim.x) * gridDim.y * gridDim.z, sizeof(Arrivals)));
+        Arrivals &mine = counter->arrivals[(u64(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x];
+        mine = {mine.count + 1, counter->last};
+    }
+    pthread_mutex_unlock(&counters_lock);
+}
+
+PTX_CALL void forget_counters()
+{
+    while (Counter *counter = counters) {
+        counters = counter->next;
+        std::free(counter->arrivals);
+        delete counter;
+    }
+}
+
+// After a launch of so many blocks that ended: what is wrong with one of its counters, or null. A counter has to be
+// what it was before, for the next launch; blocks that arrive at it arrive equally often.
+PTX_EXPORT const char *ptx_wrong_counter(u64 blocks)
+{
+    static Report report("", "", {});
+    for (const Counter *counter = counters; counter; counter = counter->next) {
+        const auto said = [counter](const char *what, const char *numbers, u32 one, u32 other, const Place &place) {
+            char format[96], where[128];
+            std::snprintf(format, sizeof(format), "address %%#llx, %s", numbers);
+            std::snprintf(where, sizeof(where), format, (unsigned long long)counter->address, one, other);
+            report = {what, where, place};
+            return report.text;
+        };
+        const u32 now = *reinterpret_cast<const u32 *>(counter->address);
+        if (now != counter->before)
+            return said("a counter that is not as it was before the launch", "then %u, now %u", counter->before, now,
+                        counter->last);
+        const Arrivals *most = nullptr, *fewest = nullptr;
+        for (u64 i = 0; counter->arrivals && i < blocks; ++i) {
+            const Arrivals &its = counter->arrivals[i];
+            if (its.count && (!most || its.count > most->count))
+                most = &its;
+            if (its.count && (!fewest || its.count < fewest->count))
+                fewest = &its;
+        }
+        if (most && most->count != fewest->count)
+            return said("a block that arrives at a counter more often than another block", "%u times, not %u",
+                        most->count, fewest->count, most->last);
+    }
+    return nullptr;
+}
+
 // ---- Global memory --------------------------------------------------------------------------------------------------
 
 struct Array {
     u64 start, size;
     u8 *written, *read_only;  // a byte per byte: whether this launch stored there, or read it by ld.global.nc
+    int element;              // bytes of an element whose bits are never all ones, but where nobody wrote; else 0
 };
 
 constexpr int MOST_ARRAYS = 64;
@@ -62,18 +161,17 @@ static Array arrays[MOST_ARRAYS];
 static int array_count = 0;
 static u8 *shadow = nullptr;
 
-#define PTX_EXPORT extern "C" __attribute__((visibility("default")))
-
-// The arrays of the next launch: per parameter its start, its size, and where its bytes begin in the shadow, in which
-// arrays that overlap share their bytes. A number has size 0.
-PTX_EXPORT void ptx_arrays(int count, const u64 (*described)[3], u64 shadow_bytes)
+// The arrays of the next launch: per parameter its start, its size, where its bytes begin in the shadow, in which
+// arrays that overlap share their bytes, and `element` of Array. A number has size 0.
+PTX_EXPORT void ptx_arrays(int count, const u64 (*described)[4], u64 shadow_bytes)
 {
+    forget_counters();
     std::free(shadow);
     shadow = shadow_bytes ? static_cast<u8 *>(std::calloc(2, shadow_bytes)) : nullptr;
     array_count = count < MOST_ARRAYS ? count : MOST_ARRAYS;
     for (int i = 0; i < array_count; ++i)
         arrays[i] = {described[i][0], described[i][1], shadow + described[i][2],
-                     shadow + shadow_bytes + described[i][2]};
+                     shadow + shadow_bytes + described[i][2], int(described[i][3])};
 }
 
 constexpr int ANY_ARRAY = -1;
@@ -123,11 +221,46 @@ PTX_CALL void mark(u64 address, int bytes, bool stored, int line)
     }
 }
 
+// Whether one of the elements in a loaded value, of 2 or 4 bytes, may be as in an array that nobody wrote: all ones.
+template <class T>
+PTX bool may_be_poison(T value)
+{
+    if constexpr (std::is_same<T, f32>::value) {
+        return bits<u32>(value) == ~0u;
+    } else if constexpr (sizeof(T) == 8) {
+        const u64 all = bits<u64>(value);
+        return may_be_poison(u32(all)) || may_be_poison(u32(all >> 32));
+    } else if constexpr (sizeof(T) == 4) {
+        return u16(value) == 0xffff || u32(value) >> 16 == 0xffff;
+    } else {
+        return sizeof(T) == 2 && u16(value) == 0xffff;
+    }
+}
+
+template <int ARRAY>
+[[gnu::cold]] PTX_CALL void check_poison(const void *value, u64 address, int bytes, int line)
+{
+    const Array *array = ARRAY == ANY_ARRAY ? array_of(address, bytes) : &arrays[ARRAY];
+    const u8 ones[] = {0xff, 0xff, 0xff, 0xff};
+    for (int i = 0; array && array->element && i + array->element <= bytes; i += array->element)
+        if (std::memcmp(static_cast<const u8 *>(value) + i, ones, array->element) == 0)
+            fault("global memory read before it is written", address + i, array->element, line);
+}
+
+// A value that was loaded from an address of global memory.
+template <int ARRAY, class T>
+PTX T written_value(T value, u64 address, int line)
+{
+    if (__builtin_expect(may_be_poison(value), 0))
+        check_poison<ARRAY>(&value, address, sizeof(T), line);
+    return value;
+}
+
 template <class T, int ARRAY>
 PTX T load_global(u64 address, int line)
 {
     check_global<ARRAY>(address, sizeof(T), line);
-    return *reinterpret_cast<const T *>(address);
+    return written_value<ARRAY>(*reinterpret_cast<const T *>(address), address, line);
 }
 
 // ---- Shared memory --------------------------------------------------------------------------------------------------
@@ -135,8 +268,10 @@ PTX T load_global(u64 address, int line)
 struct Shared {
     u8 *start;
     u32 size;
-    u8 *pending() const { return start + size; }  // a byte per byte: an asynchronous copy to it is not done
+    u8 *states() const { return start + size; }  // a State per byte
 };
+
+enum State : u8 { NEVER_WRITTEN = 0, WRITTEN = 1, COPY_PENDING = 2 };
 
 PTX Shared shared_memory() { return {static_cast<u8 *>(host_cuda::dynamic_shared()), u32(host_cuda::shared_bytes())}; }
 
@@ -153,15 +288,58 @@ PTX u8 *in_shared(const Shared &shared, u32 offset, int bytes, int line)
     return shared.start + offset;
 }
 
-// For an access in a kernel with asynchronous copies.
-PTX_CALL void check_pending(const Shared &shared, u32 offset, int bytes, int line)
+[[noreturn, gnu::cold]] PTX_CALL void wrong_state(const Shared &shared, u32 offset, int bytes, int line)
 {
+    bool pending = false;
     for (int i = 0; i < bytes; ++i)
-        if (shared.pending()[offset + i])
-            fault("shared memory used before the wait for the asynchronous copy to it", offset, bytes, line);
+        pending |= shared.states()[offset + i] == COPY_PENDING;
+    fault(pending ? "shared memory used before the wait for the asynchronous copy to it"
+                  : "shared memory read before it is written", offset, bytes, line);
+}
+
+template <int BYTES>
+struct States {  // of the bytes of an access
+    using Word = std::conditional_t<BYTES == 1, u8, std::conditional_t<BYTES == 2, u16,
+                 std::conditional_t<BYTES == 4, u32, u64>>>;
+    static constexpr int WORDS = BYTES / int(sizeof(Word));
+    static constexpr Word each(State state) { return Word(Word(~Word(0)) / 255 * state); }
+    Word words[WORDS];
+
+    explicit States(const u8 *at) { std::memcpy(words, at, BYTES); }
+    Word not_written() const { return (words[0] ^ each(WRITTEN)) | (words[WORDS - 1] ^ each(WRITTEN)); }
+    Word pending() const { return (words[0] | words[WORDS - 1]) & each(COPY_PENDING); }
+};
+
+// Where the bytes of a load from shared memory lie.
+template <int BYTES>
+PTX const u8 *load_shared(const Shared &shared, u32 offset, int line)
+{
+    const u8 *from = in_shared(shared, offset, BYTES, line);
+    if (__builtin_expect(States<BYTES>(from + shared.size).not_written() != 0, 0))
+        wrong_state(shared, offset, BYTES, line);
+    return from;
+}
+
+// Where the bytes of a store to shared memory lie.
+template <int BYTES>
+PTX u8 *store_shared(const Shared &shared, u32 offset, int line)
+{
+    u8 *to = in_shared(shared, offset, BYTES, line);
+    if (__builtin_expect(States<BYTES>(to + shared.size).pending() != 0, 0))
+        wrong_state(shared, offset, BYTES, line);
+    std::memset(to + shared.size, WRITTEN, BYTES);
+    return to;
 }
 
 // ---- Asynchronous copies: "cp.async", "cp.async.commit_group", "cp.async.wait_group" -------------------------------
+
+template <int ARRAY>
+PTX void check_source(u64 address, int bytes, int line)
+{
+    check_global<ARRAY>(address, bytes, line);
+    for (int i = 0; i < bytes; i += 4)
+        written_value<ARRAY>(*reinterpret_cast<const u32 *>(address + i), address + i, line);
+}
 
 template <int ARRAY>
 PTX_CALL void copy_async(const Shared &shared, u32 offset, u64 address, int bytes, u32 source_bytes, int line)
@@ -170,9 +348,11 @@ PTX_CALL void copy_async(const Shared &shared, u32 offset, u64 address, int byte
     if (source_bytes != 0 && source_bytes != u32(bytes))
         fault("a cp.async of a part, which is not modelled", address, bytes, line);
     if (source_bytes)
-        check_global<ARRAY>(address, bytes, line);
-    check_pending(shared, offset, bytes, line);
-    std::memset(shared.pending() + offset, 1, bytes);
+        check_source<ARRAY>(address, bytes, line);
+    for (int i = 0; i < bytes; ++i)
+        if (shared.states()[offset + i] == COPY_PENDING)
+            wrong_state(shared, offset, bytes, line);
+    std::memset(shared.states() + offset, COPY_PENDING, bytes);
     std::memset(target, 0xff, bytes);
     host_cuda::copy_later(target, reinterpret_cast<const void *>(address), bytes, source_bytes != 0);
 }
@@ -184,7 +364,7 @@ PTX_CALL void finish_copies(const Shared &shared, int pending)
             std::memcpy(copy.target, copy.source, copy.bytes);
         else
             std::memset(copy.target, 0, copy.bytes);
-        std::memset(static_cast<u8 *>(copy.target) + shared.size, 0, copy.bytes);
+        std::memset(static_cast<u8 *>(copy.target) + shared.size, WRITTEN, copy.bytes);
     }
 }
 
@@ -229,6 +409,25 @@ PTX void add_release(u64 address, u32 value)
     __atomic_fetch_add(reinterpret_cast<u32 *>(address), value, __ATOMIC_RELEASE);
 }
 
+[[noreturn, gnu::cold]] PTX_CALL void fault_of_warp(const char *what, u32 members, int line)
+{
+    char where[64];
+    std::snprintf(where, sizeof(where), "members %#x, lane %d", members, host_cuda::lane_in_warp());
+    fault(what, where, line);
+}
+
+PTX void check_member(u32 members, int line)
+{
+    if (!(members >> host_cuda::lane_in_warp() & 1))
+        fault_of_warp("a lane that the member mask leaves out", members, line);
+}
+
+PTX void sync_warp(u32 members, int line)
+{
+    check_member(members, line);
+    host_cuda::sync_warp(members, SITE, line);
+}
+
 // "shfl.sync": c has the segment mask in bits 8 to 12 and the clamp in bits 0 to 4.
 template <char MODE>
 PTX_CALL u32 shuffle(u32 value, u32 b, u32 c, u32 members, bool &inside, int line)
@@ -239,10 +438,15 @@ PTX_CALL u32 shuffle(u32 value, u32 b, u32 c, u32 members, bool &inside, int lin
                                                                          : first | (by & ~segment);
     inside = MODE == 'u' ? source >= last : source <= last;
     const char *name = MODE == 'u' ? "shfl.up" : MODE == 'd' ? "shfl.down" : MODE == 'b' ? "shfl.bfly" : "shfl.idx";
-    return u32(host_cuda::shuffle(name, members, value, inside ? source : lane, SITE, line));
+    check_member(members, line);
+    const u64 given = host_cuda::shuffle(name, members, value, inside ? source : lane, SITE, line);
+    if (given >> 32)  // no word of a lane
+        fault_of_warp("a shuffle from a lane that takes no part in it", members, line);
+    return u32(given);
 }
 
 PTX bool vote_any(bool p, u32 members, int line)
 {
+    check_member(members, line);
     return host_cuda::ballot("vote.any", members, p, SITE, line) != 0;
 }

@@ -97,9 +97,7 @@ class _Code:
         called = [variable for other in module.functions.values() if not other.entry for variable in other.shared]
         own = function.shared if function.entry else ()  # behind those of the functions that any kernel may call
         self._offsets, self.shared_bytes = _layout((*module.shared.values(), *called, *own), module.dynamic)
-        operations = {statement.operation for statement in function.statements}
-        self.copies = any(operation.startswith("cp.async") for operation in operations)
-        self.marks = any(".nc." in operation for operation in operations)
+        self.marks = any(".nc." in statement.operation for statement in function.statements)
         self._declared: list[str] = []
         self._reads: list[str] = []  # registers, of the statement at hand
         self._writes: list[str] = []
@@ -116,7 +114,7 @@ class _Code:
     def table_entry(self) -> str:
         name = _name(self.function.name)
         return (f"[] {{ auto kernel = host_cuda::Trampoline<k_{name}>::kernel(\"{self.function.name}\"); "
-                f"kernel.shared_bytes = {self.shared_bytes}; kernel.shared_shadow = {str(self.copies).lower()}; "
+                f"kernel.shared_bytes = {self.shared_bytes}; kernel.shared_shadow = true; "
                 "return kernel; }(), ")
 
     def text(self) -> str:
@@ -360,9 +358,11 @@ def _(code, statement, match):
 def _(code, statement, match):
     order = "__ATOMIC_ACQUIRE" if match[1] == "acquire" else "__ATOMIC_RELAXED"
     c = C_TYPES[match[2]]
-    load = f"poll.read(at, __atomic_load_n(reinterpret_cast<const {c} *>(at), {order}), {statement.line})"
+    array, line = code.array(statement.operands[1]), statement.line
+    load = f"poll.read(at, written_value<{array}>(__atomic_load_n(reinterpret_cast<const {c} *>(at), {order}), at, " \
+           f"{line}), {line})"
     return (f"{{ const u64 at = {code.address(statement.operands[1])}; "
-            f"check_global<{code.array(statement.operands[1])}>(at, sizeof({c}), {statement.line}); "
+            f"check_global<{array}>(at, sizeof({c}), {line}); "
             + code.assign(statement.operands[0], load, match[2]) + " }")
 
 
@@ -399,9 +399,7 @@ def _(code, statement, match):
     registers, type_, line = _vector(statement.operands[0]), match[2], statement.line
     size, c = _size(type_), C_TYPES[type_]
     lines = [f"const u32 at = {code.address(statement.operands[1], 32)};",
-             f"const u8 *from = in_shared(shared, at, {size * len(registers)}, {line});"]
-    if code.copies:
-        lines.append(f"check_pending(shared, at, {size * len(registers)}, {line});")
+             f"const u8 *from = load_shared<{size * len(registers)}>(shared, at, {line});"]
     lines += [f"const {c} t{i} = reinterpret_cast<const {c} *>(from)[{i}];" for i in range(len(registers))]
     lines += [code.assign(register, f"t{i}", type_) for i, register in enumerate(registers)]
     return "{ " + " ".join(lines) + " }"
@@ -412,9 +410,7 @@ def _(code, statement, match):
     values, type_, line = _vector(statement.operands[1]), match[2], statement.line
     c = C_TYPES[type_]
     lines = [f"const u32 at = {code.address(statement.operands[0], 32)};",
-             f"u8 *to = in_shared(shared, at, {_size(type_) * len(values)}, {line});"]
-    if code.copies:
-        lines.append(f"check_pending(shared, at, {_size(type_) * len(values)}, {line});")
+             f"u8 *to = store_shared<{_size(type_) * len(values)}>(shared, at, {line});"]
     lines += [f"reinterpret_cast<{c} *>(to)[{i}] = {code.value(value, type_)};" for i, value in enumerate(values)]
     return "{ " + " ".join(lines) + " }"
 
@@ -447,9 +443,10 @@ def _(code, statement, match):
     c, (result, at, value), line = C_TYPES[match[3]], statement.operands, statement.line
     function = {"add": "add_relaxed", "exch": "exchange_relaxed"}[match[2]]
     if match[1] == "shared":
-        lines = f"const u64 at = u64(in_shared(shared, {code.address(at, 32)}, sizeof({c}), {line}));"
+        lines = f"const u64 at = u64(load_shared<sizeof({c})>(shared, {code.address(at, 32)}, {line}));"
     else:
         lines = f"const u64 at = {code.address(at)}; check_global<{code.array(at)}>(at, sizeof({c}), {line});"
+        lines += f" count_on(at, false, {line});" * (match[2] == "add" and c == "u32")
     return f"{{ {lines} " + code.assign(result, f"{function}<{c}>(at, {code.value(value, match[3])})", match[3]) + " }"
 
 
@@ -457,7 +454,7 @@ def _(code, statement, match):
 def _(code, statement, match):
     at, value = statement.operands
     return (f"{{ const u64 at = {code.address(at)}; check_global<{code.array(at)}>(at, 4, {statement.line}); "
-            f"add_release(at, {code.value(value, 'u32')}); }}")
+            f"count_on(at, true, {statement.line}); add_release(at, {code.value(value, 'u32')}); }}")
 
 
 @rule(r"membar\.gl|fence\.acq_rel\.gpu")
@@ -476,7 +473,7 @@ def _(code, statement, match):
 
 @rule(r"bar\.warp\.sync")
 def _(code, statement, match):
-    return f"host_cuda::sync_warp({code.value(statement.operands[0], 'u32')}, SITE, {statement.line});"
+    return f"sync_warp({code.value(statement.operands[0], 'u32')}, {statement.line});"
 
 
 @rule(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
@@ -508,11 +505,10 @@ def _(code, statement, match):
 
 @rule(r"ldmatrix\.sync\.aligned\.m8n8\.x4(\.trans)?\.shared\.b16")
 def _(code, statement, match):
-    pending = f"check_pending(shared, at, 16, {statement.line}); " if code.copies else ""
     results = " ".join(code.assign(register, f"D[{i}]", "u32")
                        for i, register in enumerate(_vector(statement.operands[0])))
     return (f"{{ u32 D[4]; const u32 at = {code.address(statement.operands[1], 32)}; "
-            f"const u8 *row = in_shared(shared, at, 16, {statement.line}); {pending}"
+            f"const u8 *row = load_shared<16>(shared, at, {statement.line}); "
             f"ldmatrix<{'true' if match[1] else 'false'}>(D, row, {statement.line}); {results} }}")
 
 
