@@ -67,7 +67,7 @@ PTX T checked(T held, bool written, const char *name, int line)
     return held;
 }
 
-// ---- Counters: words of global memory that a launch adds to by atomics, as barriers among blocks do ------------------
+// ---- Counters: words of global memory that a launch adds to by atomics, as barriers among blocks do -----------------
 
 struct Arrivals {  // of one block at a counter
     u32 count;

@@ -1,7 +1,7 @@
 """Which reads of a register may come before every write of it: definite assignment over a function's control flow.
 
-A register is written for certain at a place if each path from the function's start to the place writes it; a write under
-a guard is not certain. A read that is not certain is checked where it happens, while the kernel runs.
+A register is written for certain at a place if each path from the function's start to the place writes it. A write
+under a guard is not certain. A read that is not certain is checked where it happens, while the kernel runs.
 Source: Aho, Lam, Sethi, Ullman, "Compilers", section 9.2, "Introduction to Data-Flow Analysis".
 """
 
