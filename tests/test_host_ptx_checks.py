@@ -93,6 +93,8 @@ CASES = {
         "st.global.f32 [%rd0+16], %r0;\nld.global.v2.f32 {%r1, %r2}, [%rd0+8];\nld.global.f32 %r2, [%rd0+16];\n"
         "mov.u32 %r1, 0x7fffffff;\nst.global.f32 [%rd0+20], %r1;\nld.global.f32 %r2, [%rd0+20];\n"
         "mov.u32 %r1, -1;\nst.global.u32 [%rd1], %r1;\nld.global.u32 %r2, [%rd1];"),
+    "-1 in an array of integers": Case(
+        "mov.u32 %r1, -1;\nst.global.u32 [%rd0+16], %r1;\nld.global.u32 %r2, [%rd0+16];", floats=np.int32),
     # Warps
     "a shuffle by a lane that is no member": Case(
         "shfl.sync.idx.b32 %r1, %r0, 0, 31, 0xfffffffe;", "a lane that the member mask leaves out; members 0xfffffffe, "
@@ -141,7 +143,7 @@ def all_kernels() -> str:
 
 
 def launch(name: str, threads: int, dtype: type = np.float32) -> None:
-    floats = host_cuda.HostExecutor().empty((8,), dtype)
+    floats = host_ptx.PtxExecutor().empty((8,), dtype)
     floats[:4] = 1
     run(all_kernels(), floats, np.zeros(8, np.uint32), threads=threads, shared_bytes=512, name=NAMES[name])
 
@@ -157,7 +159,7 @@ def test_mistake_is_reported_with_its_place(name):
 
 @pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].said])
 def test_correct_code_gives_no_alarm(name):
-    launch(name, CASES[name].threads)
+    launch(name, CASES[name].threads, CASES[name].floats)
 
 
 @pytest.mark.parametrize("name", WAITING)

@@ -29,9 +29,12 @@ _FLAGS = ("-std=c++20", "-shared", "-O1", "-fPIC", "-fno-strict-aliasing", "-ffp
           "-pthread", "-w", "-fno-trapping-math", *["-mfma"] * (platform.machine() == "x86_64"), f"-I{_HERE}")
 _FAULT = re.compile(r"^[\w$]+: PTX line ")
 _LINE = re.compile(r"PTX(?: line |:)(\d+)")
-_NEVER_ALL_ONES = (np.float32, np.uint16, np.int32)
-"""Types of arrays in which an element whose bits are all ones was never written: no arithmetic makes this NaN (uint16
-has the bits of a bfloat16), and -1 is no id, position or count."""
+_POISON = 0xFFF3FFF5
+"""In arrays of integers that nobody wrote: no id, position or count, and NaN as a float or a pair of bfloat16."""
+_POISON_OF = {np.dtype(np.float32): (4, 2**32 - 1), np.dtype(np.uint16): (2, 2**16 - 1),
+              **{np.dtype(integer): (4, _POISON) for integer in (np.int32, np.uint32, np.int64, np.uint64)}}
+"""Type of an array -> bytes, and value, that nobody wrote there: no arithmetic on a GPU gives the NaN that is all ones,
+in a float or in a bfloat16, which uint16 has the bits of."""
 
 
 class Fault(RuntimeError):
@@ -112,6 +115,13 @@ class PtxExecutor(host_cuda.HostExecutor):
         self.gpu = host_cuda.HostExecutor.gpu._replace(capability=int(architecture.removeprefix("sm_")))
         self.from_source: set[str] = set()
 
+    def empty(self, shape, dtype):
+        """Array full of poison: NaN in every float format; in integers, where kernels use -1, _POISON."""
+        array = super().empty(shape, dtype)
+        if _POISON_OF.get(array.dtype) == (4, _POISON):
+            array.reshape(-1).view(np.uint32)[...] = _POISON
+        return array
+
     def ascending(self):
         return PtxExecutor(self.architecture, self._worst)
 
@@ -158,8 +168,8 @@ def _describe_arrays(library: ctypes.CDLL, args: list) -> None:
             ranges[-1][1] = max(start + size, ranges[-1][1])
         else:
             ranges.append([start, start + size])
-    described = (ctypes.c_uint64 * 4 * len(args))()
+    described = (ctypes.c_uint64 * 5 * len(args))()
     for i, (start, size) in arrays.items():
         before = sum(min(last, start) - first for first, last in ranges if first <= start)
-        described[i][:] = start, size, before, args[i].itemsize if args[i].dtype in _NEVER_ALL_ONES else 0
+        described[i][:] = start, size, before, *_POISON_OF.get(args[i].dtype, (0, 0))
     library.ptx_arrays(len(args), described, ctypes.c_uint64(sum(last - first for first, last in ranges)))

@@ -153,7 +153,7 @@ PTX_EXPORT const char *ptx_wrong_counter(u64 blocks)
 struct Array {
     u64 start, size;
     u8 *written, *read_only;  // a byte per byte: whether this launch stored there, or read it by ld.global.nc
-    int element;              // bytes of an element whose bits are never all ones, but where nobody wrote; else 0
+    u32 poison_bytes, poison;  // where nobody wrote, each element has these 2 or 4 bytes; 0 bytes if none are known
 };
 
 constexpr int MOST_ARRAYS = 64;
@@ -162,8 +162,8 @@ static int array_count = 0;
 static u8 *shadow = nullptr;
 
 // The arrays of the next launch: per parameter its start, its size, where its bytes begin in the shadow, in which
-// arrays that overlap share their bytes, and `element` of Array. A number has size 0.
-PTX_EXPORT void ptx_arrays(int count, const u64 (*described)[4], u64 shadow_bytes)
+// arrays that overlap share their bytes, then the bytes and the value of its poison. A number has size 0.
+PTX_EXPORT void ptx_arrays(int count, const u64 (*described)[5], u64 shadow_bytes)
 {
     forget_counters();
     std::free(shadow);
@@ -171,7 +171,7 @@ PTX_EXPORT void ptx_arrays(int count, const u64 (*described)[4], u64 shadow_byte
     array_count = count < MOST_ARRAYS ? count : MOST_ARRAYS;
     for (int i = 0; i < array_count; ++i)
         arrays[i] = {described[i][0], described[i][1], shadow + described[i][2],
-                     shadow + shadow_bytes + described[i][2], int(described[i][3])};
+                     shadow + shadow_bytes + described[i][2], u32(described[i][3]), u32(described[i][4])};
 }
 
 constexpr int ANY_ARRAY = -1;
@@ -221,30 +221,26 @@ PTX_CALL void mark(u64 address, int bytes, bool stored, int line)
     }
 }
 
-// Whether one of the elements in a loaded value, of 2 or 4 bytes, may be as in an array that nobody wrote: all ones.
+// Whether one of the elements in a loaded value, of 2 or 4 bytes, may be poison: all poison begins with 12 ones.
 template <class T>
 PTX bool may_be_poison(T value)
 {
-    if constexpr (std::is_same<T, f32>::value) {
-        return bits<u32>(value) == ~0u;
-    } else if constexpr (sizeof(T) == 8) {
-        const u64 all = bits<u64>(value);
-        return may_be_poison(u32(all)) || may_be_poison(u32(all >> 32));
-    } else if constexpr (sizeof(T) == 4) {
-        return u16(value) == 0xffff || u32(value) >> 16 == 0xffff;
-    } else {
-        return sizeof(T) == 2 && u16(value) == 0xffff;
-    }
+    if constexpr (sizeof(T) == 8)
+        return may_be_poison(u32(bits<u64>(value))) || may_be_poison(u32(bits<u64>(value) >> 32));
+    else if constexpr (sizeof(T) == 4)
+        return bits<u32>(value) >= 0xfff00000u || (!std::is_same<T, f32>::value && u16(value) >= 0xfff0u);
+    else
+        return sizeof(T) == 2 && u16(value) >= 0xfff0u;
 }
 
 template <int ARRAY>
-[[gnu::cold]] PTX_CALL void check_poison(const void *value, u64 address, int bytes, int line)
+[[gnu::cold]] PTX_CALL void check_poison(const void *value, u64 address, u32 bytes, int line)
 {
     const Array *array = ARRAY == ANY_ARRAY ? array_of(address, bytes) : &arrays[ARRAY];
-    const u8 ones[] = {0xff, 0xff, 0xff, 0xff};
-    for (int i = 0; array && array->element && i + array->element <= bytes; i += array->element)
-        if (std::memcmp(static_cast<const u8 *>(value) + i, ones, array->element) == 0)
-            fault("global memory read before it is written", address + i, array->element, line);
+    const u32 element = array ? array->poison_bytes : 0;
+    for (u32 i = 0; element && i + element <= bytes; i += element)
+        if (std::memcmp(static_cast<const u8 *>(value) + i, &array->poison, element) == 0)
+            fault("global memory read before it is written", address + i, element, line);
 }
 
 // A value that was loaded from an address of global memory.
