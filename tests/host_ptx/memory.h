@@ -1,152 +1,19 @@
-// Memory as the translated kernels use it: alignment and bounds of every access, asynchronous copies that are read
-// before their wait, read-only loads of what the launch writes. Each instruction has its effect at once, as on x86.
+// Memory as the translated kernels use it: alignment and bounds of every access, reads of what was never written,
+// asynchronous copies that are read before their wait, read-only loads of what the launch writes. Each instruction has
+// its effect at once, as on x86.
 //
 // Global memory: translator.py follows each address to the parameter that it comes from. Such an access has to lie in
 // that argument's array; an address of mixed origin in any of them. Where arrays() was not called, nothing is known
-// of the arrays and only alignment is checked.
+// of the arrays and only alignment is checked. A load that finds the poison of a fresh array is a read of memory that
+// was never written.
 //
 // Shared memory: one buffer, first the static variables, then what the launch asks for. Addresses are offsets in it.
+// Behind it lies a byte for each of its bytes, which tells whether the byte was written.
 // Source: PTX ISA, "State Spaces, Types, and Variables", "Data Movement and Conversion Instructions".
 #pragma once
 
-#include <cstddef>
-#include <cstdio>
-#include <cstdlib>
-
-#include <pthread.h>
-
-#include "arithmetic.h"
-#include "host_cuda.h"
-#undef asm
-
-#define PTX_EXPORT extern "C" __attribute__((visibility("default")))
-
-struct Place {
-    int line;  // of the PTX
-    uint3 block, thread;
-};
-
-struct Report {
-    char text[256];
-
-    Report(const char *what, const char *where, const Place &place)
-    {
-        const auto &[line, block, thread] = place;
-        std::snprintf(text, sizeof(text), "PTX line %d: %s; %s; block %u %u %u, thread %u %u %u", line, what, where,
-                      block.x, block.y, block.z, thread.x, thread.y, thread.z);
-    }
-};
-
-[[noreturn, gnu::cold]] PTX_CALL void fault(const char *what, const char *where, int line)
-{
-    host_cuda::stop(Report(what, where, {line, blockIdx, threadIdx}).text);
-}
-
-[[noreturn, gnu::cold]] PTX_CALL void fault(const char *what, u64 address, int bytes, int line)
-{
-    char where[64];
-    std::snprintf(where, sizeof(where), "address %#llx, %d bytes", (unsigned long long)address, bytes);
-    fault(what, where, line);
-}
-
-// ---- Registers ------------------------------------------------------------------------------------------------------
-
-[[noreturn, gnu::cold]] PTX_CALL void unwritten_register(const char *name, int line)
-{
-    char where[64];
-    std::snprintf(where, sizeof(where), "register %%%s", name);
-    fault("a register read before it is written", where, line);
-}
-
-// What a register holds, where it may be read ahead of every write: registers.py finds these places.
-template <class T>
-PTX T checked(T held, bool written, const char *name, int line)
-{
-    if (__builtin_expect(!written, 0))
-        unwritten_register(name, line);
-    return held;
-}
-
-// ---- Counters: words of global memory that a launch adds to by atomics, as barriers among blocks do -----------------
-
-struct Arrivals {  // of one block at a counter
-    u32 count;
-    Place last;
-};
-
-struct Counter {
-    u64 address;
-    u32 before;  // the launch
-    Place last;  // addition
-    Arrivals *arrivals;  // per block; null where no addition is a release
-    Counter *next;
-};
-
-static Counter *counters = nullptr;
-static pthread_mutex_t counters_lock = PTHREAD_MUTEX_INITIALIZER;
-
-// To be called ahead of each addition.
-PTX_CALL void count_on(u64 address, bool release, int line)
-{
-    pthread_mutex_lock(&counters_lock);
-    Counter *counter = counters;
-    while (counter && counter->address != address)
-        counter = counter->next;
-    if (!counter) {
-        const u32 before = __atomic_load_n(reinterpret_cast<const u32 *>(address), __ATOMIC_RELAXED);
-        counters = counter = new Counter{address, before, {}, nullptr, counters};
-    }
-    counter->last = {line, blockIdx, threadIdx};
-    if (release) {
-        if (!counter->arrivals)
-            counter->arrivals = static_cast<Arrivals *>(
-                std::calloc(u64(gridDim.x) * gridDim.y * gridDim.z, sizeof(Arrivals)));
-        Arrivals &mine = counter->arrivals[(u64(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x];
-        mine = {mine.count + 1, counter->last};
-    }
-    pthread_mutex_unlock(&counters_lock);
-}
-
-PTX_CALL void forget_counters()
-{
-    while (Counter *counter = counters) {
-        counters = counter->next;
-        std::free(counter->arrivals);
-        delete counter;
-    }
-}
-
-// After a launch of so many blocks that ended: what is wrong with one of its counters, or null. A counter has to be
-// what it was before, for the next launch; blocks that arrive at it arrive equally often.
-PTX_EXPORT const char *ptx_wrong_counter(u64 blocks)
-{
-    static Report report("", "", {});
-    for (const Counter *counter = counters; counter; counter = counter->next) {
-        const auto said = [counter](const char *what, const char *numbers, u32 one, u32 other, const Place &place) {
-            char format[96], where[128];
-            std::snprintf(format, sizeof(format), "address %%#llx, %s", numbers);
-            std::snprintf(where, sizeof(where), format, (unsigned long long)counter->address, one, other);
-            report = {what, where, place};
-            return report.text;
-        };
-        const u32 now = *reinterpret_cast<const u32 *>(counter->address);
-        if (now != counter->before)
-            return said("a counter that is not as it was before the launch", "then %u, now %u", counter->before, now,
-                        counter->last);
-        const Arrivals *most = nullptr, *fewest = nullptr;
-        for (u64 i = 0; counter->arrivals && i < blocks; ++i) {
-            const Arrivals &its = counter->arrivals[i];
-            if (its.count && (!most || its.count > most->count))
-                most = &its;
-            if (its.count && (!fewest || its.count < fewest->count))
-                fewest = &its;
-        }
-        if (most && most->count != fewest->count)
-            return said("a block that arrives at a counter more often than another block", "%u times, not %u",
-                        most->count, fewest->count, most->last);
-    }
-    return nullptr;
-}
+#include "counters.h"
+#include "report.h"
 
 // ---- Global memory --------------------------------------------------------------------------------------------------
 
