@@ -138,21 +138,12 @@ enum State : u8 { NEVER_WRITTEN = 0, WRITTEN = 1, COPY_PENDING = 2 };
 
 PTX Shared shared_memory() { return {static_cast<u8 *>(host_cuda::dynamic_shared()), u32(host_cuda::shared_bytes())}; }
 
-[[noreturn, gnu::cold]] PTX_CALL void wrong_shared(u64 offset, int bytes, int line)
+[[noreturn, gnu::cold]] PTX_CALL void wrong_shared(const Shared &shared, u32 offset, int bytes, int line)
 {
-    fault(offset % bytes ? "misaligned access" : "outside shared memory", offset, bytes, line);
-}
-
-// Where the bytes of an access to shared memory lie.
-PTX u8 *in_shared(const Shared &shared, u32 offset, int bytes, int line)
-{
-    if (__builtin_expect(offset % bytes || u64(offset) + bytes > shared.size, 0))
-        wrong_shared(offset, bytes, line);
-    return shared.start + offset;
-}
-
-[[noreturn, gnu::cold]] PTX_CALL void wrong_state(const Shared &shared, u32 offset, int bytes, int line)
-{
+    if (offset % bytes)
+        fault("misaligned access", offset, bytes, line);
+    if (u64(offset) + bytes > shared.size)
+        fault("outside shared memory", offset, bytes, line);
     bool pending = false;
     for (int i = 0; i < bytes; ++i)
         pending |= shared.states()[offset + i] == COPY_PENDING;
@@ -160,64 +151,57 @@ PTX u8 *in_shared(const Shared &shared, u32 offset, int bytes, int line)
                   : "shared memory read before it is written", offset, bytes, line);
 }
 
+PTX bool in_shared(const Shared &shared, u32 offset, int bytes)
+{
+    return offset % bytes == 0 && u64(offset) + bytes <= shared.size;
+}
+
 template <int BYTES>
 struct States {  // of the bytes of an access
     using Word = std::conditional_t<BYTES == 1, u8, std::conditional_t<BYTES == 2, u16,
                  std::conditional_t<BYTES == 4, u32, u64>>>;
-    static constexpr int WORDS = BYTES / int(sizeof(Word));
-    static constexpr Word each(State state) { return Word(Word(~Word(0)) / 255 * state); }
-    Word words[WORDS];
+    static constexpr int LAST = BYTES / int(sizeof(Word)) - 1;
+    static constexpr Word all(State state) { return Word(Word(~Word(0)) / 255 * state); }
+    Word words[LAST + 1];
 
-    explicit States(const u8 *at) { std::memcpy(words, at, BYTES); }
-    Word not_written() const { return (words[0] ^ each(WRITTEN)) | (words[WORDS - 1] ^ each(WRITTEN)); }
-    Word pending() const { return (words[0] | words[WORDS - 1]) & each(COPY_PENDING); }
+    States(const Shared &shared, u32 offset) { std::memcpy(words, shared.states() + offset, BYTES); }
+    bool written() const { return words[0] == all(WRITTEN) && words[LAST] == all(WRITTEN); }
+    bool pending() const { return (words[0] | words[LAST]) & all(COPY_PENDING); }
 };
 
 // Where the bytes of a load from shared memory lie.
 template <int BYTES>
 PTX const u8 *load_shared(const Shared &shared, u32 offset, int line)
 {
-    const u8 *from = in_shared(shared, offset, BYTES, line);
-    if (__builtin_expect(States<BYTES>(from + shared.size).not_written() != 0, 0))
-        wrong_state(shared, offset, BYTES, line);
-    return from;
+    if (__builtin_expect(!in_shared(shared, offset, BYTES) || !States<BYTES>(shared, offset).written(), 0))
+        wrong_shared(shared, offset, BYTES, line);
+    return shared.start + offset;
 }
 
 // Where the bytes of a store to shared memory lie.
 template <int BYTES>
-PTX u8 *store_shared(const Shared &shared, u32 offset, int line)
+PTX u8 *store_shared(const Shared &shared, u32 offset, int line, State state = WRITTEN)
 {
-    u8 *to = in_shared(shared, offset, BYTES, line);
-    if (__builtin_expect(States<BYTES>(to + shared.size).pending() != 0, 0))
-        wrong_state(shared, offset, BYTES, line);
-    std::memset(to + shared.size, WRITTEN, BYTES);
-    return to;
+    if (__builtin_expect(!in_shared(shared, offset, BYTES) || States<BYTES>(shared, offset).pending(), 0))
+        wrong_shared(shared, offset, BYTES, line);
+    std::memset(shared.states() + offset, state, BYTES);
+    return shared.start + offset;
 }
 
 // ---- Asynchronous copies: "cp.async", "cp.async.commit_group", "cp.async.wait_group" -------------------------------
 
-template <int ARRAY>
-PTX void check_source(u64 address, int bytes, int line)
+template <int ARRAY, int BYTES>
+PTX_CALL void copy_async(const Shared &shared, u32 offset, u64 address, u32 source_bytes, int line)
 {
-    check_global<ARRAY>(address, bytes, line);
-    for (int i = 0; i < bytes; i += 4)
-        written_value<ARRAY>(*reinterpret_cast<const u32 *>(address + i), address + i, line);
-}
-
-template <int ARRAY>
-PTX_CALL void copy_async(const Shared &shared, u32 offset, u64 address, int bytes, u32 source_bytes, int line)
-{
-    u8 *target = in_shared(shared, offset, bytes, line);
-    if (source_bytes != 0 && source_bytes != u32(bytes))
-        fault("a cp.async of a part, which is not modelled", address, bytes, line);
+    u8 *target = store_shared<BYTES>(shared, offset, line, COPY_PENDING);
+    if (source_bytes != 0 && source_bytes != u32(BYTES))
+        fault("a cp.async of a part, which is not modelled", address, BYTES, line);
     if (source_bytes)
-        check_source<ARRAY>(address, bytes, line);
-    for (int i = 0; i < bytes; ++i)
-        if (shared.states()[offset + i] == COPY_PENDING)
-            wrong_state(shared, offset, bytes, line);
-    std::memset(shared.states() + offset, COPY_PENDING, bytes);
-    std::memset(target, 0xff, bytes);
-    host_cuda::copy_later(target, reinterpret_cast<const void *>(address), bytes, source_bytes != 0);
+        check_global<ARRAY>(address, BYTES, line);
+    for (u32 i = 0; i < source_bytes; i += 4)
+        load_global<u32, ARRAY>(address + i, line);
+    std::memset(target, 0xff, BYTES);
+    host_cuda::copy_later(target, reinterpret_cast<const void *>(address), BYTES, source_bytes != 0);
 }
 
 PTX_CALL void finish_copies(const Shared &shared, int pending)

@@ -424,7 +424,7 @@ def _(code, statement, match):
 def _(code, statement, match):
     to, source, size, *more = statement.operands
     copied = code.value(more[0], "u32") if more else size
-    return (f"copy_async<{code.array(source)}>(shared, {code.address(to, 32)}, {code.address(source)}, {size}, "
+    return (f"copy_async<{code.array(source)}, {size}>(shared, {code.address(to, 32)}, {code.address(source)}, "
             f"{copied}, {statement.line});")
 
 
