@@ -8,7 +8,9 @@ import pytest
 
 from char_gru.kernels import runtime
 from tests import host_cuda, host_ptx
-from tests.helpers.ptx import kernel, run
+from tests.helpers.ptx import HEAD, kernel, run
+from tests.host_ptx.parser import parse
+from tests.host_ptx.translator import translate
 
 pytest.importorskip("cuda.bindings")  # with it comes NVRTC
 
@@ -166,6 +168,12 @@ def test_correct_code_gives_no_alarm(name):
 def test_threads_that_wait_in_vain_are_named_with_their_lines(name):
     with pytest.raises(host_cuda.Deadlock, match=WAITING[name][1]):
         launch(name, threads=32)
+
+
+def test_register_that_is_written_for_certain_is_not_checked_in_the_run():
+    written, unwritten = "mov.u32 %r2, 1;\nTURN:\nadd.u32 %r2, %r2, 1;\nbra TURN;", "add.u32 %r1, %r2, 1;"
+    texts = [translate(parse(HEAD + kernel(lines)), 90).text for lines in (written, unwritten)]
+    assert ["checked(" in text for text in texts] == [False, True]
 
 
 # ---- Barriers among blocks -------------------------------------------------------------------------------------------
