@@ -27,7 +27,7 @@ _HERE = pathlib.Path(__file__).parent
 # -w: what NVRTC leaves unused is not worth a warning. Without -mfma, an fma is a slow function of the C library.
 _FLAGS = ("-std=c++20", "-shared", "-O1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden",
           "-pthread", "-w", "-fno-trapping-math", *["-mfma"] * (platform.machine() == "x86_64"), f"-I{_HERE}")
-_FAULT = re.compile(r"^[\w$]+: PTX line ")
+_FAULT = re.compile(r"[\w$]+: PTX line ")
 _LINE = re.compile(r"PTX(?: line |:)(\d+)")
 _POISON = 0xFFF3FFF5
 """In arrays of integers that nobody wrote: no id, position or count, and NaN as a float or a pair of bfloat16."""
@@ -145,17 +145,20 @@ def run(built: Built, request: host_cuda.Request, args: list) -> tuple[int, int]
     _describe_arrays(built.library, args)
     try:
         counts = host_cuda.run_inside(built.library, request, args)
-        blocks = request.grid[0] * request.grid[1] * request.grid[2]
-        if wrong := built.library.ptx_wrong_counter(ctypes.c_uint64(blocks)):
-            raise host_cuda.Deadlock(f"{request.kernel.decode()}: {wrong.decode()}")
     except host_cuda.Deadlock as report:
-        kind = Fault if _FAULT.search(str(report)) else host_cuda.Deadlock
-        raise kind(_LINE.sub(functools.partial(_located, built.locations), str(report))) from None
+        raise _report(built, str(report)) from None
+    blocks = ctypes.c_uint64(request.grid[0] * request.grid[1] * request.grid[2])
+    if wrong := built.library.ptx_wrong_counter(blocks):
+        raise _report(built, f"{request.kernel.decode()}: {wrong.decode()}")
     return counts
 
 
-def _located(locations: dict[int, str], line: re.Match) -> str:
-    return f"PTX line {line[1]} ({locations.get(int(line[1]), 'no source line')})"
+def _report(built: Built, text: str) -> RuntimeError:
+    """Of a launch, with the CUDA source line of each PTX line in it."""
+    def located(line: re.Match) -> str:
+        return f"PTX line {line[1]} ({built.locations.get(int(line[1]), 'no source line')})"
+
+    return (Fault if _FAULT.match(text) else host_cuda.Deadlock)(_LINE.sub(located, text))
 
 
 def _describe_arrays(library: ctypes.CDLL, args: list) -> None:
