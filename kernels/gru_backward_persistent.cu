@@ -95,8 +95,9 @@ struct GradientSums {
     __device__ __forceinline__ GradientSums(float *shared, int V)
         : V(V), di(shared), dP(di + ROWS * SUM_COLUMNS), ids(reinterpret_cast<int *>(dP + V * SUM_COLUMNS))
     {
-        for (int i = threadIdx.x; i < V * SUM_COLUMNS; i += THREADS)
-            dP[i] = 0.0f;
+        // di as well: begin_tile loads rows of it that no tile has, and adds them to nothing.
+        for (int i = threadIdx.x; i < (ROWS + V) * SUM_COLUMNS; i += THREADS)
+            di[i] = 0.0f;
     }
 
     // di of element i of this thread.

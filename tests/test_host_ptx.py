@@ -1,6 +1,5 @@
 """Kernels run from the PTX that NVRTC makes of them; and the executor of that PTX, instruction by instruction."""
 
-import ctypes
 import re
 import struct
 
@@ -12,27 +11,14 @@ from char_gru.kernels.matmul import matmul
 from char_gru.rnn import check, reference
 from tests import host_cuda, host_ptx
 from tests.helpers.compare import assert_close
+from tests.helpers.ptx import HEAD, kernel, run
 from tests.host_ptx.parser import parse
 
 pytest.importorskip("cuda.bindings")  # with it comes NVRTC
 
-HEAD = """
-.version 8.0
-.target sm_90
-.address_size 64
-"""
 WINDOW = check.Window(T=3, B=5, E=7, H=18, V=11, rows=(1, 10))
 
 pytestmark = pytest.mark.skipif(host_cuda.compiler() is None, reason="needs a C++ compiler")
-
-
-def run(text: str, *args, worst: bool = False, threads: int = 32, shared_bytes: int = 0,
-        architecture: str = "sm_90") -> None:
-    """Runs the kernel of a PTX text in one block."""
-    built = host_ptx.build_ptx(HEAD + text, architecture, worst)
-    request = host_cuda.Request(b"kernel", (ctypes.c_uint32 * 3)(1, 1, 1), (ctypes.c_uint32 * 3)(threads, 1, 1),
-                                shared_bytes)
-    host_ptx.run(built, request, list(args))
 
 
 # ---- Kernels of the project ------------------------------------------------------------------------------------------
@@ -308,22 +294,6 @@ ret;
 
 
 # ---- Mistakes that are seen ------------------------------------------------------------------------------------------
-
-def kernel(lines: str, shared: str = "") -> str:
-    return f"""
-.visible .entry kernel(.param .u64 p0, .param .u64 p1)
-{{
-.reg .pred %p<4>;
-.reg .b32 %r<12>;
-.reg .b64 %rd<12>;
-{shared}
-ld.param.u64 %rd0, [p0];
-ld.param.u64 %rd1, [p1];
-mov.u32 %r0, 1;
-{lines}
-ret;
-}}"""
-
 
 MISTAKES = {  # the lines of a kernel on two arrays of 8 words, and what is said of them
     "a misaligned load": ("ld.global.u32 %r1, [%rd0+2];", "misaligned access"),

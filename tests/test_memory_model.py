@@ -288,7 +288,7 @@ def outcomes_of(name: str) -> set[tuple[int, ...]]:
             request = host_cuda.Request(
                 _name(name).encode(), (ctypes.c_uint32 * 3)(len(litmus.threads) // threads, 1, 1),
                 (ctypes.c_uint32 * 3)(threads, 1, 1), 64, True, schedule=schedule, seed=seed)
-            host_ptx.run(module, request, [words, out])
+            host_ptx.run(module, request, [words, out], check_counters=False)
             outcomes.add(tuple(map(int, out)))
     return outcomes
 

@@ -32,7 +32,14 @@ _HERE = pathlib.Path(__file__).parent
 _FLAGS = ("-std=c++20", "-shared", "-O1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden",
           "-pthread", "-w", "-fno-trapping-math", *["-mfma"] * (platform.machine() == "x86_64"), f"-I{_HERE}")
 _PLACES = 16  # an address and its place in the shadow are equal modulo this
-_LINE = re.compile(r"PTX line (\d+)")
+_FAULT = re.compile(r"[\w$]+: PTX line ")
+_LINE = re.compile(r"PTX(?: line |:)(\d+)")
+_POISON = 0xFFF3FFF5
+"""In arrays of integers that nobody wrote: no id, position or count, and NaN as a float or a pair of bfloat16."""
+_POISON_OF = {np.dtype(np.float32): (4, 2**32 - 1), np.dtype(np.uint16): (2, 2**16 - 1),
+              **{np.dtype(integer): (4, _POISON) for integer in (np.int32, np.uint32, np.int64, np.uint64)}}
+"""Type of an array -> bytes, and value, that nobody wrote there: no arithmetic on a GPU gives the NaN that is all ones,
+in a float or in a bfloat16, which uint16 has the bits of."""
 
 
 class Fault(RuntimeError):
@@ -82,6 +89,7 @@ def build_ptx(ptx: str, architecture: str, worst: bool = False, weak: bool = Fal
     headers = "".join(f"// {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in sorted(_HERE.glob("*.h")))
     path = host_cuda.compiled(headers + translated.text, _FLAGS)
     library = host_cuda.opened(path)
+    library.ptx_wrong_counter.restype = ctypes.c_char_p
     locations = {statement.line: str(statement.location) for function in module.functions.values()
                  for statement in function.statements if statement.location}
     return Built(path, library, translated.blocks, locations, weak)
@@ -117,6 +125,13 @@ class PtxExecutor(host_cuda.HostExecutor):
         self.gpu = host_cuda.HostExecutor.gpu._replace(capability=int(architecture.removeprefix("sm_")))
         self.from_source: set[str] = set()
 
+    def empty(self, shape, dtype):
+        """Array full of poison: NaN in every float format; in integers, where kernels use -1, _POISON."""
+        array = super().empty(shape, dtype)
+        if _POISON_OF.get(array.dtype) == (4, _POISON):
+            array.reshape(-1).view(np.uint32)[...] = _POISON
+        return array
+
     def ascending(self):
         return PtxExecutor(self.architecture, self._worst)
 
@@ -134,8 +149,10 @@ class PtxExecutor(host_cuda.HostExecutor):
         return run(built, request, args)
 
 
-def run(built: Built, request: host_cuda.Request, args: list) -> tuple[int, int]:
+def run(built: Built, request: host_cuda.Request, args: list, check_counters: bool = True) -> tuple[int, int]:
     """Runs a launch of a built module; returns the arrivals at group barriers and the mma instructions.
+
+    check_counters: whether words that blocks add to have to end as they were (counters.h).
 
     Raises: Fault; host_cuda.Deadlock.
     """
@@ -144,12 +161,21 @@ def run(built: Built, request: host_cuda.Request, args: list) -> tuple[int, int]
         built.library.ptx_memory(math.prod((*request.grid, *request.block)), ctypes.c_uint64(shadow_bytes),
                                  ctypes.c_uint64(request.seed))
     try:
-        return host_cuda.run_inside(built.library, request, args)
+        counts = host_cuda.run_inside(built.library, request, args)
     except host_cuda.Deadlock as report:
-        if not (found := _LINE.search(str(report))):
-            raise
-        where = built.locations.get(int(found[1]), "no source line")
-        raise Fault(str(report).replace(found[0], f"{found[0]} ({where})", 1)) from None
+        raise _report(built, str(report)) from None
+    blocks = ctypes.c_uint64(request.grid[0] * request.grid[1] * request.grid[2])
+    if check_counters and (wrong := built.library.ptx_wrong_counter(blocks)):
+        raise _report(built, f"{request.kernel.decode()}: {wrong.decode()}")
+    return counts
+
+
+def _report(built: Built, text: str) -> RuntimeError:
+    """Of a launch, with the CUDA source line of each PTX line in it."""
+    def located(line: re.Match) -> str:
+        return f"PTX line {line[1]} ({built.locations.get(int(line[1]), 'no source line')})"
+
+    return (Fault if _FAULT.match(text) else host_cuda.Deadlock)(_LINE.sub(located, text))
 
 
 def _describe_arrays(library: ctypes.CDLL, args: list) -> int:
@@ -163,12 +189,12 @@ def _describe_arrays(library: ctypes.CDLL, args: list) -> int:
             ranges[-1][1] = max(start + size, ranges[-1][1])
         else:
             ranges.append([start, start + size])
-    described, shadow_bytes = (ctypes.c_uint64 * 3 * len(args))(), 0
+    described, shadow_bytes = (ctypes.c_uint64 * 5 * len(args))(), 0
     for first, last in ranges:
         shadow_bytes += first % _PLACES
         for i, (start, size) in arrays.items():
             if first <= start < last:
-                described[i][:] = start, size, shadow_bytes + start - first
+                described[i][:] = start, size, shadow_bytes + start - first, *_POISON_OF.get(args[i].dtype, (0, 0))
         shadow_bytes += last - first
         shadow_bytes += -shadow_bytes % _PLACES
     library.ptx_arrays(len(args), described, ctypes.c_uint64(shadow_bytes))

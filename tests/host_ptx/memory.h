@@ -1,18 +1,17 @@
-// Memory as the translated kernels use it: alignment and bounds of every access, asynchronous copies that are read
-// before their wait, read-only loads of what the launch writes. Each access to global memory has its effect at once, as
-// on x86, or with PTX_WEAK as late as weak_memory.h allows.
+// Memory as the translated kernels use it: alignment and bounds of every access, reads of what was never written,
+// asynchronous copies that are read before their wait, read-only loads of what the launch writes. Each access to global
+// memory has its effect at once, as on x86, or with PTX_WEAK as late as weak_memory.h allows.
 //
 // Global memory: translator.py follows each address to the parameter that it comes from. Such an access has to lie in
 // that argument's array; an address of mixed origin in any of them. Where arrays() was not called, nothing is known
-// of the arrays and only alignment is checked.
+// of the arrays and only alignment is checked. A load that finds the poison of a fresh array is a read of memory that
+// was never written.
 //
 // Shared memory: one buffer, first the static variables, then what the launch asks for. Addresses are offsets in it.
+// Behind it lies a byte for each of its bytes, which tells whether the byte was written.
 // Source: PTX ISA, "State Spaces, Types, and Variables", "Data Movement and Conversion Instructions".
 #pragma once
 
-#include <cstddef>
-#include <cstdio>
-#include <cstdlib>
 #ifdef PTX_WEAK  // here, since host_cuda.h redefines words that these headers use
 #include <memory>
 #include <unordered_map>
@@ -20,24 +19,15 @@
 #include <vector>
 #endif
 
-#include "arithmetic.h"
-#include "host_cuda.h"
-#undef asm
-
-[[noreturn, gnu::cold]] PTX_CALL void fault(const char *what, u64 address, int bytes, int line)
-{
-    char text[256];
-    std::snprintf(text, sizeof(text), "PTX line %d: %s; address %#llx, %d bytes; block %u %u %u, thread %u %u %u", line,
-                  what, (unsigned long long)address, bytes, blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x,
-                  threadIdx.y, threadIdx.z);
-    host_cuda::stop(text);
-}
+#include "counters.h"
+#include "report.h"
 
 // ---- Global memory --------------------------------------------------------------------------------------------------
 
 struct Array {
     u64 start, size, place;
     u8 *written, *read_only;  // a byte per byte: whether this launch stored there, or read it by ld.global.nc
+    u32 poison_bytes, poison;  // where nobody wrote, each element has these 2 or 4 bytes; 0 bytes if none are known
 };
 
 constexpr int MOST_ARRAYS = 64;
@@ -45,18 +35,18 @@ static Array arrays[MOST_ARRAYS];
 static int array_count = 0;
 static u8 *shadow = nullptr;
 
-#define PTX_EXPORT extern "C" __attribute__((visibility("default")))
-
-// The arrays of the next launch: per parameter its start, its size, and its place in the shadow, in which arrays that
-// overlap share their bytes; address and place are equal modulo 16. A number has size 0.
-PTX_EXPORT void ptx_arrays(int count, const u64 (*described)[3], u64 shadow_bytes)
+// The arrays of the next launch: per parameter its start, its size, its place in the shadow, in which arrays that
+// overlap share their bytes, then the bytes and the value of its poison. Address and place are equal modulo 16. A
+// number has size 0.
+PTX_EXPORT void ptx_arrays(int count, const u64 (*described)[5], u64 shadow_bytes)
 {
+    forget_counters();
     std::free(shadow);
     shadow = shadow_bytes ? static_cast<u8 *>(std::calloc(2, shadow_bytes)) : nullptr;
     array_count = count < MOST_ARRAYS ? count : MOST_ARRAYS;
     for (int i = 0; i < array_count; ++i)
         arrays[i] = {described[i][0], described[i][1], described[i][2], shadow + described[i][2],
-                     shadow + shadow_bytes + described[i][2]};
+                     shadow + shadow_bytes + described[i][2], u32(described[i][3]), u32(described[i][4])};
 }
 
 constexpr int ANY_ARRAY = -1;
@@ -104,6 +94,37 @@ PTX_CALL void mark(u64 address, int bytes, bool stored, int line)
             fault(stored ? "a store to what this launch read by ld.global.nc"
                          : "ld.global.nc of what this launch has written", address, bytes, line);
     }
+}
+
+// Whether one of the elements in a loaded value, of 2 or 4 bytes, may be poison: all poison begins with 12 ones.
+template <class T>
+PTX bool may_be_poison(T value)
+{
+    if constexpr (sizeof(T) == 8)
+        return may_be_poison(u32(bits<u64>(value))) || may_be_poison(u32(bits<u64>(value) >> 32));
+    else if constexpr (sizeof(T) == 4)
+        return bits<u32>(value) >= 0xfff00000u || (!std::is_same<T, f32>::value && u16(value) >= 0xfff0u);
+    else
+        return sizeof(T) == 2 && u16(value) >= 0xfff0u;
+}
+
+template <int ARRAY>
+[[gnu::cold]] PTX_CALL void check_poison(const void *value, u64 address, u32 bytes, int line)
+{
+    const Array *array = ARRAY == ANY_ARRAY ? array_of(address, bytes) : &arrays[ARRAY];
+    const u32 element = array ? array->poison_bytes : 0;
+    for (u32 i = 0; element && i + element <= bytes; i += element)
+        if (std::memcmp(static_cast<const u8 *>(value) + i, &array->poison, element) == 0)
+            fault("global memory read before it is written", address + i, element, line);
+}
+
+// A value that was loaded from an address of global memory.
+template <int ARRAY, class T>
+PTX T written_value(T value, u64 address, int line)
+{
+    if (__builtin_expect(may_be_poison(value), 0))
+        check_poison<ARRAY>(&value, address, sizeof(T), line);
+    return value;
 }
 
 enum class Scope { GPU, BLOCK };  // of a release, an acquire, or a fence
@@ -159,48 +180,79 @@ PTX void copy_bytes(void *target, u64 address, int bytes)
 struct Shared {
     u8 *start;
     u32 size;
-    u8 *pending() const { return start + size; }  // a byte per byte: an asynchronous copy to it is not done
+    u8 *states() const { return start + size; }  // a State per byte
 };
+
+enum State : u8 { NEVER_WRITTEN = 0, WRITTEN = 1, COPY_PENDING = 2 };
 
 PTX Shared shared_memory() { return {static_cast<u8 *>(host_cuda::dynamic_shared()), u32(host_cuda::shared_bytes())}; }
 
-[[noreturn, gnu::cold]] PTX_CALL void wrong_shared(u64 offset, int bytes, int line)
+[[noreturn, gnu::cold]] PTX_CALL void wrong_shared(const Shared &shared, u32 offset, int bytes, int line)
 {
-    fault(offset % bytes ? "misaligned access" : "outside shared memory", offset, bytes, line);
+    if (offset % bytes)
+        fault("misaligned access", offset, bytes, line);
+    if (u64(offset) + bytes > shared.size)
+        fault("outside shared memory", offset, bytes, line);
+    bool pending = false;
+    for (int i = 0; i < bytes; ++i)
+        pending |= shared.states()[offset + i] == COPY_PENDING;
+    fault(pending ? "shared memory used before the wait for the asynchronous copy to it"
+                  : "shared memory read before it is written", offset, bytes, line);
 }
 
-// Where the bytes of an access to shared memory lie.
-PTX u8 *in_shared(const Shared &shared, u32 offset, int bytes, int line)
+PTX bool in_shared(const Shared &shared, u32 offset, int bytes)
 {
-    if (__builtin_expect(offset % bytes || u64(offset) + bytes > shared.size, 0))
-        wrong_shared(offset, bytes, line);
+    return offset % bytes == 0 && u64(offset) + bytes <= shared.size;
+}
+
+template <int BYTES>
+struct States {  // of the bytes of an access
+    using Word = std::conditional_t<BYTES == 1, u8, std::conditional_t<BYTES == 2, u16,
+                 std::conditional_t<BYTES == 4, u32, u64>>>;
+    static constexpr int LAST = BYTES / int(sizeof(Word)) - 1;
+    static constexpr Word all(State state) { return Word(Word(~Word(0)) / 255 * state); }
+    Word words[LAST + 1];
+
+    States(const Shared &shared, u32 offset) { std::memcpy(words, shared.states() + offset, BYTES); }
+    bool written() const { return words[0] == all(WRITTEN) && words[LAST] == all(WRITTEN); }
+    bool pending() const { return (words[0] | words[LAST]) & all(COPY_PENDING); }
+};
+
+// Where the bytes of a load from shared memory lie.
+template <int BYTES>
+PTX const u8 *load_shared(const Shared &shared, u32 offset, int line)
+{
+    if (__builtin_expect(!in_shared(shared, offset, BYTES) || !States<BYTES>(shared, offset).written(), 0))
+        wrong_shared(shared, offset, BYTES, line);
     return shared.start + offset;
 }
 
-// For an access in a kernel with asynchronous copies.
-PTX_CALL void check_pending(const Shared &shared, u32 offset, int bytes, int line)
+// Where the bytes of a store to shared memory lie.
+template <int BYTES>
+PTX u8 *store_shared(const Shared &shared, u32 offset, int line, State state = WRITTEN)
 {
-    for (int i = 0; i < bytes; ++i)
-        if (shared.pending()[offset + i])
-            fault("shared memory used before the wait for the asynchronous copy to it", offset, bytes, line);
+    if (__builtin_expect(!in_shared(shared, offset, BYTES) || States<BYTES>(shared, offset).pending(), 0))
+        wrong_shared(shared, offset, BYTES, line);
+    std::memset(shared.states() + offset, state, BYTES);
+    return shared.start + offset;
 }
 
 // ---- Asynchronous copies: "cp.async", "cp.async.commit_group", "cp.async.wait_group" -------------------------------
 
-template <int ARRAY>
-PTX_CALL void copy_async(const Shared &shared, u32 offset, u64 address, int bytes, u32 source_bytes, int line)
+template <int ARRAY, int BYTES>
+PTX_CALL void copy_async(const Shared &shared, u32 offset, u64 address, u32 source_bytes, int line)
 {
-    u8 *target = in_shared(shared, offset, bytes, line);
-    if (source_bytes != 0 && source_bytes != u32(bytes))
-        fault("a cp.async of a part, which is not modelled", address, bytes, line);
+    u8 *target = store_shared<BYTES>(shared, offset, line, COPY_PENDING);
+    if (source_bytes != 0 && source_bytes != u32(BYTES))
+        fault("a cp.async of a part, which is not modelled", address, BYTES, line);
     if (source_bytes) {
-        check_global<ARRAY>(address, bytes, line);
+        check_global<ARRAY>(address, BYTES, line);
         copy_started();
     }
-    check_pending(shared, offset, bytes, line);
-    std::memset(shared.pending() + offset, 1, bytes);
-    std::memset(target, 0xff, bytes);
-    host_cuda::copy_later(target, reinterpret_cast<const void *>(address), bytes, source_bytes != 0);
+    for (u32 i = 0; i < source_bytes; i += 4)
+        written_value<ARRAY>(*reinterpret_cast<const u32 *>(address + i), address + i, line);
+    std::memset(target, 0xff, BYTES);
+    host_cuda::copy_later(target, reinterpret_cast<const void *>(address), BYTES, source_bytes != 0);
 }
 
 PTX_CALL void finish_copies(const Shared &shared, int pending)
@@ -210,7 +262,7 @@ PTX_CALL void finish_copies(const Shared &shared, int pending)
             copy_bytes(copy.target, u64(copy.source), copy.bytes);
         else
             std::memset(copy.target, 0, copy.bytes);
-        std::memset(static_cast<u8 *>(copy.target) + shared.size, 0, copy.bytes);
+        std::memset(static_cast<u8 *>(copy.target) + shared.size, WRITTEN, copy.bytes);
     }
 }
 
@@ -239,19 +291,44 @@ struct Poll {
     }
 };
 
+[[noreturn, gnu::cold]] PTX_CALL void fault_of_warp(const char *what, u32 members, int line)
+{
+    char where[64];
+    std::snprintf(where, sizeof(where), "members %#x, lane %d", members, host_cuda::lane_in_warp());
+    fault(what, where, line);
+}
+
+PTX void check_member(u32 members, int line)
+{
+    if (!(members >> host_cuda::lane_in_warp() & 1))
+        fault_of_warp("a lane that the member mask leaves out", members, line);
+}
+
+PTX void sync_warp(u32 members, int line)
+{
+    check_member(members, line);
+    host_cuda::sync_warp(members, SITE, line);
+}
+
 // "shfl.sync": c has the segment mask in bits 8 to 12 and the clamp in bits 0 to 4.
 template <char MODE>
-PTX_CALL u32 shuffle(u32 value, u32 b, u32 c, u32 members, bool *in_range)
+PTX_CALL u32 shuffle(u32 value, u32 b, u32 c, u32 members, bool &inside, int line)
 {
     const int lane = host_cuda::lane_in_warp(), segment = int(c >> 8 & 31), clamp = int(c & 31), by = int(b & 31);
     const int last = (lane & segment) | (clamp & ~segment), first = lane & segment;
     const int source = MODE == 'u' ? lane - by : MODE == 'd' ? lane + by : MODE == 'b' ? lane ^ by
                                                                          : first | (by & ~segment);
-    const bool inside = MODE == 'u' ? source >= last : source <= last;
-    if (in_range)
-        *in_range = inside;
+    inside = MODE == 'u' ? source >= last : source <= last;
     const char *name = MODE == 'u' ? "shfl.up" : MODE == 'd' ? "shfl.down" : MODE == 'b' ? "shfl.bfly" : "shfl.idx";
-    return u32(host_cuda::shuffle(name, members, value, inside ? source : lane, SITE, 0));
+    check_member(members, line);
+    const u64 given = host_cuda::shuffle(name, members, value, inside ? source : lane, SITE, line);
+    if (given >> 32)  // no word of a lane
+        fault_of_warp("a shuffle from a lane that takes no part in it", members, line);
+    return u32(given);
 }
 
-PTX bool vote_any(bool p, u32 members) { return host_cuda::ballot("vote.any", members, p, SITE, 0) != 0; }
+PTX bool vote_any(bool p, u32 members, int line)
+{
+    check_member(members, line);
+    return host_cuda::ballot("vote.any", members, p, SITE, line) != 0;
+}

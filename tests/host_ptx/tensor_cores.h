@@ -132,7 +132,18 @@ struct Mma {
     f32 *d;
     const u32 *a, *b;
     const f32 *c;
+    int line;
 };
+
+// ".aligned": all lanes execute the same instruction of the PTX.
+template <class T>
+PTX void check_aligned(void *const *lanes)
+{
+    const int line = static_cast<const T *>(lanes[host_cuda::lane_in_warp()])->line;
+    for (int lane = 0; lane < 32; ++lane)
+        if (static_cast<const T *>(lanes[lane])->line != line)
+            fault_of_warp("lanes of a warp in different instructions that are .aligned", ~0u, line);
+}
 
 // "mma.m16n8k16", .bf16: element i of a fragment is half i % 2 of register i / 2.
 PTX void gather_bf16(const Mma &mma, int lane, u32 (*a)[16], u32 (*b)[16])
@@ -160,6 +171,7 @@ PTX void gather_tf32(const Mma &mma, int lane, u32 (*a)[8], u32 (*b)[8])
 template <int K, int CHUNK>
 [[maybe_unused]] static void multiply(void *const *lanes)
 {
+    check_aligned<Mma>(lanes);
     u32 a[16][K], b[8][K], sums[16][8];
     const auto row = [](int lane, int i) { return i < 2 ? lane >> 2 : (lane >> 2) + 8; };
     const auto column = [](int lane, int i) { return lane % 4 * 2 + (i & 1); };
@@ -184,13 +196,13 @@ template <int K, int CHUNK>
 
 PTX void mma_bf16(f32 *d, const u32 *a, const u32 *b, const f32 *c, int line)
 {
-    Mma mine = {d, a, b, c};
+    Mma mine = {d, a, b, c, line};
     host_cuda::whole_warp("mma.m16n8k16.bf16", &mine, multiply<16, CHUNK_BF16>, SITE, line);
 }
 
 PTX void mma_tf32(f32 *d, const u32 *a, const u32 *b, const f32 *c, int line)
 {
-    Mma mine = {d, a, b, c};
+    Mma mine = {d, a, b, c, line};
     host_cuda::whole_warp("mma.m16n8k8.tf32", &mine, multiply<8, CHUNK_TF32>, SITE, line);
 }
 
@@ -199,11 +211,13 @@ PTX void mma_tf32(f32 *d, const u32 *a, const u32 *b, const f32 *c, int line)
 struct Rows {
     const u8 *row;
     u32 *result;
+    int line;
 };
 
 template <bool TRANSPOSED>
 [[maybe_unused]] static void load_matrices(void *const *lanes)
 {
+    check_aligned<Rows>(lanes);
     u16 matrices[4][8][8];
     for (int lane = 0; lane < 32; ++lane)
         std::memcpy(matrices[lane / 8][lane % 8], static_cast<const Rows *>(lanes[lane])->row, 16);
@@ -219,6 +233,6 @@ template <bool TRANSPOSED>
 template <bool TRANSPOSED>
 PTX void ldmatrix(u32 *result, const u8 *row, int line)
 {
-    Rows mine = {row, result};
+    Rows mine = {row, result, line};
     host_cuda::whole_warp(TRANSPOSED ? "ldmatrix.trans" : "ldmatrix", &mine, load_matrices<TRANSPOSED>, SITE, line);
 }

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from tests.host_ptx.parser import Function, Module, Statement, Variable, parameter
+from tests.host_ptx.registers import Step, uncertain_reads
 
 __all__ = ["Translated", "Untranslated", "translate"]
 
@@ -98,10 +99,10 @@ class _Code:
         called = [variable for other in module.functions.values() if not other.entry for variable in other.shared]
         own = function.shared if function.entry else ()  # behind those of the functions that any kernel may call
         self._offsets, self.shared_bytes = _layout((*module.shared.values(), *called, *own), module.dynamic)
-        operations = {statement.operation for statement in function.statements}
-        self.copies = any(operation.startswith("cp.async") for operation in operations)
-        self.marks = any(".nc." in operation for operation in operations)
+        self.marks = any(".nc." in statement.operation for statement in function.statements)
         self._declared: list[str] = []
+        self._reads: list[str] = []  # registers, of the statement at hand
+        self._writes: list[str] = []
         self._origins = _origins(function)
 
     def head(self) -> str:
@@ -115,12 +116,15 @@ class _Code:
     def table_entry(self) -> str:
         name = _name(self.function.name)
         return (f"[] {{ auto kernel = host_cuda::Trampoline<k_{name}>::kernel(\"{self.function.name}\"); "
-                f"kernel.shared_bytes = {self.shared_bytes}; kernel.shared_shadow = {str(self.copies).lower()}; "
+                f"kernel.shared_bytes = {self.shared_bytes}; kernel.shared_shadow = true; "
                 "return kernel; }(), ")
 
     def text(self) -> str:
         lines, open_block = [], False
-        for statement in self.function.statements:
+        texts, steps = zip(*map(self._step, self.function.statements))
+        uncertain = uncertain_reads(steps)
+        flagged = set().union(*uncertain)
+        for statement, text, step, unsure in zip(self.function.statements, texts, steps, uncertain):
             if statement.kind in ("label", "instruction") and (statement.kind == "label" or not open_block):
                 if statement.kind == "label":
                     lines.append(f"{_name(statement.text)}: ;")
@@ -129,16 +133,27 @@ class _Code:
                 open_block = True
             if statement.kind == "instruction":
                 self._blocks[-1][1].append(statement)
-                lines.append(self._guarded(statement))
+                lines.append(_guarded(statement, text, unsure, flagged.intersection(step.writes)))
                 open_block = statement.operation.split(".")[0] not in ("bra", "ret", "exit")
             elif statement.kind in "{}":
                 lines.append(statement.text)
             elif statement.kind != "label":
-                lines.append(self._declaration(statement))
-        start = ["Poll poll;", *self._declared]
+                lines += [text, *(f"w_{name} = false;" for name in step.writes if name in flagged)]
+        start = ["Poll poll;", *self._declared, *(f"bool w_{name} = false;" for name in sorted(flagged))]
         if self.function.entry:
             start = ["flush_subnormals();", "[[maybe_unused]] const Shared shared = shared_memory();", *start]
         return "\n".join((self.head(), "{", *start, *lines, "}", ""))
+
+    def _step(self, statement: Statement) -> tuple[str, Step]:
+        """The C++ of an instruction or a declaration, without its guard, and the registers that it reads and writes."""
+        self._reads, self._writes, text = [], [], ""
+        if statement.kind == "instruction":
+            text = self._instruction(statement)
+            if statement.guard:
+                self._reads.append(_name(statement.guard.lstrip("!")))
+        elif statement.kind in ("reg", "param"):
+            text = self._declaration(statement)
+        return text, Step(statement, tuple(self._reads), tuple(self._writes))
 
     def _declaration(self, statement: Statement) -> str:
         if statement.kind == "param":
@@ -150,18 +165,13 @@ class _Code:
                  else [_name(name.strip()) for name in names.split(",")])
         c = C_TYPES[type_]
         self._classes |= dict.fromkeys(found, c)
+        self._writes += found
         declaration = f"[[maybe_unused]] {c} " + ", ".join(f"r_{name} = {POISON.get(c, f'{c}(~u64(0))')}"
                                                             for name in found) + ";"
         if several:  # of the function: ahead of every label
             self._declared.append(declaration)
             return ""
         return declaration
-
-    def _guarded(self, statement: Statement) -> str:
-        text = self._instruction(statement)
-        if statement.guard:
-            return f"if ({statement.guard[0].replace('%', '')}r_{_name(statement.guard.lstrip('!'))}) {{ {text} }}"
-        return text
 
     def _instruction(self, statement: Statement) -> str:
         text, match = _rule_of(statement.operation)
@@ -188,6 +198,7 @@ class _Code:
             return f"{c}(host_cuda::lane_in_warp())"
         register = _name(text)
         if register in self._classes:
+            self._reads.append(register)
             held = self._classes[register]
             if c in FLOATS and held not in FLOATS:
                 return f"bits<{c}>({FLOATS[c]}(r_{register}))"
@@ -208,6 +219,7 @@ class _Code:
         register, c = _name(destination), C_TYPES[type_]
         if register == "_":
             return f"(void)({expression});"
+        self._writes.append(register)
         held, expression = self._classes[register], f"{c}({expression})"
         if held in FLOATS and c not in FLOATS:
             expression = f"bits<{held}>({expression})"
@@ -233,6 +245,17 @@ class _Code:
         """The number of the parameter whose array an address lies in, for the check of its bounds."""
         origin = self._origins.get(_name(re.fullmatch(r"\[\s*([^+\s\]]+).*\]", text)[1]))
         return "ANY_ARRAY" if origin is None or origin < 0 else str(origin)
+
+
+def _guarded(statement: Statement, text: str, uncertain: set[str], flagged: set[str]) -> str:
+    """The C++ of an instruction under its guard. The flag w_NAME says whether the register NAME is written: a read of
+    a register of `uncertain` looks at its flag, a write of one of `flagged` sets it."""
+    text += "".join(f" w_{name} = true;" for name in sorted(flagged))
+    if statement.guard:
+        text = f"if ({statement.guard[0].replace('%', '')}r_{_name(statement.guard.lstrip('!'))}) {{ {text} }}"
+    for name in uncertain:
+        text = re.sub(rf"\br_{name}\b(?! = )", f'checked(r_{name}, w_{name}, "{name}", {statement.line})', text)
+    return text
 
 
 @functools.cache
@@ -347,11 +370,11 @@ def _(code, statement, match):
 
 @rule(rf"ld\.(?:(relaxed|acquire)\.{SCOPES}|volatile)\.global\.([usbf](?:32|64))")
 def _(code, statement, match):
-    c, array = C_TYPES[match[3]], code.array(statement.operands[1])
-    load = (f"load_strong<{c}, {array}>(at, {_true(match[1] == 'acquire')}, {_scope(match[2])}, poll.is_waiting(at))")
-    return (f"{{ const u64 at = {code.address(statement.operands[1])}; "
-            f"check_global<{array}>(at, sizeof({c}), {statement.line}); "
-            + code.assign(statement.operands[0], f"poll.read(at, {load}, {statement.line})", match[3]) + " }")
+    c, array, line = C_TYPES[match[3]], code.array(statement.operands[1]), statement.line
+    load = f"load_strong<{c}, {array}>(at, {_true(match[1] == 'acquire')}, {_scope(match[2])}, poll.is_waiting(at))"
+    return (f"{{ const u64 at = {code.address(statement.operands[1])}; check_global<{array}>(at, sizeof({c}), {line}); "
+            + code.assign(statement.operands[0], f"poll.read(at, written_value<{array}>({load}, at, {line}), {line})",
+                          match[3]) + " }")
 
 
 @rule(rf"st\.(?:(relaxed|release)\.{SCOPES}|volatile)\.global\.([usbf](?:32|64))")
@@ -372,7 +395,8 @@ def _(code, statement, match):
     if match[1]:
         lines.append(f"mark(at, {size * len(registers)}, false, {line});")
     c = C_TYPES[type_]
-    lines += [f"const {c} t{i} = load_weak<{c}, {array}>(at + {i * size});" for i in range(len(registers))]
+    lines += [f"const {c} t{i} = written_value<{array}>(load_weak<{c}, {array}>(at + {i * size}), at + {i * size}, "
+              f"{line});" for i in range(len(registers))]
     lines += [code.assign(register, f"t{i}", type_) for i, register in enumerate(registers)]
     return "{ " + " ".join(lines) + " }"
 
@@ -395,9 +419,7 @@ def _(code, statement, match):
     registers, type_, line = _vector(statement.operands[0]), match[2], statement.line
     size, c = _size(type_), C_TYPES[type_]
     lines = [f"const u32 at = {code.address(statement.operands[1], 32)};",
-             f"const u8 *from = in_shared(shared, at, {size * len(registers)}, {line});"]
-    if code.copies:
-        lines.append(f"check_pending(shared, at, {size * len(registers)}, {line});")
+             f"const u8 *from = load_shared<{size * len(registers)}>(shared, at, {line});"]
     lines += [f"const {c} t{i} = reinterpret_cast<const {c} *>(from)[{i}];" for i in range(len(registers))]
     lines += [code.assign(register, f"t{i}", type_) for i, register in enumerate(registers)]
     return "{ " + " ".join(lines) + " }"
@@ -408,9 +430,7 @@ def _(code, statement, match):
     values, type_, line = _vector(statement.operands[1]), match[2], statement.line
     c = C_TYPES[type_]
     lines = [f"const u32 at = {code.address(statement.operands[0], 32)};",
-             f"u8 *to = in_shared(shared, at, {_size(type_) * len(values)}, {line});"]
-    if code.copies:
-        lines.append(f"check_pending(shared, at, {_size(type_) * len(values)}, {line});")
+             f"u8 *to = store_shared<{_size(type_) * len(values)}>(shared, at, {line});"]
     lines += [f"reinterpret_cast<{c} *>(to)[{i}] = {code.value(value, type_)};" for i, value in enumerate(values)]
     return "{ " + " ".join(lines) + " }"
 
@@ -424,7 +444,7 @@ def _(code, statement, match):
 def _(code, statement, match):
     to, source, size, *more = statement.operands
     copied = code.value(more[0], "u32") if more else size
-    return (f"copy_async<{code.array(source)}>(shared, {code.address(to, 32)}, {code.address(source)}, {size}, "
+    return (f"copy_async<{code.array(source)}, {size}>(shared, {code.address(to, 32)}, {code.address(source)}, "
             f"{copied}, {statement.line});")
 
 
@@ -444,12 +464,13 @@ def _(code, statement, match):
     c, (result, at, value), line = C_TYPES[type_], statement.operands, statement.line
     new = f"[&](const {c} old) {{ return {c}({'old + ' * (operation == 'add')}{code.value(value, type_)}); }}"
     if space == "shared":
-        place = f"in_shared(shared, {code.address(at, 32)}, sizeof({c}), {line})"
-        change = (f"auto &at = *reinterpret_cast<{c} *>({place}); "
+        place = f"load_shared<sizeof({c})>(shared, {code.address(at, 32)}, {line})"
+        change = (f"auto &at = *reinterpret_cast<{c} *>(u64({place})); "
                   f"const {c} old = at; at = ({new})(old);")
     else:
         array, acquire, release = code.array(at), order in ("acquire", "acq_rel"), order in ("release", "acq_rel")
         change = (f"const u64 at = {code.address(at)}; check_global<{array}>(at, sizeof({c}), {line}); "
+                  + f"count_on(at, false, {line}); " * (operation == "add" and c == "u32")
                   + code.marked("at", _size(type_), statement) +
                   f"const {c} old = atomic_at<{c}, {array}>(at, {new}, {_true(acquire)}, {_true(release)}, "
                   f"{_scope(scope)});")
@@ -461,6 +482,7 @@ def _(code, statement, match):
     at, value = statement.operands
     array = code.array(at)
     return (f"{{ const u64 at = {code.address(at)}; check_global<{array}>(at, 4, {statement.line}); "
+            f"count_on(at, {_true(match[1] == 'release')}, {statement.line}); "
             f"host_cuda::count_group_barrier(reinterpret_cast<const unsigned *>(at)); "
             f"atomic_at<u32, {array}>(at, [&](const u32 old) {{ return old + {code.value(value, 'u32')}; }}, false, "
             f"{_true(match[1] == 'release')}, {_scope(match[2])}); }}")
@@ -484,21 +506,24 @@ def _(code, statement, match):
 
 @rule(r"bar\.warp\.sync")
 def _(code, statement, match):
-    return f"host_cuda::sync_warp({code.value(statement.operands[0], 'u32')}, SITE, {statement.line});"
+    return f"sync_warp({code.value(statement.operands[0], 'u32')}, {statement.line});"
 
 
 @rule(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
 def _(code, statement, match):
     destination, _, predicate = statement.operands[0].partition("|")
     values = ", ".join(code.value(operand, "u32") for operand in statement.operands[1:])
-    inside = f"&r_{_name(predicate)}" if predicate else "nullptr"
-    return code.assign(destination, f"shuffle<'{match[1][0]}'>({values}, {inside})", "u32")
+    lines = ["bool inside;",
+             code.assign(destination, f"shuffle<'{match[1][0]}'>({values}, inside, {statement.line})", "u32")]
+    if predicate:
+        lines.append(code.assign(predicate, "inside", "pred"))
+    return "{ " + " ".join(lines) + " }"
 
 
 @rule(r"vote\.sync\.any\.pred")
 def _(code, statement, match):
     p, members = code.value(statement.operands[1], "pred"), code.value(statement.operands[2], "u32")
-    return code.assign(statement.operands[0], f"vote_any({p}, {members})", "pred")
+    return code.assign(statement.operands[0], f"vote_any({p}, {members}, {statement.line})", "pred")
 
 
 @rule(r"mma\.sync\.aligned\.m16n8k(?:16\.row\.col\.f32\.(bf16)\.bf16|8\.row\.col\.f32\.(tf32)\.tf32)\.f32")
@@ -513,11 +538,10 @@ def _(code, statement, match):
 
 @rule(r"ldmatrix\.sync\.aligned\.m8n8\.x4(\.trans)?\.shared\.b16")
 def _(code, statement, match):
-    pending = f"check_pending(shared, at, 16, {statement.line}); " if code.copies else ""
     results = " ".join(code.assign(register, f"D[{i}]", "u32")
                        for i, register in enumerate(_vector(statement.operands[0])))
     return (f"{{ u32 D[4]; const u32 at = {code.address(statement.operands[1], 32)}; "
-            f"const u8 *row = in_shared(shared, at, 16, {statement.line}); {pending}"
+            f"const u8 *row = load_shared<16>(shared, at, {statement.line}); "
             f"ldmatrix<{'true' if match[1] else 'false'}>(D, row, {statement.line}); {results} }}")
 
 
