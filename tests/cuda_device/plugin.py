@@ -28,8 +28,12 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("cuda_device"):
+        gpu, ptx = config.getoption("device_like"), config.getoption("ptx")
+        if ptx not in (None, architecture := cuda_device.architecture_of(gpu)):
+            raise pytest.UsageError(f"--ptx {ptx}: the GPU of --device-like {gpu} has PTX for {architecture}")
         config.option.gpu = True
-        config.stash[DEVICE] = cuda_device.install(config.getoption("device_like"), at_once=config.getoption("at_once"))
+        config.stash[DEVICE] = cuda_device.install(gpu, at_once=config.getoption("at_once"), from_ptx=bool(ptx),
+                                                   worst=config.getoption("worst"))
 
 
 def pytest_collection_modifyitems(config, items):
@@ -57,6 +61,11 @@ def pytest_collection_finish(session):
                                         "--junitxml", folder / "results.xml"], stdout=output, stderr=subprocess.STDOUT,
                                        cwd=session.config.rootpath)
         session.config.stash[RUN] = Run(process, folder)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if DEVICE in config.stash and config.getoption("ptx"):
+        terminalreporter.write_line(config.stash[DEVICE].summary())
 
 
 def pytest_unconfigure(config):

@@ -17,12 +17,14 @@
 #include "host_cuda.h"
 #undef asm
 
+static const char *source_line(int line);  // of a PTX line; translator.py writes it
+
 [[noreturn, gnu::cold]] PTX_CALL void fault(const char *what, u64 address, int bytes, int line)
 {
-    char text[256];
-    std::snprintf(text, sizeof(text), "PTX line %d: %s; address %#llx, %d bytes; block %u %u %u, thread %u %u %u", line,
-                  what, (unsigned long long)address, bytes, blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x,
-                  threadIdx.y, threadIdx.z);
+    char text[512];
+    std::snprintf(text, sizeof(text), "PTX line %d (%s): %s; address %#llx, %d bytes; block %u %u %u, thread %u %u %u",
+                  line, source_line(line), what, (unsigned long long)address, bytes, blockIdx.x, blockIdx.y, blockIdx.z,
+                  threadIdx.x, threadIdx.y, threadIdx.z);
     host_cuda::stop(text);
 }
 
@@ -40,7 +42,7 @@ static u8 *shadow = nullptr;
 
 #define PTX_EXPORT extern "C" __attribute__((visibility("default")))
 
-// The arrays of the next launch: per parameter its start, its size, and where its bytes begin in the shadow, in which
+// The arrays of the next launch, as __init__.py and tests/cuda_device/launch.cpp describe them: per parameter its start, its size, and where its bytes begin in the shadow, in which
 // arrays that overlap share their bytes. A number has size 0.
 PTX_EXPORT void ptx_arrays(int count, const u64 (*described)[3], u64 shadow_bytes)
 {
