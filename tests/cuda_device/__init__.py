@@ -48,7 +48,7 @@ class Device:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        library.cuda_device_reports.restype = library.cuda_device_launches_from_ptx.restype = ctypes.c_char_p
+        library.cuda_device_reports.restype = library.cuda_device_launches.restype = ctypes.c_char_p
         library.cuda_device_used_memory.restype = ctypes.c_uint64
         library.cuda_device_limit_memory.argtypes = [ctypes.c_uint64]
 
@@ -88,16 +88,14 @@ class Device:
         """What the device had to say since the call before: mistakes of the program, and what is not modelled."""
         return self._library.cuda_device_reports().decode().splitlines()
 
-    def launches_from_ptx(self) -> dict[str, int]:
-        """Kernel -> how many of its launches ran from PTX to their end."""
-        lines = self._library.cuda_device_launches_from_ptx().decode().splitlines()
-        return {name: int(count) for name, count in map(str.split, lines)}
-
     def summary(self) -> str:
-        """The same in words."""
-        launches = self.launches_from_ptx()
-        return (f"{sum(launches.values()):,} launches from PTX: "
-                + ", ".join(f"{kernel} {count:,}" for kernel, count in launches.items()))
+        """How many launches ran to their end, kernel by kernel, first those from PTX."""
+        texts = []
+        for from_ptx, name in ((True, "PTX"), (False, "source")):
+            counts = dict(map(str.split, self._library.cuda_device_launches(from_ptx).decode().splitlines()))
+            kernels = ", ".join(f"{kernel} {count}" for kernel, count in counts.items())
+            texts.append(f"{sum(map(int, counts.values()))} launches from {name}" + f": {kernels}" * bool(kernels))
+        return "; ".join(texts)
 
     def _report(self, text: str) -> None:
         self._library.cuda_device_report(text.encode())
@@ -136,7 +134,8 @@ def install(gpu: str = "h100", memory_bytes: int = MEMORY_BYTES, at_once: bool =
     _replace_runtime(library, elf.functions(path.read_bytes()))
     device = Device(library)
     device.set(gpu, memory_bytes, at_once, trace)
-    _Modules(device, from_ptx, worst).watch()
+    device._modules = _Modules(device, from_ptx, worst)
+    device._modules.watch()
     return device
 
 
@@ -153,7 +152,7 @@ class _Modules:
 
     def __init__(self, device: Device, from_ptx: bool, worst: bool) -> None:
         self._device, self._from_ptx, self._worst = device, from_ptx, worst
-        self._compiled: dict[bytes, _Compiled] = {}
+        self.compiled: dict[bytes, _Compiled] = {}
         self._kept: list = []
 
     def watch(self) -> None:
@@ -164,7 +163,7 @@ class _Modules:
 
         def remembering(self, options=(), log_stream=None):
             image, mapping = compile_program(self, options, log_stream)
-            modules._compiled[image] = _Compiled(self.src, tuple(options), compiler.nvrtc.getPTX(self.ptr).decode())
+            modules.compiled[image] = _Compiled(self.src, tuple(options), compiler.nvrtc.getPTX(self.ptr).decode())
             return image, mapping
 
         program.compile = remembering
@@ -187,10 +186,10 @@ class _Modules:
         kernels = elf.kernels(image)
         names = ", ".join(kernel.name for kernel in kernels)
         # CuPy leaves out the last byte of what NVRTC gives.
-        known = next((known for known in self._compiled if image[:-1] == known[:len(image) - 1]), None)
+        known = next((known for known in self.compiled if image[:-1] == known[:len(image) - 1]), None)
         if known is None:
             raise DoesNotFit(f"the source of {names} is not known")
-        compiled = self._compiled[known]
+        compiled = self.compiled[known]
         if "#include <cupy/" in compiled.source:
             raise DoesNotFit(f"{names}: a kernel of CuPy's own, which is not modelled")
         architecture = re.search(r"-arch=sm_(\d+)", " ".join(compiled.options))

@@ -26,7 +26,7 @@ struct Parameter {
     bool pointer;
 };
 
-using Array = std::uint64_t[3];
+using Array = std::uint64_t[3];  // as ptx_arrays of tests/host_ptx/memory.h takes it
 
 struct Function {
     std::string name;
@@ -34,7 +34,7 @@ struct Function {
     std::vector<Parameter> parameters;
     bool loaded = true;
     const char *(*launch)(LaunchRequest *) = nullptr;
-    void (*arrays)(int, const Array *, std::uint64_t) = nullptr;  // of a build of PTX: ptx_arrays of tests/host_ptx/memory.h
+    void (*arrays)(int, const Array *, std::uint64_t) = nullptr;  // ptx_arrays, which a build of PTX has
 };
 
 using Module = std::map<std::string, std::shared_ptr<Function>>;
@@ -43,7 +43,7 @@ std::map<Function *, std::shared_ptr<Function>> functions;
 std::set<Module *> modules;
 const char *(*describe)(const void *image) = nullptr;
 std::map<std::string, int> failing;  // kernel -> launches left until one fails
-std::map<std::string, std::uint64_t> launches_from_ptx;  // kernel -> launches that have ended
+std::map<std::string, std::uint64_t> launches[2];  // kernel -> launches that ran to their end; [1]: from PTX
 
 // Threads and blocks that a multiprocessor holds. Table "Technical Specifications per Compute Capability".
 struct Limits {
@@ -187,8 +187,8 @@ void run(const Function &function, const Shape &shape, const std::vector<std::ui
     if (failure)
         fail(std::strstr(failure, "PTX line ") ? cudaErrorLaunchFailure : cudaErrorLaunchTimeout,
              function.name + ": " + failure);
-    else if (function.arrays)
-        ++launches_from_ptx[function.name];
+    else
+        ++launches[function.arrays != nullptr][function.name];
 }
 
 CUresult launch(CUfunction handle, const Shape &shape, CUstream stream_handle, void **parameters)
@@ -259,13 +259,13 @@ void cuda_device_fail_launch(const char *kernel, int n)
     failing[kernel] = n;
 }
 
-// A line for each kernel that was launched from PTX: its name, and how often; valid until the next call.
-const char *cuda_device_launches_from_ptx()
+// A line for each kernel that ran from PTX, or from its source: its name, and how often; valid until the next call.
+const char *cuda_device_launches(int from_ptx)
 {
     std::lock_guard<std::recursive_mutex> lock(mutex);
     static std::string text;
     text.clear();
-    for (const auto &[name, count] : launches_from_ptx)
+    for (const auto &[name, count] : launches[from_ptx != 0])
         text += name + " " + std::to_string(count) + "\n";
     return text.c_str();
 }

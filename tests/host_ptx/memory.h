@@ -42,7 +42,7 @@ static u8 *shadow = nullptr;
 
 #define PTX_EXPORT extern "C" __attribute__((visibility("default")))
 
-// The arrays of the next launch, as __init__.py and tests/cuda_device/launch.cpp describe them: per parameter its start, its size, and where its bytes begin in the shadow, in which
+// The arrays of the next launch: per parameter its start, its size, and where its bytes begin in the shadow, in which
 // arrays that overlap share their bytes. A number has size 0.
 PTX_EXPORT void ptx_arrays(int count, const u64 (*described)[3], u64 shadow_bytes)
 {
