@@ -85,6 +85,13 @@ def device(request):
     device.set(request.config.getoption("device_like"), at_once=request.config.getoption("at_once"))
 
 
+@pytest.fixture
+def device_options(request) -> tuple[str, ...]:
+    """Options of ``python tests/cuda_device`` that give another process the same device."""
+    switches = [f"--{name}" for name in ("ptx", "worst") if request.config.getoption(name)]
+    return "--gpu", request.config.getoption("device_like"), *switches
+
+
 @pytest.fixture(autouse=True)
 def _no_reports(request):
     """A report that a test does not read is a failure of it."""
