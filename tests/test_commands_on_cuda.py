@@ -151,8 +151,9 @@ def test_every_generation_of_gpus_trains(on_cpu, folder, gpu):
 LONG = ("--epochs", 9, "--steps", 60)
 
 
-def test_run_stopped_by_ctrl_c_is_saved_and_resumes_to_the_same_end(folder, tmp_path_factory):
-    with running("train.py", *TEXT, *LONG, *ON_CUDA, "--out", "run", cwd=folder, cuda_device=()) as process:
+def test_run_stopped_by_ctrl_c_is_saved_and_resumes_to_the_same_end(folder, tmp_path_factory, device_options):
+    with running("train.py", *TEXT, *LONG, *ON_CUDA, "--out", "run", cwd=folder,
+                 cuda_device=device_options) as process:
         wait_until(has_a_step(folder / "run"), process)
         process.send_signal(signal.SIGINT)
         result = finish(process)
@@ -165,9 +166,10 @@ def test_run_stopped_by_ctrl_c_is_saved_and_resumes_to_the_same_end(folder, tmp_
     assert_equal_runs(folder / "run", made_once(tmp_path_factory, "long-cuda", *TEXT, *LONG, *ON_CUDA))
 
 
-def test_killed_run_resumes_to_the_same_end(folder, finished):
+def test_killed_run_resumes_to_the_same_end(folder, finished, device_options):
     rng, run_folder = random.Random(0), folder / "run"
-    with running(SAVE_AT_EVERY_STEP, ROOT, *FINISHED, *ON_CUDA, "--out", "run", cwd=folder, cuda_device=()) as process:
+    with running(SAVE_AT_EVERY_STEP, ROOT, *FINISHED, *ON_CUDA, "--out", "run", cwd=folder,
+                 cuda_device=device_options) as process:
         wait_until(has_a_step(run_folder), process)
         lines = len(metrics_bytes(run_folder)) + rng.randrange(4)
         wait_until(lambda: process.poll() is not None or len(metrics_bytes(run_folder)) >= lines, process)

@@ -7,6 +7,7 @@ tests.
 import contextlib
 import ctypes
 import gc
+import re
 import subprocess
 import sys
 import threading
@@ -35,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(64) turn(float *to, const float *fr
 }
 extern "C" __global__ void widths(long long *to, int a, unsigned long long b, float c)
 {
-    to[0] = a; to[1] = b; to[2] = (long long)c;
+    to[0] = a; to[1] = b; to[2] = __float_as_int(c);
 }
 """
 
@@ -549,9 +550,34 @@ def test_a_parameter_is_as_wide_as_the_kernel_says(cuda):
 
     to = cupy.zeros(3, np.int64)
     load_kernels()["widths"]((1,), (1,), (to, np.int32(-1), np.uint64(2**40), np.float32(3)))
-    assert cupy.asnumpy(to).tolist() == [-1, 2**40, 3]
+    assert cupy.asnumpy(to).tolist() == [-1, 2**40, np.float32(3).view(np.int32)]
     load_kernels()["widths"]((1,), (1,), (to, np.int64(2**32 + 5), np.uint64(7), np.float64(3)))  # nobody checks
     assert cupy.asnumpy(to).tolist() == [5, 7, 0]
+
+
+def test_ptx_is_that_of_the_cubins_compilation_and_that_of_the_harness(cuda, device):
+    """tests/host_ptx compiles the same source for the virtual architecture alone, with options of its own."""
+    import cupy
+
+    source = runtime.source("adam", {}) + "// compiled by this test alone\n"
+    cupy.RawModule(code=source, options=runtime._OPTIONS).get_function("adam")
+    [compiled] = (compiled for compiled in device._modules.compiled.values() if compiled.source == source)
+    [architecture] = (option.removeprefix("-arch=") for option in compiled.options if option.startswith("-arch="))
+    assert architecture.startswith("sm_")
+    assert compiled.ptx == runtime.ptx_for(source, architecture)
+
+
+def test_launches_are_counted_when_they_have_run(cuda, device, request):
+    def count(kind):
+        found = re.search(rf"launches from {kind}: [^;]*\badd (\d+)", device.summary())
+        return int(found[1]) if found else 0
+
+    kind, other = ("PTX", "source") if request.config.getoption("ptx") else ("source", "PTX")
+    x, before = filled(cuda, 1), count(kind)
+    add(x, 1)
+    assert count(kind) == before
+    cuda.deviceSynchronize()
+    assert (count(kind), count(other)) == (before + 1, 0)
 
 
 def test_shared_memory_beyond_48_kib_has_to_be_asked_for(cuda):

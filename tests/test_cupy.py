@@ -53,7 +53,7 @@ SOURCES = {
     "widths": """
         extern "C" __global__ void widths(long long *to, int a, unsigned b, long long c, unsigned long long d, float e)
         {
-            to[0] = a; to[1] = b; to[2] = c; to[3] = d; to[4] = (long long)(e * 8);
+            to[0] = a; to[1] = b; to[2] = c; to[3] = d; to[4] = __float_as_int(e);
         }""",
 }
 
@@ -135,7 +135,7 @@ def test_arrays_are_made_and_copied(cupy, executor):
 def test_scalars_have_the_width_of_the_parameter(cupy):
     to = runtime.zeros((5,), np.int64)
     launch("widths", [to, np.int32(-3), np.uint32(2**32 - 1), np.int64(-2**40), np.uint64(2**41), np.float32(0.125)])
-    assert runtime.to_host(to).tolist() == [-3, 2**32 - 1, -2**40, 2**41, 1]
+    assert runtime.to_host(to).tolist() == [-3, 2**32 - 1, -2**40, 2**41, np.float32(0.125).view(np.int32)]
 
 
 def test_kernels_are_compiled_once_and_cooperative_ones_apart(cupy):

@@ -14,12 +14,13 @@ import struct
 import subprocess
 import sys
 import tempfile
+from typing import NamedTuple
 
 from char_gru.kernels.plan.gpus import GPU, GPUS
-from tests import host_cuda
+from tests import host_cuda, host_ptx
 from tests.cuda_device import elf
 
-__all__ = ["SMALL", "Device", "DoesNotFit", "gpu_named", "host_build", "install", "installable"]
+__all__ = ["SMALL", "Device", "DoesNotFit", "architecture_of", "gpu_named", "install", "installable"]
 
 SMALL = "small"
 """The name of the harness's GPU, beside those of ``GPUS``."""
@@ -47,7 +48,7 @@ class Device:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        library.cuda_device_reports.restype = ctypes.c_char_p
+        library.cuda_device_reports.restype = library.cuda_device_launches.restype = ctypes.c_char_p
         library.cuda_device_used_memory.restype = ctypes.c_uint64
         library.cuda_device_limit_memory.argtypes = [ctypes.c_uint64]
 
@@ -87,6 +88,15 @@ class Device:
         """What the device had to say since the call before: mistakes of the program, and what is not modelled."""
         return self._library.cuda_device_reports().decode().splitlines()
 
+    def summary(self) -> str:
+        """How many launches ran to their end, kernel by kernel, first those from PTX."""
+        texts = []
+        for from_ptx, name in ((True, "PTX"), (False, "source")):
+            counts = dict(map(str.split, self._library.cuda_device_launches(from_ptx).decode().splitlines()))
+            kernels = ", ".join(f"{kernel} {count}" for kernel, count in counts.items())
+            texts.append(f"{sum(map(int, counts.values()))} launches from {name}" + f": {kernels}" * bool(kernels))
+        return "; ".join(texts)
+
     def _report(self, text: str) -> None:
         self._library.cuda_device_report(text.encode())
 
@@ -96,14 +106,23 @@ def gpu_named(name: str) -> GPU:
     return host_cuda.HostExecutor.gpu if name == SMALL else GPUS[name]
 
 
+def architecture_of(gpu: str) -> str:
+    """What NVRTC compiles for, such as "sm_90"."""
+    return f"sm_{gpu_named(gpu).capability}"
+
+
 def installable() -> bool:
     """Whether this machine has all that the device needs."""
     return (sys.platform == "linux" and struct.calcsize("P") == 8 and os.uname().machine == "x86_64"
             and all(map(importlib.util.find_spec, ("cupy", "nvidia"))) and host_cuda.compiler() is not None)
 
 
-def install(gpu: str = "h100", memory_bytes: int = MEMORY_BYTES, at_once: bool = False, trace: bool = False) -> Device:
+def install(gpu: str = "h100", memory_bytes: int = MEMORY_BYTES, at_once: bool = False, trace: bool = False,
+            from_ptx: bool = False, worst: bool = False) -> Device:
     """Gives this process the device; ``import cupy`` then finds it.
+
+    from_ptx: kernels run from their PTX, by tests/host_ptx, not from their source. worst: with approximate instructions
+    and sums inside mma that err as much as hardware may.
 
     Raises: DoesNotFit.
     """
@@ -115,40 +134,36 @@ def install(gpu: str = "h100", memory_bytes: int = MEMORY_BYTES, at_once: bool =
     _replace_runtime(library, elf.functions(path.read_bytes()))
     device = Device(library)
     device.set(gpu, memory_bytes, at_once, trace)
-    _Sources(device).watch()
+    device._modules = _Modules(device, from_ptx, worst)
+    device._modules.watch()
     return device
 
 
-def host_build(source: str, options: tuple[str, ...]) -> tuple[pathlib.Path, dict[str, list[bool]]]:
-    """What runs the kernels of a module: a shared library that offers ``host_cuda_launch`` of launch.h, and, by kernel,
-    which parameters are pointers.
+class _Compiled(NamedTuple):
+    """What NVRTC was given by CuPy, and the PTX that it made on the way to the cubin."""
 
-    ``source`` and ``options`` are exactly those that CuPy gave to NVRTC. The harness builds the source.
-
-    Raises: host_cuda.BuildError.
-    """
-    module = host_cuda._build(source, "", False)
-    return module.path, {name: [parameter.pointer for parameter in parameters]
-                         for name, parameters in module.signatures.items()}
+    source: str
+    options: tuple[str, ...]
+    ptx: str
 
 
-class _Sources:
+class _Modules:
     """Remembers what each cubin was compiled from, and describes a cubin that the driver loads."""
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._compiled: dict[bytes, tuple[str, tuple[str, ...]]] = {}
+    def __init__(self, device: Device, from_ptx: bool, worst: bool) -> None:
+        self._device, self._from_ptx, self._worst = device, from_ptx, worst
+        self.compiled: dict[bytes, _Compiled] = {}
         self._kept: list = []
 
     def watch(self) -> None:
         from cupy.cuda import compiler
 
-        program, sources = compiler._NVRTCProgram, self
+        program, modules = compiler._NVRTCProgram, self
         compile_program = program.compile
 
         def remembering(self, options=(), log_stream=None):
             image, mapping = compile_program(self, options, log_stream)
-            sources._compiled[image] = self.src, tuple(options)
+            modules.compiled[image] = _Compiled(self.src, tuple(options), compiler.nvrtc.getPTX(self.ptr).decode())
             return image, mapping
 
         program.compile = remembering
@@ -171,23 +186,28 @@ class _Sources:
         kernels = elf.kernels(image)
         names = ", ".join(kernel.name for kernel in kernels)
         # CuPy leaves out the last byte of what NVRTC gives.
-        known = next((known for known in self._compiled if image[:-1] == known[:len(image) - 1]), None)
+        known = next((known for known in self.compiled if image[:-1] == known[:len(image) - 1]), None)
         if known is None:
             raise DoesNotFit(f"the source of {names} is not known")
-        source, options = self._compiled[known]
-        if "#include <cupy/" in source:
+        compiled = self.compiled[known]
+        if "#include <cupy/" in compiled.source:
             raise DoesNotFit(f"{names}: a kernel of CuPy's own, which is not modelled")
-        path, pointers = host_build(_SUBSTITUTES.get(names, source), options)
-        architecture = re.search(r"-arch=sm_(\d+)", " ".join(options))
+        architecture = re.search(r"-arch=sm_(\d+)", " ".join(compiled.options))
         if architecture is None:
             raise DoesNotFit(f"{names}: not compiled for one architecture")
+        source = _SUBSTITUTES.get(names, compiled.source)
+        if self._from_ptx and source == compiled.source:
+            path = host_ptx.build_ptx(compiled.ptx, f"sm_{architecture[1]}", self._worst).path
+        else:
+            path = host_cuda._build(source, "", False).path
+        declared = host_cuda.parameters_of(source)
         lines = [str(path), architecture[1]]
         for kernel in kernels:
-            if len(pointers[kernel.name]) != len(kernel.parameters):
-                raise DoesNotFit(f"{kernel.name}: {len(kernel.parameters)} parameters in the cubin, "
-                                 f"{len(pointers[kernel.name])} in the build for the host")
-            parameters = (f"{size}*" if pointer else str(size)
-                          for size, pointer in zip(kernel.parameters, pointers[kernel.name]))
+            pointers = ["*" in parameter for parameter in declared[kernel.name]]
+            if len(pointers) != len(kernel.parameters):
+                raise DoesNotFit(f"{kernel.name}: {len(kernel.parameters)} parameters in the cubin, {len(pointers)} in "
+                                 "the source")
+            parameters = (f"{size}*" if pointer else str(size) for size, pointer in zip(kernel.parameters, pointers))
             lines.append(" ".join((kernel.name, str(kernel.registers), str(kernel.shared_bytes),
                                    str(kernel.max_threads), *parameters)))
         return "\n".join(lines)

@@ -3,6 +3,8 @@
     --gpu NAME      h100 (default), t4, ..., or small
     --memory MIB    of the device
     --fail KERNEL:N the N-th launch of the kernel fails ("any": of all kernels)
+    --ptx           kernels run from the PTX that NVRTC makes of them for this GPU, not from their source
+    --worst         with --ptx: approximate instructions and sums in mma err as much as hardware may
     --at-once       work is done when it is queued, not when it is waited for
     --trace         what is queued and done, on stderr
     -c CODE or -m MODULE instead of a program's path, as Python has it
@@ -24,6 +26,8 @@ def main() -> None:
     parser.add_argument("--gpu", default="h100")
     parser.add_argument("--memory", type=int, default=cuda_device.MEMORY_BYTES >> 20)
     parser.add_argument("--fail", default="any:0")
+    parser.add_argument("--ptx", action="store_true")
+    parser.add_argument("--worst", action="store_true")
     parser.add_argument("--at-once", action="store_true")
     parser.add_argument("--trace", action="store_true")
     parser.add_argument("-c", dest="code", action="store_true")
@@ -31,9 +35,20 @@ def main() -> None:
     parser.add_argument("program")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args()
-    device = cuda_device.install(options.gpu, options.memory << 20, options.at_once, options.trace)
+    if options.worst and not options.ptx:
+        parser.error("--worst says how kernels run from their PTX: give --ptx too")
+    device = cuda_device.install(options.gpu, options.memory << 20, options.at_once, options.trace, options.ptx,
+                                 options.worst)
     kernel, _, n = options.fail.rpartition(":")
     device.fail_launch(kernel, int(n))
+    try:
+        _run(options)
+    finally:
+        if options.ptx:
+            print(f"cuda_device: {device.summary()}", file=sys.stderr)
+
+
+def _run(options: argparse.Namespace) -> None:
     if options.code:
         sys.argv = ["-c", *options.arguments]
         exec(compile(options.program, "<code>", "exec"), {"__name__": "__main__"})  # noqa: S102

@@ -85,7 +85,12 @@ cudaError_t invalidate(const std::shared_ptr<Capture> &capture, cudaError_t erro
 
 enum class Place { NOWHERE, DEVICE, PINNED, FREED };
 
+struct Range {
+    std::uint64_t start, bytes;
+};
+
 Place place_of(const void *address);
+Range allocation_of(std::uint64_t address);  // empty where there is none
 std::string fault_in(const void *address, std::size_t bytes, bool device_only);  // "" if a kernel or copy may touch it
 
 // ---- Errors, reports ------------------------------------------------------------------------------------------------

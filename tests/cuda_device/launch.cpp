@@ -2,7 +2,7 @@
 //
 // What the driver reads from a cubin is read from it here too (elf.py): names, registers, static shared memory, launch
 // bounds, sizes of parameters. A launch copies its parameters by these sizes, as the driver does, whatever the caller
-// passed; a build of the source for the host then runs it.
+// passed; a build for the host then runs it, of the kernel's source or of its PTX.
 // Source: CUDA Driver API, "Module Management", "Execution Control", "Occupancy"; CUDA C++ Programming Guide, "Compute
 // Capabilities".
 #include <cstdio>
@@ -26,12 +26,16 @@ struct Parameter {
     bool pointer;
 };
 
+using Array = std::uint64_t[5];  // as ptx_arrays of tests/host_ptx/memory.h takes it; of poison nothing is known here
+
 struct Function {
     std::string name;
     int registers = 0, shared_bytes = 0, max_threads = MAX_THREADS, max_dynamic = 0;
     std::vector<Parameter> parameters;
     bool loaded = true;
     const char *(*launch)(LaunchRequest *) = nullptr;
+    void (*arrays)(int, const Array *, std::uint64_t) = nullptr;   // ptx_arrays, which a build of PTX has
+    const char *(*wrong_counter)(std::uint64_t blocks) = nullptr;  // and ptx_wrong_counter
 };
 
 using Module = std::map<std::string, std::shared_ptr<Function>>;
@@ -40,6 +44,7 @@ std::map<Function *, std::shared_ptr<Function>> functions;
 std::set<Module *> modules;
 const char *(*describe)(const void *image) = nullptr;
 std::map<std::string, int> failing;  // kernel -> launches left until one fails
+std::map<std::string, std::uint64_t> launches[2];  // kernel -> launches that ran to their end; [1]: from PTX
 
 // Threads and blocks that a multiprocessor holds. Table "Technical Specifications per Compute Capability".
 struct Limits {
@@ -132,6 +137,25 @@ struct Shape {
     unsigned blocks() const { return grid[0] * grid[1] * grid[2]; }
 };
 
+// Tells a build of PTX in which allocation each pointer lies now, which bounds the accesses that come from it.
+void describe_arrays(const Function &function, const std::vector<std::uint64_t> &values)
+{
+    std::unique_ptr<Array[]> described(new Array[values.size()]{});
+    std::map<std::uint64_t, std::uint64_t> shadows;  // start of an allocation -> start of its marks
+    std::uint64_t shadow_bytes = 0;
+    for (std::size_t i = 0; i < values.size(); ++i) {
+        if (!function.parameters[i].pointer)
+            continue;
+        const Range range = allocation_of(values[i]);
+        const auto [shadow, is_new] = shadows.try_emplace(range.start, shadow_bytes);
+        shadow_bytes += is_new ? (range.bytes + 15) / 16 * 16 : 0;
+        described[i][0] = range.start;
+        described[i][1] = range.bytes;
+        described[i][2] = shadow->second;
+    }
+    function.arrays(int(values.size()), described.get(), shadow_bytes);
+}
+
 void run(const Function &function, const Shape &shape, const std::vector<std::uint64_t> &values)
 {
     if (!function.loaded)
@@ -156,11 +180,18 @@ void run(const Function &function, const Shape &shape, const std::vector<std::ui
     request.cooperative = shape.cooperative;
     request.order = Order::ASCENDING;
     request.arguments = arguments.data();
+    if (function.arrays)
+        describe_arrays(function, values);
     now_doing(function.name);
     const char *failure = function.launch(&request);
     now_doing("");
+    if (!failure && function.wrong_counter)
+        failure = function.wrong_counter(shape.blocks());
     if (failure)
-        fail(cudaErrorLaunchTimeout, function.name + ": " + failure);
+        fail(std::strstr(failure, "PTX line ") ? cudaErrorLaunchFailure : cudaErrorLaunchTimeout,
+             function.name + ": " + failure);
+    else
+        ++launches[function.arrays != nullptr][function.name];
 }
 
 CUresult launch(CUfunction handle, const Shape &shape, CUstream stream_handle, void **parameters)
@@ -229,6 +260,17 @@ void cuda_device_fail_launch(const char *kernel, int n)
 {
     std::lock_guard<std::recursive_mutex> lock(mutex);
     failing[kernel] = n;
+}
+
+// A line for each kernel that ran from PTX, or from its source: its name, and how often; valid until the next call.
+const char *cuda_device_launches(int from_ptx)
+{
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    static std::string text;
+    text.clear();
+    for (const auto &[name, count] : launches[from_ptx != 0])
+        text += name + " " + std::to_string(count) + "\n";
+    return text.c_str();
 }
 
 // ---- Runtime API: the device ----------------------------------------------------------------------------------------
@@ -346,6 +388,9 @@ CUresult cuModuleLoadData(CUmodule *handle, const void *image)
     for (std::string line; std::getline(lines, line);) {
         std::shared_ptr<Function> function = described(line);
         function->launch = reinterpret_cast<decltype(function->launch)>(dlsym(library, "host_cuda_launch"));
+        function->arrays = reinterpret_cast<decltype(function->arrays)>(dlsym(library, "ptx_arrays"));
+        function->wrong_counter =
+            reinterpret_cast<decltype(function->wrong_counter)>(dlsym(library, "ptx_wrong_counter"));
         functions[function.get()] = (*module)[function->name] = function;
     }
     modules.insert(module);

@@ -191,6 +191,12 @@ Place place_of(const void *address)
     return found(freed, address) ? Place::FREED : Place::NOWHERE;
 }
 
+Range allocation_of(std::uint64_t address)
+{
+    const Allocation *allocation = found(allocations, reinterpret_cast<const void *>(address));
+    return allocation ? Range{allocation->start, allocation->bytes} : Range{};
+}
+
 std::string fault_in(const void *address, std::size_t bytes, bool device_only)
 {
     if (bytes == 0)

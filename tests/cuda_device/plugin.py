@@ -28,8 +28,12 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("cuda_device"):
+        gpu, ptx = config.getoption("device_like"), config.getoption("ptx")
+        if ptx not in (None, architecture := cuda_device.architecture_of(gpu)):
+            raise pytest.UsageError(f"--ptx {ptx}: the GPU of --device-like {gpu} has PTX for {architecture}")
         config.option.gpu = True
-        config.stash[DEVICE] = cuda_device.install(config.getoption("device_like"), at_once=config.getoption("at_once"))
+        config.stash[DEVICE] = cuda_device.install(gpu, at_once=config.getoption("at_once"), from_ptx=bool(ptx),
+                                                   worst=config.getoption("worst"))
 
 
 def pytest_collection_modifyitems(config, items):
@@ -59,6 +63,11 @@ def pytest_collection_finish(session):
         session.config.stash[RUN] = Run(process, folder)
 
 
+def pytest_terminal_summary(terminalreporter, config):
+    if DEVICE in config.stash and config.getoption("ptx"):
+        terminalreporter.write_line(config.stash[DEVICE].summary())
+
+
 def pytest_unconfigure(config):
     if run := config.stash.get(RUN, None):
         run.process.kill()
@@ -74,6 +83,13 @@ def device(request):
     device.fail_launch("any", 0)
     device.reset()
     device.set(request.config.getoption("device_like"), at_once=request.config.getoption("at_once"))
+
+
+@pytest.fixture
+def device_options(request) -> tuple[str, ...]:
+    """Options of ``python tests/cuda_device`` that give another process the same device."""
+    switches = [f"--{name}" for name in ("ptx", "worst") if request.config.getoption(name)]
+    return "--gpu", request.config.getoption("device_like"), *switches
 
 
 @pytest.fixture(autouse=True)

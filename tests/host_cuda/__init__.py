@@ -44,6 +44,7 @@ __all__ = [
     "SanitizerReport",
     "allocation",
     "compiler",
+    "parameters_of",
     "run_sanitized",
     "unwritten",
 ]
@@ -442,6 +443,11 @@ def _kernels(source: str) -> dict[str, str]:
     bounds = r"(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?"
     head = rf'extern\s+"C"\s+__global__\s+{bounds}void\s+{bounds}(\w+)\s*\(([^)]*)\)'
     return dict(re.findall(head, without_comments))
+
+
+def parameters_of(source: str) -> dict[str, list[str]]:
+    """Name of each kernel -> the declarations of its parameters, as the source has them."""
+    return {name: parameters.split(",") if parameters.strip() else [] for name, parameters in _kernels(source).items()}
 
 
 def _parameter_names(source: str, kernel: str) -> list[str]:

@@ -33,7 +33,7 @@ _FLAGS = ("-std=c++20", "-shared", "-O1", "-fPIC", "-fno-strict-aliasing", "-ffp
           "-pthread", "-w", "-fno-trapping-math", *["-mfma"] * (platform.machine() == "x86_64"), f"-I{_HERE}")
 _PLACES = 16  # an address and its place in the shadow are equal modulo this
 _FAULT = re.compile(r"[\w$]+: PTX line ")
-_LINE = re.compile(r"PTX(?: line |:)(\d+)")
+_WAITING = re.compile(r"PTX:(\d+)")
 _POISON = 0xFFF3FFF5
 """In arrays of integers that nobody wrote: no id, position or count, and NaN as a float or a pair of bfloat16."""
 _POISON_OF = {np.dtype(np.float32): (4, 2**32 - 1), np.dtype(np.uint16): (2, 2**16 - 1),
@@ -166,16 +166,16 @@ def run(built: Built, request: host_cuda.Request, args: list, check_counters: bo
         raise _report(built, str(report)) from None
     blocks = ctypes.c_uint64(request.grid[0] * request.grid[1] * request.grid[2])
     if check_counters and (wrong := built.library.ptx_wrong_counter(blocks)):
-        raise _report(built, f"{request.kernel.decode()}: {wrong.decode()}")
+        raise Fault(f"{request.kernel.decode()}: {wrong.decode()}")
     return counts
 
 
 def _report(built: Built, text: str) -> RuntimeError:
-    """Of a launch, with the CUDA source line of each PTX line in it."""
-    def located(line: re.Match) -> str:
-        return f"PTX line {line[1]} ({built.locations.get(int(line[1]), 'no source line')})"
-
-    return (Fault if _FAULT.match(text) else host_cuda.Deadlock)(_LINE.sub(located, text))
+    """What a launch that could not end has to say, with the CUDA source lines at which threads wait."""
+    if _FAULT.match(text):
+        return Fault(text)
+    return host_cuda.Deadlock(_WAITING.sub(
+        lambda line: f"PTX line {line[1]} ({built.locations.get(int(line[1]), 'no source line')})", text))
 
 
 def _describe_arrays(library: ctypes.CDLL, args: list) -> int:

@@ -17,7 +17,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("ptx"):
+    if config.getoption("ptx") and not config.getoption("cuda_device"):  # which chooses its own
         chosen = [item for item in items if FIXTURES & set(item.fixturenames)]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen

@@ -16,14 +16,16 @@ struct Place {
     uint3 block, thread;
 };
 
+static const char *source_line(int line);  // of a PTX line; translator.py writes it
+
 struct Report {
-    char text[256];
+    char text[512];
 
     Report(const char *what, const char *where, const Place &place)
     {
         const auto &[line, block, thread] = place;
-        std::snprintf(text, sizeof(text), "PTX line %d: %s; %s; block %u %u %u, thread %u %u %u", line, what, where,
-                      block.x, block.y, block.z, thread.x, thread.y, thread.z);
+        std::snprintf(text, sizeof(text), "PTX line %d (%s): %s; %s; block %u %u %u, thread %u %u %u", line,
+                      source_line(line), what, where, block.x, block.y, block.z, thread.x, thread.y, thread.z);
     }
 };
 

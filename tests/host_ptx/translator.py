@@ -7,6 +7,7 @@ Source: PTX ISA, "Instructions", which has a section for each instruction, under
 """
 
 import functools
+import json
 import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -72,7 +73,21 @@ def translate(module: Module, capability: int, worst: bool = False, weak: bool =
     variables = "".join(_global(variable) for variable in module.globals.values())
     prototypes = "".join(code.head() + ";\n" for code in functions)
     table = f"const host_cuda::Kernel host_cuda::kernels[] = {{{entries}{{nullptr, nullptr, nullptr, 0}}}};\n"
-    return Translated("\n".join((head, variables, prototypes, *bodies, table)), blocks)
+    return Translated("\n".join((head, variables, prototypes, *bodies, table, _source_lines(module))), blocks)
+
+
+def _source_lines(module: Module) -> str:
+    """The function source_line() of memory.h: a row for each PTX line from which on the CUDA source line is another."""
+    rows, before = [], None
+    for function in module.functions.values():
+        for statement in function.statements:
+            if statement.location != before:
+                rows.append(f"{{{statement.line}, {json.dumps(str(statement.location or 'no source line'))}}}, ")
+                before = statement.location
+    return ("static const char *source_line(int line)\n{\n"
+            "static const struct { int line; const char *source; } rows[] = {{0, \"no source line\"}, "
+            + "".join(rows) + "};\nconst char *source = nullptr;\n"
+            "for (const auto &row : rows) if (row.line <= line) source = row.source;\nreturn source;\n}\n")
 
 
 def _global(variable: Variable) -> str:
