@@ -1,17 +1,23 @@
 """Kernels run from the PTX that NVRTC makes of them; and the executor of that PTX, instruction by instruction."""
 
 import ctypes
+import json
 import re
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from bench.timing import RESULTS
 from char_gru.kernels import runtime
-from char_gru.kernels.matmul import matmul
+from char_gru.kernels.matmul import PRECISIONS, matmul
 from char_gru.rnn import check, reference
 from tests import host_cuda, host_ptx
+from tests.helpers.commands import ROOT
 from tests.helpers.compare import assert_close
+from tests.host_ptx import drift
 from tests.host_ptx.parser import parse
 
 pytest.importorskip("cuda.bindings")  # with it comes NVRTC
@@ -62,6 +68,42 @@ def test_multistage_products_from_ptx_match_reference(architecture, precision, t
         C = runtime.empty((M, N), np.float32)
         matmul(*on_device, C, precision=precision, variant="multistage", **{transposed: True} if transposed else {})
     assert_close("C", C, A.astype(float) @ B.astype(float), reference.product(A, B, precision))
+
+
+@pytest.mark.slow
+def test_command_says_how_much_of_the_tolerances_was_used():
+    test = "tests/test_input_table.py::test_input_table_hands_the_precision_on"
+    said = subprocess.run([sys.executable, "-m", "pytest", "--ptx", "sm_80", "--worst", "-q", test], cwd=ROOT,
+                          capture_output=True, text=True, check=True).stdout
+    used = re.findall(rf"^tolerances used at most in (\w+): (\d+)% \(P, {test}\[(\w+)\]\), the largest of 1$", said,
+                      re.MULTILINE)
+    assert [(precision, case) for precision, _, case in used] == [(name, name) for name in sorted(PRECISIONS)]
+    assert all(0 < int(share) < 50 for _, share, _ in used)
+
+
+@pytest.mark.slow
+def test_training_at_the_hardwares_worst_drifts_less_than_rounded_operands():
+    """The short version of `python -m tests.host_ptx.drift`: the kernels stay nearer to the specification with rounded
+    operands than this does to float64; and at their worst they compute something else than rounded once."""
+    entries = list(drift.drifts(3, ["tf32"], [("sm_80", False), ("sm_80", True)]))
+    drifted = {(entry["run"], entry["from"]): entry for entry in entries}
+    assert len(drifted) == len(entries) == 6
+    rounding, once, worst = (drifted[run] for run in (("specification", "float64"),
+                                                      ("kernels, sm_80", "specification"),
+                                                      ("kernels, sm_80, worst", "specification")))
+    assert drifted["CPU", "float64"]["loss"] < 1e-6 < rounding["loss"] < check.ROUNDING["tf32"]
+    for name in ("loss", "weights"):
+        assert 0 < worst[name] < rounding[name] / 4 and worst[name] != once[name], name
+
+
+def test_recorded_drift_has_every_run_of_the_command():
+    recorded = json.loads((RESULTS / "drift.json").read_text())
+    assert recorded["sizes"] == drift.SIZES | {"steps": drift.STEPS}
+    runs = [(entry["precision"], entry["run"], entry["from"]) for entry in recorded["runs"]]
+    of_kernels = [(f"kernels, {architecture}{', worst' * worst}", start) for architecture, worst in drift.KERNELS
+                  for start in ("float64", "specification")]
+    assert runs == [("fp32", "CPU", "float64"), *((precision, *run) for precision in PRECISIONS
+                                                  for run in [("specification", "float64"), *of_kernels])]
 
 
 def test_a_barrier_polls_without_an_acquire_and_acquires_once_behind_the_loop():
