@@ -205,7 +205,8 @@ def drift_table(results: Path) -> str:
         [start, run, *(cells.get(precision, "") for precision in precisions)]
         for (start, run), cells in sorted(rows.items(), key=lambda row: row[0][0])])
     facts, sizes = recorded["machine"], ", ".join(f"{axis} {size}" for axis, size in recorded["sizes"].items())
-    return f"{table}\n\nModel and run: {sizes}. {recorded['seconds'] / 60:.0f} minutes on {_cpu(facts)}; {facts['date']}."
+    time = f"{recorded['cpu_seconds'] / 60:.0f} minutes of CPU time on {_cpu(facts)}; {facts['date']}"
+    return f"{table}\n\nModel and run: {sizes}. {time}, commit {facts['commit']}."
 
 
 TABLES: Mapping[str, Callable[[Path], str]] = {
