@@ -96,7 +96,7 @@ def test_training_at_the_hardwares_worst_drifts_less_than_rounded_operands():
         assert 0 < worst[name] < rounding[name] / 4 and worst[name] != once[name], name
 
 
-def test_recorded_drift_has_every_run_of_the_command():
+def test_recorded_drift_has_every_run_of_the_command_and_is_what_readme_says():
     recorded = json.loads((RESULTS / "drift.json").read_text())
     assert recorded["sizes"] == drift.SIZES | {"steps": drift.STEPS}
     runs = [(entry["precision"], entry["run"], entry["from"]) for entry in recorded["runs"]]
@@ -104,6 +104,12 @@ def test_recorded_drift_has_every_run_of_the_command():
                   for start in ("float64", "specification")]
     assert runs == [("fp32", "CPU", "float64"), *((precision, *run) for precision in PRECISIONS
                                                   for run in [("specification", "float64"), *of_kernels])]
+    for precision in PRECISIONS:
+        from_float64 = [entry for entry in recorded["runs"]
+                        if entry["precision"] == precision and entry["from"] == "float64"]
+        worst, others = ([entry["loss"] for entry in from_float64 if entry["run"].endswith("worst") == wanted]
+                         for wanted in (True, False))
+        assert max(worst) < 1.5 * max(others), precision
 
 
 def test_a_barrier_polls_without_an_acquire_and_acquires_once_behind_the_loop():

@@ -1,5 +1,7 @@
-"""``python -m pytest --ptx sm_90``: the tests of kernels, and only they, with every launch run from its PTX; and for
-each precision the largest share of its tolerance that any comparison used."""
+"""``python -m pytest --ptx sm_90``: the tests of kernels, and only they, with every launch run from its PTX.
+
+With it, and with --gpu, the last lines say for each precision which share of its tolerance any comparison used at most.
+"""
 
 import pytest
 
@@ -53,6 +55,7 @@ def pytest_terminal_summary(terminalreporter, config):
         launches = sum(len(executor.launches) for executor in executors)
         terminalreporter.write_line(f"{launches:,} launches from PTX for {config.getoption('ptx')}"
                                     + f"; NVRTC refuses the sources of {', '.join(kernels)}" * bool(kernels))
+    if executors or config.getoption("gpu"):
         for precision, tests in sorted(config.stash.get(TOLERANCES, {}).items()):
             (share, name), test = max(tests)
             terminalreporter.write_line(f"tolerances used at most in {precision}: {share:.0%} ({name}, {test}), "
