@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tests.helpers import compare
 from tests.helpers.compare import assert_close
 
 T, B, H = 3, 2, 5
@@ -60,3 +61,15 @@ def test_comparison_names_the_worst_element():
     actual[2, 1, 3] += 0.5
     with pytest.raises(AssertionError, match=r"states\[2, 1, 3\] is .* error 0.5"):
         assert_close("states", actual, exact)
+
+
+def test_share_of_the_tolerance_that_a_comparison_used_is_noted():
+    """Without a reference, four epsilons of the largest entry are allowed; a comparison that fails is not noted."""
+    exact = np.array([1.0, -8.0, 0.0])
+    compare.used.clear()
+    assert_close("states", exact + np.array([0.0, 0.0, 8 * np.finfo(float).eps]), exact)
+    assert_close("states", exact, exact)
+    compare.assert_within("loss", 0, 0)
+    with pytest.raises(AssertionError):
+        assert_close("states", exact + np.array([0.0, 0.0, 40 * np.finfo(float).eps]), exact)
+    assert compare.used == [(0.25, "states"), (0.0, "states"), (0.0, "loss")]

@@ -1,17 +1,23 @@
 """Kernels run from the PTX that NVRTC makes of them; and the executor of that PTX, instruction by instruction."""
 
+import json
 import re
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from bench.timing import RESULTS
 from char_gru.kernels import runtime
-from char_gru.kernels.matmul import matmul
+from char_gru.kernels.matmul import PRECISIONS, matmul
 from char_gru.rnn import check, reference
 from tests import host_cuda, host_ptx
+from tests.helpers.commands import ROOT
 from tests.helpers.compare import assert_close
 from tests.helpers.ptx import HEAD, kernel, run
+from tests.host_ptx import drift
 from tests.host_ptx.parser import parse
 
 pytest.importorskip("cuda.bindings")  # with it comes NVRTC
@@ -48,6 +54,48 @@ def test_multistage_products_from_ptx_match_reference(architecture, precision, t
         C = runtime.empty((M, N), np.float32)
         matmul(*on_device, C, precision=precision, variant="multistage", **{transposed: True} if transposed else {})
     assert_close("C", C, A.astype(float) @ B.astype(float), reference.product(A, B, precision))
+
+
+@pytest.mark.slow
+def test_command_says_how_much_of_the_tolerances_was_used():
+    test = "tests/test_input_table.py::test_input_table_hands_the_precision_on"
+    said = subprocess.run([sys.executable, "-m", "pytest", "--ptx", "sm_80", "--worst", "-q", test], cwd=ROOT,
+                          capture_output=True, text=True, check=True).stdout
+    used = re.findall(rf"^tolerances used at most in (\w+): (\d+)% \(P, {test}\[(\w+)\]\), the largest of 1$", said,
+                      re.MULTILINE)
+    assert [(precision, case) for precision, _, case in used] == [(name, name) for name in sorted(PRECISIONS)]
+    assert all(0 < int(share) < 50 for _, share, _ in used)
+
+
+@pytest.mark.slow
+def test_training_at_the_hardwares_worst_drifts_less_than_rounded_operands():
+    """The short version of `python -m tests.host_ptx.drift`: the kernels stay nearer to the specification with rounded
+    operands than this does to float64; and at their worst they compute something else than rounded once."""
+    entries = list(drift.drifts(3, ["tf32"], [("sm_80", False), ("sm_80", True)]))
+    drifted = {(entry["run"], entry["from"]): entry for entry in entries}
+    assert len(drifted) == len(entries) == 6
+    rounding, once, worst = (drifted[run] for run in (("specification", "float64"),
+                                                      ("kernels, sm_80", "specification"),
+                                                      ("kernels, sm_80, worst", "specification")))
+    assert drifted["CPU", "float64"]["loss"] < 1e-6 < rounding["loss"] < check.ROUNDING["tf32"]
+    for name in ("loss", "weights"):
+        assert 0 < worst[name] < rounding[name] / 4 and worst[name] != once[name], name
+
+
+def test_recorded_drift_has_every_run_of_the_command_and_is_what_readme_says():
+    recorded = json.loads((RESULTS / "drift.json").read_text())
+    assert recorded["sizes"] == drift.SIZES | {"steps": drift.STEPS}
+    runs = [(entry["precision"], entry["run"], entry["from"]) for entry in recorded["runs"]]
+    of_kernels = [(f"kernels, {architecture}{', worst' * worst}", start) for architecture, worst in drift.KERNELS
+                  for start in ("float64", "specification")]
+    assert runs == [("fp32", "CPU", "float64"), *((precision, *run) for precision in PRECISIONS
+                                                  for run in [("specification", "float64"), *of_kernels])]
+    for precision in PRECISIONS:
+        from_float64 = [entry for entry in recorded["runs"]
+                        if entry["precision"] == precision and entry["from"] == "float64"]
+        worst, others = ([entry["loss"] for entry in from_float64 if entry["run"].endswith("worst") == wanted]
+                         for wanted in (True, False))
+        assert max(worst) < 1.5 * max(others), precision
 
 
 def test_a_barrier_polls_without_an_acquire_and_acquires_once_behind_the_loop():
@@ -176,13 +224,6 @@ FLOATS = {  # instruction on floats a, b, c -> its result, rounded once
     "abs.ftz.f32 d, b": lambda a, b, c: np.abs(b),
     "copysign.f32 d, b, a": lambda a, b, c: np.copysign(a, b),
 }
-APPROXIMATE = {  # instruction, its largest relative error, its exact result
-    "ex2.approx.ftz.f32 d, b": (2**-22, lambda a, b, c: np.exp2(b)),
-    "rcp.approx.ftz.f32 d, a": (2**-23, lambda a, b, c: 1 / a),
-    "rsqrt.approx.ftz.f32 d, a": (2**-22.9, lambda a, b, c: 1 / np.sqrt(a)),
-}
-
-
 def each(instructions, type_: str) -> str:
     """A kernel that stores what each instruction makes of element t of a, b and c to out[instruction, t]."""
     letter = {"u32": "r", "f32": "f"}[type_]
@@ -244,21 +285,58 @@ def test_subnormal_numbers_are_flushed():
     assert (tiny + tiny > 0).all(), "NumPy flushes now, too"
 
 
-@pytest.mark.parametrize("worst", [False, True])
-def test_approximate_instructions_err_as_much_as_they_may(worst):
-    operands = float_operands()
+APPROXIMATE = {  # instruction -> its exact result; its results of SPECIAL in the tables of the PTX ISA
+    "ex2.approx.ftz.f32": (np.exp2, [0, 1, 1, 1, 1, np.inf, np.nan]),
+    "rcp.approx.ftz.f32": (lambda a: 1 / a, [-0.0, -np.inf, -np.inf, np.inf, np.inf, 0, np.nan]),
+    "rsqrt.approx.ftz.f32": (lambda a: 1 / np.sqrt(a), [np.nan, -np.inf, -np.inf, np.inf, np.inf, 0, np.nan]),
+}
+SPECIAL = np.array([-np.inf, -1e-39, -0.0, 0, 1e-39, np.inf, np.nan], np.float32)
+
+
+def approximated(a: np.ndarray, worst: bool) -> dict[str, np.ndarray]:
+    """Instruction of APPROXIMATE -> what it makes of the 32 numbers a."""
     out = np.zeros((len(APPROXIMATE), 32), np.float32)
-    run(each(APPROXIMATE, "f32"), *operands, out, worst=worst)
-    for row, (instruction, (bound, exact)) in zip(out, APPROXIMATE.items()):
-        expected = exact(*(x.astype(np.float64) for x in operands))
-        assert (np.abs(row - expected) / np.abs(expected)).max() <= bound, instruction
-        rounded_alone = np.array_equal(row, expected.astype(np.float32))
-        assert rounded_alone != worst, instruction
+    run(each([f"{instruction} d, a" for instruction in APPROXIMATE], "f32"), a, a, a, out, worst=worst)
+    return dict(zip(APPROXIMATE, out))
+
+
+def errors(row: np.ndarray, exact: np.ndarray, instruction: str) -> np.ndarray:
+    """Errors in the unit of the instruction's section of the PTX ISA: ulps of the correctly rounded result, or relative
+    to the exact one; as shares of the largest that is allowed."""
+    if instruction.startswith("rsqrt"):
+        return (row - exact) / exact / 2**-22.9
+    nearest = exact.astype(np.float32)
+    return (row - nearest.astype(float)) / np.spacing(np.abs(nearest)) / {"ex2": 2, "rcp": 1}[instruction[:3]]
+
+
+def test_approximate_instructions_round_once_or_err_by_their_bounds_in_both_directions():
+    a, rng = np.empty(32, np.float32), np.random.default_rng(1)
+    a[:4], a[4:] = (1, 2, 0.25, 100), np.abs(rng.standard_normal(28)) * 10.0 ** rng.integers(-30, 2, 28)
+    for instruction, (exact, _) in APPROXIMATE.items():
+        expected = exact(a.astype(np.float64))
+        np.testing.assert_array_equal(approximated(a, False)[instruction], expected.astype(np.float32))
+        worst = approximated(a, True)[instruction]
+        shares = errors(worst, expected, instruction)
+        assert (np.abs(shares) <= 1).all() and shares.min() < 0 < shares.max(), instruction
+        next_float = np.nextafter(worst, np.where(shares > 0, np.inf, -np.inf).astype(np.float32))
+        assert (np.abs(errors(next_float, expected, instruction)) > 1).all(), instruction
+
+
+@pytest.mark.parametrize("worst", [False, True])
+def test_approximate_instructions_of_special_values(worst):
+    rows = approximated(np.resize(SPECIAL, 32), worst)
+    for instruction, (_, expected) in APPROXIMATE.items():
+        np.testing.assert_array_equal(rows[instruction], np.resize(expected, 32).astype(np.float32), instruction)
+        signed = ~np.isnan(np.resize(expected, 32))
+        np.testing.assert_array_equal(np.signbit(rows[instruction])[signed],
+                                      np.signbit(np.resize(expected, 32))[signed], instruction)
+    assert np.isnan(approximated(np.full(32, -2, np.float32), worst)["rsqrt.approx.ftz.f32"]).all()
 
 
 def test_sums_inside_mma_are_those_that_were_measured():
     """On the A100, by Khattak and Mikaitis: 1.5 * 1.5 + 2^-23 + 2^-24 + 2^-24 is 2.25 + 2^-22, as products are aligned
-    by the sum of their operands' exponents; 2.25 * 1 + the same is 2.25."""
+    by the sum of their operands' exponents; 2.25 * 1 + the same is 2.25. The sum of the last case is 2^-149, but its
+    terms are aligned to no lower exponent than -132, so that bits below 2^-156 are lost."""
     registers = ", ".join(f"%r{i}" for i in range(1, 5))
     text = """
 .visible .entry kernel(.param .u64 p0, .param .u64 p1)
@@ -281,10 +359,12 @@ setp.eq.s32 %p1, %r0, 0;
 ret;
 }}"""
     for a, b, expected in (((1.5, 1, 1, 1), (1.5, 2**-23, 2**-24, 2**-24), 2.25 + 2**-22),
-                           ((2.25, 1, 1, 1), (1, 2**-23, 2**-24, 2**-24), 2.25)):
-        # Lane 0 holds k = 0, 1 of row 0 of A and of column 0 of B in its first registers, lane 1 k = 2, 3.
+                           ((2.25, 1, 1, 1), (1, 2**-23, 2**-24, 2**-24), 2.25),
+                           ([2**-50] * 3 + [2**-50 * (2 - 2**-7), 2**-80, 0],
+                            (2**-100, 2**-101, 2**-102, 2**-103, 2**-80, 0), 0)):
+        # Lane 0 holds k = 0, 1 of row 0 of A and of column 0 of B in its first registers, lane 1 k = 2, 3, and so on.
         fragments = np.zeros((32, 6), np.uint32)
-        for lane in (0, 1):
+        for lane in range(len(a) // 2):
             for column, values in ((0, a), (4, b)):
                 low, high = (bits(value) >> 16 for value in values[2 * lane:2 * lane + 2])
                 fragments[lane, column] = low | high << 16

@@ -6,6 +6,10 @@ import pytest
 from char_gru.kernels import runtime
 from char_gru.kernels.sizes import ceil_div
 from char_gru.rnn.reference import rounded
+from tests.helpers.compare import assert_within
+
+ALLOWED = 4 * float(np.finfo(np.float32).eps)
+"""The largest error of a product, relative to the sum of the absolute values of its terms."""
 
 KERNEL = """
 #include "resident.cuh"
@@ -65,7 +69,7 @@ def relative_error(out: np.ndarray, x: np.ndarray, w: np.ndarray) -> float:
 def test_3xtf32_product_is_as_exact_as_fp32(executor, rows, K, columns, register_steps, bf16):
     x, w = operands(rows, K, columns)
     w = rounded(w, "bf16") if bf16 else w
-    assert relative_error(product(executor, x, w, bf16, register_steps), x, w) <= 4 * np.finfo(np.float32).eps
+    assert_within("product", relative_error(product(executor, x, w, bf16, register_steps), x, w), ALLOWED)
 
 
 @pytest.mark.parametrize("left_out", ["x.lo[m], w_hi", "x.hi[m], w_lo"])
@@ -90,4 +94,4 @@ def test_weights_are_rounded_to_bf16_and_states_are_not(executor):
     x, w = operands(32, 100, 24)
     out = product(executor, x, w, bf16=True, register_steps=0)
     np.testing.assert_array_equal(out, product(executor, x, rounded(w, "bf16"), bf16=True, register_steps=0))
-    assert relative_error(out, x, rounded(w, "bf16")) <= 4 * np.finfo(np.float32).eps
+    assert_within("product", relative_error(out, x, rounded(w, "bf16")), ALLOWED)

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from char_gru.rnn.check import FACTOR, FLOOR, allowed_error
 
-__all__ = ["FACTOR", "FLOOR", "assert_close"]
+__all__ = ["FACTOR", "FLOOR", "Used", "assert_close", "assert_within", "used"]
+
+
+class Used(NamedTuple):
+    """The share of its tolerance that a comparison used, and what was compared."""
+
+    share: float
+    name: str
+
+
+used: list[Used] = []
+"""Of the comparisons of the running test that passed, in their order; tests/host_ptx/plugin.py reports the largest."""
+
+
+def assert_within(name: str, error: float, allowed: float, message: str = "") -> None:
+    """Assert that an error is at most what is allowed, and note the share of it that was used. `name` is the array, or
+    what else is compared; `message` (default: the name) begins the message of a failure."""
+    assert error <= allowed, f"{message or name}: error {error:.3g}, allowed {allowed:.3g}"
+    used.append(Used(float(error / allowed) if error else 0.0, name))
 
 
 def assert_close(name: str, actual, exact, reference=None, *, dtype=None) -> None:
@@ -31,8 +51,7 @@ def assert_close(name: str, actual, exact, reference=None, *, dtype=None) -> Non
     allowed = allowed_error(exact, reference, dtype)
     error = np.abs(actual.astype(np.float64) - exact)
     worst = np.unravel_index(error.argmax(), error.shape)
-    assert error[worst] <= allowed, (f"{name}{_shown(worst)} is {actual[worst]!r}, not {exact[worst]!r}: "
-                                     f"error {error[worst]:.3g}, allowed {allowed:.3g}")
+    assert_within(name, error[worst], allowed, f"{name}{_shown(worst)} is {actual[worst]!r}, not {exact[worst]!r}")
 
 
 def _shown(index: tuple) -> str:

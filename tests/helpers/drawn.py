@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 
 from char_gru.rnn import reference
-from tests.helpers.compare import FACTOR, FLOOR
+from tests.helpers.compare import FACTOR, FLOOR, assert_within
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -74,9 +74,8 @@ def assert_drawn(name: str, ids, uniforms, exact, single=None, *, temperature=1.
     differing = np.flatnonzero(ids != expected)
     for n in differing:
         distance = rows.distance_of(n, ids[n] - 1, float(uniforms[n]))
-        assert distance <= rows.distance, (
-            f"{name}[{n}] is {ids[n]}, not {expected[n]}: the uniform number {uniforms[n]} is {distance:.3g} away from "
-            f"the share of {ids[n]}, allowed {rows.distance:.3g}")
+        assert_within(name, distance, rows.distance, f"{name}[{n}] is {ids[n]}, not {expected[n]}, and the "
+                      f"uniform number {uniforms[n]} away from the share of {ids[n]}")
     predicted = float(rows.chances().sum())
     assert len(differing) <= 1 + predicted, (
         f"{name}: {len(differing)} of {len(ids)} characters lie across a border, rounding predicts {predicted:.3g}; "

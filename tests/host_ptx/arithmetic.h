@@ -4,9 +4,9 @@
 // operations flush their operands and results as .ftz does; an operation that moves bits flushes by flushed(). The
 // same mode flushes subnormal doubles, which PTX does not; a NaN keeps its payload, where PTX writes 0x7fffffff.
 //
-// PTX_WORST: each approximate instruction errs by the bound that is written at it, up or down by the bits of its
-// argument, except where the PTX ISA's table of special values says what comes out.
-// Source: PTX ISA, "Instruction Set".
+// PTX_WORST: each approximate instruction errs by the bound that its section of the PTX ISA gives, up or down by the
+// bits of its argument, except where the section's table says what comes out: of zeros, infinities, NaN.
+// Source: PTX ISA, "Instruction Set", "Floating-Point Instructions: rcp", "... rsqrt", "... ex2".
 #pragma once
 
 #include <cmath>
@@ -141,44 +141,43 @@ PTX_CALL f32 fma_down(f32 a, f32 b, f32 c)
 
 // ---- Approximate instructions ---------------------------------------------------------------------------------------
 
-// `exact` rounded; where the largest error is asked for, the last float that is within it.
-PTX f32 approximate(f64 exact, f64 error, f32 argument)
+// +1 or -1: the direction of an error, by the bits of the argument (Knuth's multiplicative hash).
+PTX f64 direction(f32 argument) { return bits<u32>(argument) * 2654435761u >> 31 ? 1 : -1; }
+
+// `exact` correctly rounded; at its worst, so many ulps away from it. The ulp is that of the correctly rounded result.
+PTX f32 within_ulps(f64 exact, int ulps, f32 argument)
 {
     const f32 nearest = f32(exact);
 #if defined(PTX_WORST)
-    if (error == 0.0 || !(nearest - nearest == 0.0f))
-        return nearest;
-    const u32 hash = bits<u32>(argument) * 2654435761u;  // Knuth's multiplicative hash
-    const f64 moved = hash >> 31 ? exact + error : exact - error;
-    const f32 result = f32(moved);
-    if (std::fabs(f64(result) - exact) <= error)
-        return result;
-    return std::nextafter(result, nearest);
-#else
+    if (nearest != 0.0f && nearest - nearest == 0.0f)
+        return f32(nearest + direction(argument) * ulps * 0x1p-23 * f64(F(bits<u32>(nearest) & 0x7f800000u)));
+#endif
+    (void)ulps, (void)argument;
+    return nearest;
+}
+
+// `exact`, not negative, correctly rounded; at its worst, the last float whose relative error is not above `error`.
+PTX f32 within_relative(f64 exact, f64 error, f32 argument)
+{
+    const f32 nearest = f32(exact);
+#if defined(PTX_WORST)
+    if (nearest - nearest == 0.0f) {
+        const f32 result = f32(exact + direction(argument) * error * exact);
+        return std::fabs(f64(result) - exact) <= error * exact ? result : std::nextafter(result, nearest);
+    }
+#endif
     (void)error, (void)argument;
     return nearest;
-#endif
 }
 
-PTX f64 relative(f64 exact, f64 error) { return exact - exact == 0.0 ? exact * error : 0.0; }
+// "ex2": at most 2 ulp from the correctly rounded result; exactly 1 of zero, to which subnormal arguments are flushed.
+PTX_CALL f32 ex2_approx(f32 a) { return a == 0.0f ? 1.0f : within_ulps(std::exp2(f64(a)), 2, a); }
 
-PTX_CALL f32 ex2_approx(f32 a)  // relative error 2^-22
-{
-    const f64 exact = std::exp2(f64(a));
-    return approximate(exact, a == 0.0f ? 0.0 : relative(exact, 0x1p-22), a);
-}
+// "rcp": at most 1 ulp.
+PTX_CALL f32 rcp_approx(f32 a) { return within_ulps(1.0 / f64(a), 1, a); }
 
-PTX_CALL f32 rcp_approx(f32 a)  // relative error 2^-23
-{
-    const f64 exact = 1.0 / f64(a);
-    return approximate(exact, relative(exact, 0x1p-23), a);
-}
-
-PTX_CALL f32 rsqrt_approx(f32 a)  // relative error 2^-22.9
-{
-    const f64 exact = 1.0 / std::sqrt(f64(a));
-    return approximate(exact, relative(exact, 0x1.126p-23), a);
-}
+// "rsqrt": a relative error of at most 2^-22.9.
+PTX_CALL f32 rsqrt_approx(f32 a) { return within_relative(1.0 / std::sqrt(f64(a)), 0x1.125fbp-23, a); }
 
 // ---- Conversions ----------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,11 @@
-"""``python -m pytest --ptx sm_90``: the tests of kernels, and only they, with every launch run from its PTX."""
+"""``python -m pytest --ptx sm_90``: the tests of kernels, and only they, with every launch run from its PTX.
+
+With it, and with --gpu, the last lines say for each precision which share of its tolerance any comparison used at most.
+"""
 
 import pytest
 
+from tests.helpers import compare
 from tests.host_ptx import SCHEDULES, PtxExecutor
 
 FIXTURES = {"executor", "ordered_executor"}
@@ -23,6 +27,19 @@ def pytest_collection_modifyitems(config, items):
         items[:] = chosen
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    compare.used.clear()
+    try:
+        return (yield)
+    finally:
+        if compare.used:
+            given = item.callspec.params if hasattr(item, "callspec") else {}
+            precision = given.get("precision", given.get("weights", "fp32"))
+            tolerances = item.config.stash.setdefault(TOLERANCES, {})
+            tolerances.setdefault(precision, []).append((max(compare.used), item.nodeid))
+
+
 def executor_of(config: pytest.Config, order: str = "ascending") -> PtxExecutor | None:
     """The executor that the command line asks for; None without --ptx."""
     architecture = config.getoption("ptx")
@@ -41,6 +58,14 @@ def pytest_terminal_summary(terminalreporter, config):
         launches = sum(len(executor.launches) for executor in executors)
         terminalreporter.write_line(f"{launches:,} launches from PTX for {config.getoption('ptx')}"
                                     + f"; NVRTC refuses the sources of {', '.join(kernels)}" * bool(kernels))
+    if executors or config.getoption("gpu"):
+        for precision, tests in sorted(config.stash.get(TOLERANCES, {}).items()):
+            (share, name), test = max(tests)
+            terminalreporter.write_line(f"tolerances used at most in {precision}: {share:.0%} ({name}, {test}), "
+                                        f"the largest of {len(tests):,}")
 
 
 EXECUTORS = pytest.StashKey[list[PtxExecutor]]()
+
+TOLERANCES = pytest.StashKey[dict[str, list[tuple[compare.Used, str]]]]()
+"""Precision -> of each test, its comparison that used the largest share of its tolerance, and the test's name."""

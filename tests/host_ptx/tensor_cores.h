@@ -4,23 +4,25 @@
 // measured on GPUs: the terms of a chunk are aligned to the largest exponent of them, truncated below EXTRA_BITS bits
 // more than a float has, added as integers, and the sum is truncated to a float. One mma adds its chunks in turn.
 //
-//                       capability 8.0 to 8.9   9.0, and taken for later ones
+//                       capability 8.0 to 8.9   9.0 to 12.0
 //   chunk, bf16                  8                   16
 //   chunk, tf32                  4                    8
 //   extra bits                   1                    2
+//   lowest exponent           -132                 -133    to which terms are aligned
 //
-// Subnormal operands and results are kept, whatever -ftz says.
-// Source: PTX ISA, "Matrix Fragments for mma.m16n8k8", "Matrix Fragments for mma.m16n8k16", "ldmatrix"; Khattak,
-// Mikaitis, "Accurate Models of NVIDIA Tensor Cores" (2025), for the A100 and the H100; Fasi, Higham, Mikaitis,
-// Pranesh, "Numerical behavior of NVIDIA tensor cores" (2021).
+// Subnormal operands and results are kept, whatever -ftz says; the low bits of a tf32 operand are dropped.
+// Source: PTX ISA, "Matrix Fragments for mma.m16n8k8", "Matrix Fragments for mma.m16n8k16", "ldmatrix". The sums, from
+// two models that were compared with GPUs bit by bit and agree on the table: Khattak, Mikaitis, "Accurate Models of
+// NVIDIA Tensor Cores" (arXiv 2512.07004; A100, A2, A30, L40S, Ada, H100, H200, B200, RTX PRO 6000; it alone has the
+// lowest exponent); Xie, Wang, Yang, Yang, "MMA-Sim" (arXiv 2511.10909; mma.sync from Volta to RTX Blackwell).
 #pragma once
 
 #include "memory.h"
 
 #if !defined(PTX_WORST) || PTX_CAPABILITY >= 90
-constexpr int CHUNK_BF16 = 16, CHUNK_TF32 = 8, EXTRA_BITS = 2;
+constexpr int CHUNK_BF16 = 16, CHUNK_TF32 = 8, EXTRA_BITS = 2, LOWEST_EXPONENT = -133;
 #else
-constexpr int CHUNK_BF16 = 8, CHUNK_TF32 = 4, EXTRA_BITS = 1;
+constexpr int CHUNK_BF16 = 8, CHUNK_TF32 = 4, EXTRA_BITS = 1, LOWEST_EXPONENT = -132;
 #endif
 
 // A number as sign * mantissa * 2^exponent: the CPU flushes subnormal floats, this does not.
@@ -89,7 +91,7 @@ template <int N>
 PTX u32 truncated_sum(u32 c, const u32 *a, const u32 *b)
 {
     Exact terms[N + 1];
-    int highest = -1000;  // exponent of a term's leading bit, 23 above that of the last bit of a float
+    int highest = LOWEST_EXPONENT;  // exponent of a term's leading bit, 23 above that of the last bit of a float
     const auto add = [&](int i, Exact term, int leading) {
         terms[i] = term;
         if (term.mantissa && leading > highest)
