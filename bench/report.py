@@ -191,19 +191,19 @@ def _headline(step: dict, texts: dict) -> str:
 
 
 def drift_table(results: Path) -> str:
-    """How far training runs drift: the result of `python -m tests.host_ptx.drift`."""
+    """How far training runs drift from float64: a result of `python -m tests.host_ptx.drift`, which has more."""
     path = results / "drift.json"
     if not path.exists():
         return ""
     recorded = json.loads(path.read_text())
     precisions = list(dict.fromkeys(entry["precision"] for entry in recorded["runs"]))
-    rows: dict[tuple[str, str], dict[str, str]] = {}  # start and run -> precision -> cell
+    rows: dict[str, dict[str, str]] = {}  # run -> precision -> cell
     for entry in recorded["runs"]:
-        cell = ", ".join(f"{entry[name]:.1e}" for name in ("loss", "last loss", "weights"))
-        rows.setdefault((entry["from"], entry["run"]), {})[entry["precision"]] = cell
-    table = _table(["from", "drift of", *precisions], [
-        [start, run, *(cells.get(precision, "") for precision in precisions)]
-        for (start, run), cells in sorted(rows.items(), key=lambda row: row[0][0])])
+        if entry["from"] == "float64":
+            cell = ", ".join(f"{entry[name]:.1e}" for name in ("loss", "weights"))
+            rows.setdefault(entry["run"], {})[entry["precision"]] = cell
+    table = _table(["run", *precisions], [[run, *(cells.get(precision, "") for precision in precisions)]
+                                          for run, cells in rows.items()])
     facts, sizes = recorded["machine"], ", ".join(f"{axis} {size}" for axis, size in recorded["sizes"].items())
     time = f"{recorded['cpu_seconds'] / 60:.0f} minutes of CPU time on {_cpu(facts)}; {facts['date']}"
     return f"{table}\n\nModel and run: {sizes}. {time}, commit {facts['commit']}."

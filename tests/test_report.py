@@ -170,7 +170,7 @@ def test_init_table_has_the_losses_of_each_epoch(results):
         "| keras | 2.5000 / 2.2500 | 2.0000 / 1.7500 |"]
 
 
-def test_drift_has_a_row_for_each_run_and_start_and_a_column_for_each_precision(results):
+def test_drift_has_a_row_for_each_run_and_a_column_for_each_precision(results):
     def drift(precision: str, run: str, start: str, loss: float) -> dict:
         return {"precision": precision, "run": run, "from": start, "loss": loss, "last loss": loss / 2, "weights": 0.5}
 
@@ -179,10 +179,8 @@ def test_drift_has_a_row_for_each_run_and_start_and_a_column_for_each_precision(
         "runs": [drift("fp32", "CPU", "float64", 1e-7), drift("fp32", "kernels", "float64", 2e-7),
                  drift("fp32", "kernels", "specification", 3e-7), drift("bf16", "kernels", "float64", 1e-3)]}))
     assert report.drift_table(results).splitlines() == [
-        "| from | drift of | fp32 | bf16 |", "| --- | --- | --- | --- |",
-        "| float64 | CPU | 1.0e-07, 5.0e-08, 5.0e-01 |  |",
-        "| float64 | kernels | 2.0e-07, 1.0e-07, 5.0e-01 | 1.0e-03, 5.0e-04, 5.0e-01 |",
-        "| specification | kernels | 3.0e-07, 1.5e-07, 5.0e-01 |  |", "",
+        "| run | fp32 | bf16 |", "| --- | --- | --- |", "| CPU | 1.0e-07, 5.0e-01 |  |",
+        "| kernels | 2.0e-07, 5.0e-01 | 1.0e-03, 5.0e-01 |", "",
         "Model and run: T 5, steps 7. 2 minutes of CPU time on Some CPU, 2 cores; 2026-01-02, commit 0123456789ab."]
 
 
