@@ -24,7 +24,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EVERYTHING = ((),)
-KERNELS = (("tests/test_host_ptx.py",), ("--cuda-device",))
+KERNELS = (("tests/test_host_ptx.py",), ("--cuda-device", "tests/test_cupy.py", "tests/test_commands_on_cuda.py"))
 WIDTHS = (13, 7, 6, 6, 8, 27, 7, 13)
 
 
