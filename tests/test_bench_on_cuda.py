@@ -31,7 +31,8 @@ def gpu(executor, device, monkeypatch) -> Gpu:
 def test_facts_name_the_gpu_and_the_versions(gpu, request):
     facts, name = gpu.facts(), request.config.getoption("device_like")
     assert facts["gpu"] == cuda_device.gpu_named(name).name
-    assert facts["driver"] == "for CUDA 13.0" and facts.keys() == {"gpu", "cupy", "driver", "cuda_runtime", "nvrtc"}
+    assert facts.keys() == {"gpu", "cupy", "driver", "cuda_runtime", "nvrtc"}
+    assert facts["driver"] == f"for CUDA {facts['cuda_runtime'].partition('.')[0]}.0"
     assert "fp32" in gpu.precisions and gpu.cache_bytes > 0
 
 

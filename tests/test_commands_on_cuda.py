@@ -234,7 +234,7 @@ def test_process_whose_gpu_fails_ends_with_one_line(folder):
 
 
 @pytest.mark.parametrize("capability, said", [
-    (70, r"NVRTC \d+\.\d+ does not compile for compute capability 7\.0: .* 7\.5 .*"),
+    (30, r"NVRTC \d+\.\d+ does not compile for compute capability 3\.0: .* 7\.5 .*"),
     (130, r"the driver cannot load \w+ \(CUDA_ERROR_NO_BINARY_FOR_GPU: .*\): NVRTC is too old for .*13\.0; .*"),
 ], ids=["older than NVRTC knows", "newer"])
 def test_gpu_that_nvrtc_does_not_know_is_said_in_one_line(folder, capability, said):

@@ -256,11 +256,11 @@ def _is_runtime_function(name: str) -> bool:
 
 def _library() -> pathlib.Path:
     """Path of the device's library, built unless it is in the cache."""
-    cxx, include = host_cuda.compiler(), _package("nvidia") / "cu13/include"
+    cxx, includes = host_cuda.compiler(), _includes()
     if cxx is None:
         raise DoesNotFit("no C++ compiler")
     texts = [(_HERE / name).read_text() for name in (*_SOURCES, "device.h")] + [(_HEADERS / "launch.h").read_text()]
-    key = hashlib.sha256("\0".join((cxx, str(include), *_FLAGS, *texts)).encode()).hexdigest()[:32]
+    key = hashlib.sha256("\0".join((cxx, *includes, *_FLAGS, *texts)).encode()).hexdigest()[:32]
     base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     target = base / "char-gru" / "cuda_device" / key / "libcuda.so.1"
     if target.exists():
@@ -268,12 +268,18 @@ def _library() -> pathlib.Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         output = pathlib.Path(folder, "library")
-        done = subprocess.run([cxx, *_FLAGS, f"-I{include}", f"-I{_HEADERS}", *(str(_HERE / name) for name in _SOURCES),
+        done = subprocess.run([cxx, *_FLAGS, *includes, f"-I{_HEADERS}", *(str(_HERE / name) for name in _SOURCES),
                                "-o", str(output)], check=False, capture_output=True, text=True)
         if done.returncode:
             raise DoesNotFit(done.stderr)
         os.replace(output, target)
     return target
+
+
+def _includes() -> list[str]:
+    """The compiler's options for CUDA's headers. The packages of CUDA 13 share a folder, those of CUDA 12 do not."""
+    folders = (_package("nvidia") / part / "include" for part in ("cu13", "cuda_runtime", "cuda_nvcc"))
+    return [f"-I{folder}" for folder in folders if folder.is_dir()]
 
 
 def _package(name: str) -> pathlib.Path:

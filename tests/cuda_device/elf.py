@@ -1,6 +1,7 @@
 """As much of ELF as is needed: the symbols of a wheel's library, and what a driver reads from a cubin.
 
-Source: ELF-64 Object File Format; attributes of ``.nv.info`` as ``cuobjdump -elf`` (CUDA toolkit) prints them.
+Source: ELF-64 Object File Format; attributes of ``.nv.info`` as ``cuobjdump -elf`` (CUDA toolkit) prints them;
+the flags of cubins as in LLVM's BinaryFormat/ELF.h (ELFABIVERSION_CUDA_V1, _V2).
 """
 
 import struct
@@ -9,8 +10,9 @@ from typing import NamedTuple
 _SYMBOL_TABLE, _NO_BITS, _FUNCTION = 2, 8, 2
 _SIZED_VALUE = 4  # the format of an attribute of .nv.info that has a length
 _MAX_THREADS, _PARAMETER, _REGISTERS = 0x05, 0x17, 0x2F
-_FIRST_WITH_RESERVED_SHARED = 1024  # bytes at the head of .nv.shared.*, from sm_90 on
+_RESERVED_SHARED = 1024  # bytes at the head of .nv.shared.*, from sm_90 on
 _MAX_THREADS_PER_BLOCK = 1024
+_ABI_OF_CUDA_13 = 8
 
 
 class Section(NamedTuple):
@@ -64,7 +66,7 @@ def kernels(data: bytes) -> list[Kernel]:
     names = [symbol[0] for symbol in _symbols(data)]
     registers = {names[symbol]: count for attribute, value in _attributes(data, found[".nv.info"])
                  if attribute == _REGISTERS for symbol, count in [struct.unpack("<II", value)]}
-    reserved = _FIRST_WITH_RESERVED_SHARED if ".nv.shared.reserved.0" in found else 0
+    reserved = _RESERVED_SHARED if _capability(data) >= 90 else 0
     result = []
     for name in (section.removeprefix(".text.") for section in found if section.startswith(".text.")):
         threads, parameters = _MAX_THREADS_PER_BLOCK, {}
@@ -79,6 +81,12 @@ def kernels(data: bytes) -> list[Kernel]:
         result.append(Kernel(name, registers[name], max(0, shared.size - reserved) if shared else 0, threads,
                              tuple(parameters[number] for number in sorted(parameters))))
     return result
+
+
+def _capability(data: bytes) -> int:
+    """The compute capability, times ten, that a cubin is for; CUDA 13 has moved it by a byte."""
+    (flags,) = struct.unpack_from("<I", data, 48)
+    return (flags >> 8 if data[8] >= _ABI_OF_CUDA_13 else flags) & 0xFF
 
 
 def _symbols(data: bytes) -> list[tuple[str, int, int, int]]:

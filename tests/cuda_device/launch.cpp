@@ -19,7 +19,8 @@ using namespace device;
 
 namespace {
 
-constexpr int DRIVER_VERSION = 13000, SHARED_WITHOUT_ASKING = 48 * 1024, MAX_THREADS = 1024, REGISTERS = 65536;
+constexpr int DRIVER_VERSION = CUDA_VERSION / 1000 * 1000;  // of the headers that CuPy's packages bring
+constexpr int SHARED_WITHOUT_ASKING = 48 * 1024, MAX_THREADS = 1024, REGISTERS = 65536;
 
 struct Parameter {
     int bytes;

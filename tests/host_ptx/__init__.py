@@ -7,7 +7,6 @@
 import ctypes
 import functools
 import hashlib
-import importlib.metadata
 import math
 import os
 import pathlib
@@ -95,10 +94,15 @@ def build_ptx(ptx: str, architecture: str, worst: bool = False, weak: bool = Fal
     return Built(path, library, translated.blocks, locations, weak)
 
 
+@functools.cache
+def _compiler_version(architecture: str) -> str:
+    """Of the NVRTC that is loaded, which its PTX tells: packages of several versions may be installed."""
+    return re.search(r"release .* V([\d.]+)", ptx_for("", architecture))[1]
+
+
 def _ptx(source: str, architecture: str) -> str:
     """The PTX of a source, from the cache if it is there."""
-    version = importlib.metadata.version("nvidia-cuda-nvrtc")
-    key = hashlib.sha256(f"{version} {architecture} {source}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{_compiler_version(architecture)} {architecture} {source}".encode()).hexdigest()[:32]
     target = host_cuda.cache() / f"{key}.ptx"
     if not target.exists():
         text = ptx_for(source, architecture)

@@ -1,0 +1,147 @@
+"""Tests the project with the oldest and the newest versions that pyproject.toml allows, and prints a table of them.
+
+    pip install uv && python .ci/versions.py > tests/versions.txt    # all rows: an hour on two cores
+    python .ci/versions.py newest --python python3.14                # one row, with a Python of your choice
+
+Every row is an environment of its own.
+
+lowest          Python and each package that pyproject.toml names as old as it allows; README's test command
+newest          the newest Python that uv finds and the newest packages; README's test command
+cuda12-lowest   the oldest CUDA 12 that the extra cuda12 allows in place of CUDA 13; kernels from their PTX, GPU tests
+cuda12-newest   the newest CUDA 12 likewise
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EVERYTHING = ((),)
+KERNELS = (("tests/test_host_ptx.py",), ("--cuda-device", "tests/test_cupy.py", "tests/test_commands_on_cuda.py"))
+WIDTHS = (13, 7, 6, 6, 8, 27, 7, 13)
+
+
+class Row(NamedTuple):
+    """An environment, and what is run in it."""
+
+    python: str  # oldest, newest
+    packages: str  # uv's --resolution
+    cuda12: str | None  # uv's --resolution of the extra cuda12
+    tests: tuple[tuple[str, ...], ...]  # the arguments of pytest, for each run
+
+
+ROWS = {"lowest": Row("oldest", "lowest-direct", None, EVERYTHING),
+        "newest": Row("newest", "highest", None, EVERYTHING),
+        "cuda12-lowest": Row("oldest", "highest", "lowest", KERNELS),
+        "cuda12-newest": Row("oldest", "highest", "highest", KERNELS)}
+
+
+def output(*command, **options) -> str:
+    return subprocess.run(command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE, **options).stdout
+
+
+def python_of(age: str) -> str:
+    """The oldest Python that pyproject.toml allows, or the newest on this machine."""
+    if age == "oldest":
+        return re.search(r"[\d.]+", PROJECT["requires-python"])[0]
+    found = json.loads(output("uv", "python", "list", "--only-installed", "--output-format", "json"))
+    return max((tuple(python["version_parts"].values()), python["path"]) for python in found
+               if python["implementation"] == "cpython" and python["variant"] == "default")[1]
+
+
+def cuda12_packages(resolution: str) -> list[str]:
+    """Of the extra cuda12, CuPy, NVRTC and CUDA's headers; and the headers that tests/cuda_device needs beside them."""
+    resolved = output("uv", "pip", "compile", "-q", "--resolution", resolution, "--only-binary", ":all:", "--no-header",
+                      "--no-annotate", "--extra", "cuda12", "--python-version", python_of("oldest"), "pyproject.toml")
+    packages = dict(line.split("==") for line in resolved.split())
+    names = ["cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"]
+    headers = ".".join(packages["nvidia-cuda-runtime-cu12"].split(".")[:2])
+    return [*(f"{name}=={packages[name]}" for name in names), f"nvidia-cuda-nvcc-cu12=={headers}.*"]
+
+
+def install(row: Row, python: str, folder: Path) -> Path:
+    """Makes the environment; returns its Python. The project itself is not installed: tests take the checkout's."""
+    output("uv", "venv", "-q", "--seed", "--python", python, folder)
+    command = ["uv", "pip", "install", "-q", "--python", folder / "bin" / "python", "-r", "pyproject.toml",
+               "--extra", "test", "--resolution", row.packages]
+    if row.cuda12:
+        overrides, excludes = folder / "overrides.txt", folder / "excludes.txt"
+        overrides.write_text("cuda-bindings==12.*\n")
+        cuda13 = (re.match(r"(nvidia|cupy)-[\w-]+", needed) for needed in PROJECT["optional-dependencies"]["test"])
+        excludes.write_text("".join(f"{name[0]}\n" for name in cuda13 if name))
+        command += ["--overrides", overrides, "--excludes", excludes, *cuda12_packages(row.cuda12)]
+    output(*command)
+    return folder / "bin" / "python"
+
+
+def versions(python: Path) -> list[str]:
+    """Of Python, NumPy, CuPy, and of the NVRTC that is really loaded."""
+    code = ("import platform, numpy, cupy; from char_gru.kernels.runtime import ptx_for; "
+            "print(platform.python_version(), numpy.__version__, cupy.__version__, ptx_for('', 'sm_75'))")
+    *packages, ptx = output(python, "-c", code).split(maxsplit=3)
+    return [*packages, re.search(r"release .* V([\d.]+)", ptx)[1]]
+
+
+def compiled(python: Path) -> tuple[str, int, str]:
+    """The architectures that NVRTC knows and those that it does not, how many kernels it has compiled for all of them,
+    and how many of these spill registers, at most how many bytes. Spills cost time, and change no result."""
+    architectures = output(python, "-c", "from char_gru.kernels import runtime; print(*runtime.ARCHITECTURES)").split()
+    unknown, bytes_spilled = [], []
+    for architecture in architectures:
+        done = subprocess.run([python, "-m", "kernels", "--arch", architecture], cwd=ROOT, check=False, text=True,
+                              capture_output=True)
+        if "invalid value for --gpu-architecture" in done.stderr:
+            unknown.append(architecture)
+            continue
+        done.check_returncode()
+        bytes_spilled += [int(line.split("|")[-1]) for line in done.stdout.splitlines()[1:]]
+    known = ", ".join(name.removeprefix("sm_") for name in architectures if name not in unknown)
+    spill = f"{sum(map(bool, bytes_spilled))}" + f", {max(bytes_spilled)} bytes" * any(bytes_spilled)
+    return known + "".join(f", not {name.removeprefix('sm_')}" for name in unknown), len(bytes_spilled), spill
+
+
+def tested(python: Path, arguments: tuple[str, ...]) -> tuple[str, bool]:
+    """How many tests passed, as pytest says it at the end, and whether that is all of them."""
+    last = ""
+    with subprocess.Popen([python, "-m", "pytest", "-q", *arguments], cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE) as process:
+        for line in process.stdout:
+            sys.stderr.write(line)
+            last = line.strip() or last
+    summary = re.sub(r", \d+ deselected| in [\d.]+s.*", "", last)
+    return " ".join(("pytest", *arguments)) + f": {summary}", process.returncode == 0
+
+
+def row(cells) -> str:
+    return " | ".join(f"{cell:<{width}}" for cell, width in zip(cells, (*WIDTHS, 0))).rstrip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", choices=[[], *ROWS], help="(default: all)")
+    parser.add_argument("--python", help="the Python of the row newest")
+    options = parser.parse_args()
+    passed = True
+    print(row(("environment", "Python", "NumPy", "CuPy", "NVRTC", "architectures (sm_)", "kernels", "of them spill",
+               "tests")))
+    for name in options.rows or ROWS:
+        with tempfile.TemporaryDirectory() as folder:
+            wanted = ROWS[name]
+            chosen = options.python if options.python and wanted.python == "newest" else python_of(wanted.python)
+            python = install(wanted, chosen, Path(folder))
+            resources = compiled(python)
+            results = [tested(python, arguments) for arguments in wanted.tests]
+            passed &= all(complete for _, complete in results)
+            print(row((name, *versions(python), *resources, "; ".join(text for text, _ in results))), flush=True)
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
