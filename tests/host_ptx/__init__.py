@@ -171,8 +171,10 @@ def _describe_arrays(library: ctypes.CDLL, args: list) -> None:
             ranges[-1][1] = max(start + size, ranges[-1][1])
         else:
             ranges.append([start, start + size])
-    described = (ctypes.c_uint64 * 5 * len(args))()
+    described = (ctypes.c_uint64 * 3 * len(args))()
     for i, (start, size) in arrays.items():
         before = sum(min(last, start) - first for first, last in ranges if first <= start)
-        described[i][:] = start, size, before, *_POISON_OF.get(args[i].dtype, (0, 0))
+        described[i][:] = start, size, before
     library.ptx_arrays(len(args), described, ctypes.c_uint64(sum(last - first for first, last in ranges)))
+    poison = [_POISON_OF.get(arg.dtype, (0, 0)) if i in arrays else (0, 0) for i, arg in enumerate(args)]
+    library.ptx_poison((ctypes.c_uint32 * 2 * len(args))(*poison))
