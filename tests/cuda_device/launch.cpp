@@ -27,7 +27,7 @@ struct Parameter {
     bool pointer;
 };
 
-using Array = std::uint64_t[5];  // as ptx_arrays of tests/host_ptx/memory.h takes it; of poison nothing is known here
+using Array = std::uint64_t[3];  // as ptx_arrays of tests/host_ptx/memory.h takes it
 
 struct Function {
     std::string name;

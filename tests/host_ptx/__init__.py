@@ -193,13 +193,15 @@ def _describe_arrays(library: ctypes.CDLL, args: list) -> int:
             ranges[-1][1] = max(start + size, ranges[-1][1])
         else:
             ranges.append([start, start + size])
-    described, shadow_bytes = (ctypes.c_uint64 * 5 * len(args))(), 0
+    described, shadow_bytes = (ctypes.c_uint64 * 3 * len(args))(), 0
     for first, last in ranges:
         shadow_bytes += first % _PLACES
         for i, (start, size) in arrays.items():
             if first <= start < last:
-                described[i][:] = start, size, shadow_bytes + start - first, *_POISON_OF.get(args[i].dtype, (0, 0))
+                described[i][:] = start, size, shadow_bytes + start - first
         shadow_bytes += last - first
         shadow_bytes += -shadow_bytes % _PLACES
     library.ptx_arrays(len(args), described, ctypes.c_uint64(shadow_bytes))
+    poison = [_POISON_OF.get(arg.dtype, (0, 0)) if i in arrays else (0, 0) for i, arg in enumerate(args)]
+    library.ptx_poison((ctypes.c_uint32 * 2 * len(args))(*poison))
     return shadow_bytes

@@ -27,7 +27,7 @@
 struct Array {
     u64 start, size, place;
     u8 *written, *read_only;  // a byte per byte: whether this launch stored there, or read it by ld.global.nc
-    u32 poison_bytes, poison;  // where nobody wrote, each element has these 2 or 4 bytes; 0 bytes if none are known
+    u32 poison_bytes, poison;  // of an element that nobody wrote: 2 or 4 bytes, 0 where none are known, and their value
 };
 
 constexpr int MOST_ARRAYS = 64;
@@ -35,10 +35,9 @@ static Array arrays[MOST_ARRAYS];
 static int array_count = 0;
 static u8 *shadow = nullptr;
 
-// The arrays of the next launch: per parameter its start, its size, its place in the shadow, in which arrays that
-// overlap share their bytes, then the bytes and the value of its poison. Address and place are equal modulo 16. A
-// number has size 0.
-PTX_EXPORT void ptx_arrays(int count, const u64 (*described)[5], u64 shadow_bytes)
+// The arrays of the next launch: per parameter its start, its size, and its place in the shadow, in which arrays that
+// overlap share their bytes; address and place are equal modulo 16. A number has size 0.
+PTX_EXPORT void ptx_arrays(int count, const u64 (*described)[3], u64 shadow_bytes)
 {
     forget_counters();
     std::free(shadow);
@@ -46,7 +45,16 @@ PTX_EXPORT void ptx_arrays(int count, const u64 (*described)[5], u64 shadow_byte
     array_count = count < MOST_ARRAYS ? count : MOST_ARRAYS;
     for (int i = 0; i < array_count; ++i)
         arrays[i] = {described[i][0], described[i][1], described[i][2], shadow + described[i][2],
-                     shadow + shadow_bytes + described[i][2], u32(described[i][3]), u32(described[i][4])};
+                     shadow + shadow_bytes + described[i][2], 0, 0};
+}
+
+// The poison of the arrays that ptx_arrays was told of: bytes and value.
+PTX_EXPORT void ptx_poison(const u32 (*poison)[2])
+{
+    for (int i = 0; i < array_count; ++i) {
+        arrays[i].poison_bytes = poison[i][0];
+        arrays[i].poison = poison[i][1];
+    }
 }
 
 constexpr int ANY_ARRAY = -1;
