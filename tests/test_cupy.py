@@ -575,6 +575,7 @@ def test_arrays_of_numpy_are_copied_at_once(cupy):
 
 def test_arrays_may_be_freed_while_launches_use_them(cupy, device):
     """With no pool, CuPy frees an array when Python drops it, and CUDA waits; a graph then must not be launched."""
+    of_the_pool = cupy.cuda.get_allocator()
     cupy.cuda.set_allocator(None)
     try:
         x = kernels.empty((4,))
@@ -592,4 +593,4 @@ def test_arrays_may_be_freed_while_launches_use_them(cupy, device):
         assert "add: argument 0 is freed memory" in device.reports()[0]
         device.reset()
     finally:
-        cupy.cuda.set_allocator(cupy.get_default_memory_pool().malloc)
+        cupy.cuda.set_allocator(of_the_pool)

@@ -110,8 +110,8 @@ device = cuda_device.install(from_ptx=True)
 import cupy, numpy as np
 
 module = cupy.RawModule(code='''#line 1 "kernels/planted.cu"
-extern "C" __global__ void inside(float *x, const float *y, int distance) { x[threadIdx.x + 96] = y[threadIdx.x]; }
-extern "C" __global__ void beyond(float *x, const float *y, int distance) { x[threadIdx.x + 97] = y[threadIdx.x]; }
+extern "C" __global__ void inside(float *x, const float *y, int distance) { x[threadIdx.x + 68] = y[threadIdx.x]; }
+extern "C" __global__ void beyond(float *x, const float *y, int distance) { x[threadIdx.x + 69] = y[threadIdx.x]; }
 extern "C" __global__ void into_another(float *x, const float *y, int distance) { x[distance] = y[threadIdx.x]; }
 extern "C" __global__ void misaligned(float *x, const float *y, int distance) { *(float2 *)(x + 1) = float2{1, 2}; }
 extern "C" __global__ void read_only(float *x, const float *y, int distance)
@@ -121,8 +121,10 @@ extern "C" __global__ void read_only(float *x, const float *y, int distance)
 }
 ''', options=("--std=c++17", "--generate-line-info"))
 functions = [module.get_function(name) for name in sys.argv[2:]]
-x, y = cupy.zeros(128, np.float32), cupy.zeros(128, np.float32)  # an allocation each, of 512 bytes
-arguments = x, y, np.int32((y.data.ptr - x.data.ptr) // 4)
+cupy.empty(4096, np.float32)  # an allocation, which the pool keeps
+x, y = cupy.zeros(100, np.float32), cupy.zeros(100, np.float32)
+assert y.data.ptr - x.data.ptr == 512  # parts of that allocation
+arguments = x, y, np.int32(128)
 for function in functions:
     function((1,), (32,), arguments)
     try:
@@ -143,8 +145,7 @@ FAULTS = {  # kernel -> its line, the fault, how many bytes, the thread
 
 
 def test_fault_of_a_kernel_is_a_failed_launch_with_a_report(subtests):
-    """With the source line, the address, the block and the thread. In another array, a fault touches memory that is
-    there."""
+    """With the source line, the address, the block and the thread. All of them touch memory that is there."""
     result = run(PLANTED, ROOT, "inside", *FAULTS, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     inside, *faults, summary = result.stdout.splitlines()
@@ -155,6 +156,30 @@ def test_fault_of_a_kernel_is_a_failed_launch_with_a_report(subtests):
             assert re.fullmatch(
                 rf"cudaErrorLaunchFailure: .* {kernel}: PTX line \d+ \(kernels/planted\.cu:{line}\): {fault}; "
                 rf"address 0x[0-9a-f]+, {size} bytes; block 0 0 0, thread {thread} 0 0", said), said
+
+
+TRAIN_WITH_A_FAULT = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from char_gru.kernels import runtime
+from char_gru.rnn import commands
+
+read, right, wrong = runtime._read, "float4 *>(params)[i]", "float4 *>(params)[i + 1]"
+runtime._read = lambda name: read(name).replace(right, wrong)
+sys.exit(commands.train())
+"""
+
+
+def test_fault_of_a_kernel_ends_a_training_run_with_its_source_line(tmp_path):
+    make_text(tmp_path / "text.txt")
+    result = run(TRAIN_WITH_A_FAULT, ROOT, *OPTIONS, "--device", "cuda", "--precision", "fp32", "--steps", 1,
+                 cwd=tmp_path, cuda_device=("--ptx",))
+    adam = (ROOT / "kernels" / "adam.cu").read_text().splitlines()
+    [line] = (number for number, text in enumerate(adam, 1) if "float4 *>(params)[i]" in text)
+    assert re.search(rf"^cuda_device: adam: PTX line \d+ \(kernels/adam\.cu:{line}\): outside its array;",
+                     result.stderr, re.MULTILINE), result.stderr
+    assert re.search(r"^train\.py: the GPU failed: .*unspecified launch failure", result.stderr, re.MULTILINE)
+    assert result.returncode == 2 and "adam" not in launches_in(result.stderr)
 
 
 def test_ptx_of_another_architecture_than_the_gpus_is_refused():

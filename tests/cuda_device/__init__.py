@@ -136,7 +136,25 @@ def install(gpu: str = "h100", memory_bytes: int = MEMORY_BYTES, at_once: bool =
     device.set(gpu, memory_bytes, at_once, trace)
     device._modules = _Modules(device, from_ptx, worst)
     device._modules.watch()
+    if from_ptx:
+        _watch_arrays(library)
     return device
+
+
+def _watch_arrays(library: ctypes.CDLL) -> None:
+    """Tells the device of each array that CuPy's pool hands out: a part of an allocation, and the bytes asked for."""
+    import cupy
+
+    pool = cupy.get_default_memory_pool()
+    library.cuda_device_array.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
+
+    def allocate(size):
+        memory = pool.malloc(size)
+        if size:
+            library.cuda_device_array(memory.ptr, size)
+        return memory
+
+    cupy.cuda.set_allocator(allocate)
 
 
 class _Compiled(NamedTuple):

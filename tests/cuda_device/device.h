@@ -90,7 +90,7 @@ struct Range {
 };
 
 Place place_of(const void *address);
-Range allocation_of(std::uint64_t address);  // empty where there is none
+Range array_at(std::uint64_t address);  // or the allocation, where no array is known; empty where there is neither
 std::string fault_in(const void *address, std::size_t bytes, bool device_only);  // "" if a kernel or copy may touch it
 
 // ---- Errors, reports ------------------------------------------------------------------------------------------------

@@ -138,26 +138,34 @@ struct Shape {
     unsigned blocks() const { return grid[0] * grid[1] * grid[2]; }
 };
 
-// Tells a build of PTX in which allocation each pointer lies now, which bounds the accesses that come from it.
-void describe_arrays(const Function &function, const std::vector<std::uint64_t> &values)
+// The array that each pointer lies in now; empty for numbers.
+std::vector<Range> arrays_of(const Function &function, const std::vector<std::uint64_t> &values)
 {
-    std::unique_ptr<Array[]> described(new Array[values.size()]{});
-    std::map<std::uint64_t, std::uint64_t> shadows;  // start of an allocation -> start of its marks
-    std::uint64_t shadow_bytes = 0;
-    for (std::size_t i = 0; i < values.size(); ++i) {
-        if (!function.parameters[i].pointer)
-            continue;
-        const Range range = allocation_of(values[i]);
-        const auto [shadow, is_new] = shadows.try_emplace(range.start, shadow_bytes);
-        shadow_bytes += is_new ? (range.bytes + 15) / 16 * 16 : 0;
-        described[i][0] = range.start;
-        described[i][1] = range.bytes;
-        described[i][2] = shadow->second;
-    }
-    function.arrays(int(values.size()), described.get(), shadow_bytes);
+    std::vector<Range> ranges(values.size());
+    for (std::size_t i = 0; i < values.size(); ++i)
+        if (function.parameters[i].pointer)
+            ranges[i] = array_at(values[i]);
+    return ranges;
 }
 
-void run(const Function &function, const Shape &shape, const std::vector<std::uint64_t> &values)
+// Tells a build of PTX of the arrays, which bound the accesses that come from the pointers to them.
+void describe_arrays(const Function &function, const std::vector<Range> &ranges)
+{
+    std::unique_ptr<Array[]> described(new Array[ranges.size()]{});
+    std::map<std::uint64_t, std::uint64_t> shadows;  // start of an array -> start of its marks
+    std::uint64_t shadow_bytes = 0;
+    for (std::size_t i = 0; i < ranges.size(); ++i) {
+        const auto [shadow, is_new] = shadows.try_emplace(ranges[i].start, shadow_bytes);
+        shadow_bytes += is_new ? (ranges[i].bytes + 15) / 16 * 16 : 0;
+        described[i][0] = ranges[i].start;
+        described[i][1] = ranges[i].bytes;
+        described[i][2] = shadow->second;
+    }
+    function.arrays(int(ranges.size()), described.get(), shadow_bytes);
+}
+
+void run(const Function &function, const Shape &shape, const std::vector<std::uint64_t> &values,
+         const std::vector<Range> &ranges)
 {
     if (!function.loaded)
         return fail(cudaErrorInvalidResourceHandle, function.name + " is launched after its module was unloaded");
@@ -182,7 +190,7 @@ void run(const Function &function, const Shape &shape, const std::vector<std::ui
     request.order = Order::ASCENDING;
     request.arguments = arguments.data();
     if (function.arrays)
-        describe_arrays(function, values);
+        describe_arrays(function, ranges);
     now_doing(function.name);
     const char *failure = function.launch(&request);
     now_doing("");
@@ -214,7 +222,9 @@ CUresult launch(CUfunction handle, const Shape &shape, CUstream stream_handle, v
     for (std::size_t i = 0; i < values.size(); ++i)
         std::memcpy(&values[i], parameters[i], function->parameters[i].bytes);
     std::shared_ptr<Function> kept = functions[function];
-    return CUresult(enqueue(stream, function->name, [=] { run(*kept, shape, values); }));
+    // The arrays as they are at this call: when the work is done, the pool may have given their bytes to others.
+    const std::vector<Range> ranges = arrays_of(*function, values);
+    return CUresult(enqueue(stream, function->name, [=] { run(*kept, shape, values, ranges); }));
 }
 
 // Name and meaning of an error of the driver, which has the number of the runtime's.

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -35,6 +36,7 @@ struct Allocation {
 
 std::map<std::uintptr_t, Allocation> allocations, freed;  // by start
 std::vector<std::uintptr_t> freed_order;
+std::map<std::uint64_t, std::uint64_t> arrays;  // start -> bytes of what CuPy's pool handed out last, there
 std::uint64_t used = 0;
 std::vector<std::string> reports;
 bool tracing = false;
@@ -71,6 +73,14 @@ void on_fault(int number, siginfo_t *info, void *context)
                      *what ? what : "memory that is not there", info->si_addr);
     sigaction(SIGSEGV, &previous_handler, nullptr);  // the instruction is tried again, and ends the process
     (void)number, (void)context;
+}
+
+void forget_arrays(std::uint64_t start, std::uint64_t bytes)
+{
+    auto first = arrays.upper_bound(start);
+    if (first != arrays.begin() && start - std::prev(first)->first < std::prev(first)->second)
+        --first;
+    arrays.erase(first, arrays.lower_bound(start + bytes));
 }
 
 void watch_faults()
@@ -117,6 +127,7 @@ cudaError_t release(void *address, Place place)
     finish_all();  // as cudaFree does
     Allocation allocation = it->second;
     allocations.erase(it);
+    forget_arrays(allocation.start, allocation.bytes);
     used -= place == Place::DEVICE ? allocation.bytes : 0;
     mmap(allocation.mapping, allocation.mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1,
          0);
@@ -191,8 +202,11 @@ Place place_of(const void *address)
     return found(freed, address) ? Place::FREED : Place::NOWHERE;
 }
 
-Range allocation_of(std::uint64_t address)
+Range array_at(std::uint64_t address)
 {
+    auto array = arrays.upper_bound(address);
+    if (array != arrays.begin() && address - std::prev(array)->first < std::prev(array)->second)
+        return {std::prev(array)->first, std::prev(array)->second};
     const Allocation *allocation = found(allocations, reinterpret_cast<const void *>(address));
     return allocation ? Range{allocation->start, allocation->bytes} : Range{};
 }
@@ -278,6 +292,14 @@ std::uint64_t cuda_device_used_memory()
 {
     std::lock_guard<std::recursive_mutex> lock(mutex);
     return used;
+}
+
+// CuPy's pool has handed out these bytes of an allocation, for an array.
+void cuda_device_array(std::uint64_t start, std::uint64_t bytes)
+{
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    forget_arrays(start, bytes);
+    arrays[start] = bytes;
 }
 
 // As a new process would find the device, but for memory and modules. On a GPU only a new process is rid of an error.
