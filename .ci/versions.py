@@ -14,6 +14,7 @@ cuda12-newest   the newest CUDA 12 likewise
 import argparse
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -89,11 +90,11 @@ def versions(python: Path) -> list[str]:
     return [*packages, re.search(r"release .* V([\d.]+)", ptx)[1]]
 
 
-def compiled(python: Path) -> tuple[str, int, str]:
-    """The architectures that NVRTC knows and those that it does not, how many kernels it has compiled for all of them,
-    and how many of these spill registers, at most how many bytes. Spills cost time, and change no result."""
+def compiled(python: Path) -> tuple[list[str], list[str], list[int]]:
+    """The architectures that NVRTC knows, and those that it does not; and how many bytes each kernel spills that it has
+    compiled for one of them. Spills cost time, and change no result."""
     architectures = output(python, "-c", "from char_gru.kernels import runtime; print(*runtime.ARCHITECTURES)").split()
-    unknown, bytes_spilled = [], []
+    known, unknown, spills = [], [], []
     for architecture in architectures:
         done = subprocess.run([python, "-m", "kernels", "--arch", architecture], cwd=ROOT, check=False, text=True,
                               capture_output=True)
@@ -101,10 +102,17 @@ def compiled(python: Path) -> tuple[str, int, str]:
             unknown.append(architecture)
             continue
         done.check_returncode()
-        bytes_spilled += [int(line.split("|")[-1]) for line in done.stdout.splitlines()[1:]]
-    known = ", ".join(name.removeprefix("sm_") for name in architectures if name not in unknown)
-    spill = f"{sum(map(bool, bytes_spilled))}" + f", {max(bytes_spilled)} bytes" * any(bytes_spilled)
-    return known + "".join(f", not {name.removeprefix('sm_')}" for name in unknown), len(bytes_spilled), spill
+        known.append(architecture)
+        spills += [int(line.split("|")[-1]) for line in done.stdout.splitlines()[1:]]
+    return known, unknown, spills
+
+
+def without(python: Path, architectures: list[str]) -> tuple[str, ...]:
+    """Arguments of pytest that leave out the tests of GPUs of some architectures."""
+    code = ("from char_gru.kernels.plan.gpus import GPUS; "
+            f"print(*(name for name, gpu in GPUS.items() if f'sm_{{gpu.capability}}' in {architectures}))")
+    names = output(python, "-c", code).split()
+    return ("-k", f"not ({' or '.join(names)})") if names else ()
 
 
 def tested(python: Path, arguments: tuple[str, ...]) -> tuple[str, bool]:
@@ -116,7 +124,7 @@ def tested(python: Path, arguments: tuple[str, ...]) -> tuple[str, bool]:
             sys.stderr.write(line)
             last = line.strip() or last
     summary = re.sub(r", \d+ deselected| in [\d.]+s.*", "", last)
-    return " ".join(("pytest", *arguments)) + f": {summary}", process.returncode == 0
+    return f"{shlex.join(('pytest', *arguments))}: {summary}", process.returncode == 0
 
 
 def row(cells) -> str:
@@ -136,10 +144,13 @@ def main() -> int:
             wanted = ROWS[name]
             chosen = options.python if options.python and wanted.python == "newest" else python_of(wanted.python)
             python = install(wanted, chosen, Path(folder))
-            resources = compiled(python)
-            results = [tested(python, arguments) for arguments in wanted.tests]
+            known, unknown, spills = compiled(python)
+            results = [tested(python, (*arguments, *without(python, unknown))) for arguments in wanted.tests]
             passed &= all(complete for _, complete in results)
-            print(row((name, *versions(python), *resources, "; ".join(text for text, _ in results))), flush=True)
+            architectures = ", ".join([*known, *(f"not {name}" for name in unknown)]).replace("sm_", "")
+            spilling = f"{sum(map(bool, spills))}" + f", {max(spills)} bytes" * any(spills)
+            print(row((name, *versions(python), architectures, len(spills), spilling,
+                       "; ".join(text for text, _ in results))), flush=True)
     return 0 if passed else 1
 
 
