@@ -95,8 +95,9 @@ CASES = {
         "st.global.f32 [%rd0+16], %r0;\nld.global.v2.f32 {%r1, %r2}, [%rd0+8];\nld.global.f32 %r2, [%rd0+16];\n"
         "mov.u32 %r1, 0x7fffffff;\nst.global.f32 [%rd0+20], %r1;\nld.global.f32 %r2, [%rd0+20];\n"
         "mov.u32 %r1, -1;\nst.global.u32 [%rd1], %r1;\nld.global.u32 %r2, [%rd1];"),
-    "-1 in an array of integers": Case(
-        "mov.u32 %r1, -1;\nst.global.u32 [%rd0+16], %r1;\nld.global.u32 %r2, [%rd0+16];", floats=np.int32),
+    "integers and floats of ones alone": Case(
+        "mov.u32 %r1, -1;\nst.global.u32 [%rd0+16], %r1;\nld.global.u32 %r2, [%rd0+16];\n"
+        "ld.global.f32 %r3, [%rd0+16];"),
     # Warps
     "a shuffle by a lane that is no member": Case(
         "shfl.sync.idx.b32 %r1, %r0, 0, 31, 0xfffffffe;", "a lane that the member mask leaves out; members 0xfffffffe, "

@@ -34,11 +34,8 @@ _PLACES = 16  # an address and its place in the shadow are equal modulo this
 _FAULT = re.compile(r"[\w$]+: PTX line ")
 _WAITING = re.compile(r"PTX:(\d+)")
 _POISON = 0xFFF3FFF5
-"""In arrays of integers that nobody wrote: no id, position or count, and NaN as a float or a pair of bfloat16."""
-_POISON_OF = {np.dtype(np.float32): (4, 2**32 - 1), np.dtype(np.uint16): (2, 2**16 - 1),
-              **{np.dtype(integer): (4, _POISON) for integer in (np.int32, np.uint32, np.int64, np.uint64)}}
-"""Type of an array -> bytes, and value, that nobody wrote there: no arithmetic on a GPU gives the NaN that is all ones,
-in a float or in a bfloat16, which uint16 has the bits of."""
+"""In arrays that nobody wrote: a NaN that no arithmetic on a GPU gives, and no id, position or count. In arrays of 2
+bytes its lower half, which is such a NaN as a bfloat16."""
 
 
 class Fault(RuntimeError):
@@ -130,10 +127,10 @@ class PtxExecutor(host_cuda.HostExecutor):
         self.from_source: set[str] = set()
 
     def empty(self, shape, dtype):
-        """Array full of poison: NaN in every float format; in integers, where kernels use -1, _POISON."""
+        """Array full of poison: NaN in every float format, and a number below -1 as an integer."""
         array = super().empty(shape, dtype)
-        if _POISON_OF.get(array.dtype) == (4, _POISON):
-            array.reshape(-1).view(np.uint32)[...] = _POISON
+        if unit := _poison_bytes(array):
+            array.reshape(-1).view(f"u{unit}")[...] = _POISON % 256**unit
         return array
 
     def ascending(self):
@@ -202,6 +199,12 @@ def _describe_arrays(library: ctypes.CDLL, args: list) -> int:
         shadow_bytes += last - first
         shadow_bytes += -shadow_bytes % _PLACES
     library.ptx_arrays(len(args), described, ctypes.c_uint64(shadow_bytes))
-    poison = [_POISON_OF.get(arg.dtype, (0, 0)) if i in arrays else (0, 0) for i, arg in enumerate(args)]
-    library.ptx_poison((ctypes.c_uint32 * 2 * len(args))(*poison))
+    units = (ctypes.c_uint32 * len(args))(*(_poison_bytes(arg) if i in arrays else 0 for i, arg in enumerate(args)))
+    library.ptx_poison(units, ctypes.c_uint32(_POISON))
     return shadow_bytes
+
+
+def _poison_bytes(array: np.ndarray) -> int:
+    """The bytes of the poison that an array is full of as long as nobody wrote it; 0 where its elements are single
+    bytes, of which any value may be meant."""
+    return min(array.itemsize, 4) if array.itemsize in (2, 4, 8) else 0

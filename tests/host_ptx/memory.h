@@ -27,7 +27,7 @@
 struct Array {
     u64 start, size, place;
     u8 *written, *read_only;  // a byte per byte: whether this launch stored there, or read it by ld.global.nc
-    u32 poison_bytes, poison;  // of an element that nobody wrote: 2 or 4 bytes, 0 where none are known, and their value
+    u32 poison_bytes;         // of the poison where nobody wrote: 2 or 4; 0 where none is known
 };
 
 constexpr int MOST_ARRAYS = 64;
@@ -45,16 +45,16 @@ PTX_EXPORT void ptx_arrays(int count, const u64 (*described)[3], u64 shadow_byte
     array_count = count < MOST_ARRAYS ? count : MOST_ARRAYS;
     for (int i = 0; i < array_count; ++i)
         arrays[i] = {described[i][0], described[i][1], described[i][2], shadow + described[i][2],
-                     shadow + shadow_bytes + described[i][2], 0, 0};
+                     shadow + shadow_bytes + described[i][2], 0};
 }
 
-// The poison of the arrays that ptx_arrays was told of: bytes and value.
-PTX_EXPORT void ptx_poison(const u32 (*poison)[2])
+// What lies in arrays that nobody wrote, and its bytes in each of the arrays that ptx_arrays was told of.
+static u32 poison;
+PTX_EXPORT void ptx_poison(const u32 *bytes, u32 value)
 {
-    for (int i = 0; i < array_count; ++i) {
-        arrays[i].poison_bytes = poison[i][0];
-        arrays[i].poison = poison[i][1];
-    }
+    poison = value;
+    for (int i = 0; i < array_count; ++i)
+        arrays[i].poison_bytes = bytes[i];
 }
 
 constexpr int ANY_ARRAY = -1;
@@ -104,7 +104,7 @@ PTX_CALL void mark(u64 address, int bytes, bool stored, int line)
     }
 }
 
-// Whether one of the elements in a loaded value, of 2 or 4 bytes, may be poison: all poison begins with 12 ones.
+// Whether one of the elements in a loaded value, of 2 or 4 bytes, may be poison, whose halves begin with 12 ones.
 template <class T>
 PTX bool may_be_poison(T value)
 {
@@ -120,10 +120,10 @@ template <int ARRAY>
 [[gnu::cold]] PTX_CALL void check_poison(const void *value, u64 address, u32 bytes, int line)
 {
     const Array *array = ARRAY == ANY_ARRAY ? array_of(address, bytes) : &arrays[ARRAY];
-    const u32 element = array ? array->poison_bytes : 0;
-    for (u32 i = 0; element && i + element <= bytes; i += element)
-        if (std::memcmp(static_cast<const u8 *>(value) + i, &array->poison, element) == 0)
-            fault("global memory read before it is written", address + i, element, line);
+    const u32 unit = array ? array->poison_bytes : 0;
+    for (u32 i = 0; unit && i + unit <= bytes; i += unit)
+        if (std::memcmp(static_cast<const u8 *>(value) + i, &poison, unit) == 0)
+            fault("global memory read before it is written", address + i, unit, line);
 }
 
 // A value that was loaded from an address of global memory.
