@@ -79,8 +79,8 @@ unsigned ballot(const char *name, unsigned mask, bool predicate, const char *fil
 // To be called in each turn of a loop that waits for another block: lets the other fibers run, and detects a deadlock.
 void spin_pause(const unsigned *counter, unsigned value, unsigned target, const char *file, int line);
 
-// Perhaps lets another block go on, in one of `chances` calls, where a schedule decides which block runs.
-void give_way(unsigned chances);
+// Ahead of an access to global memory, strong or weak: where a schedule decides which block runs, another may go on.
+void may_interrupt(bool strong);
 
 // What a model of memory wants to know of __syncthreads() and __syncwarp(): with a key, that whatever the thread knows
 // is handed over, or that it takes over whatever was handed over with this key before. Keys are those of one block.

@@ -5,8 +5,9 @@
 
 enum class Order : std::int32_t { ASCENDING, DESCENDING, RANDOM };
 
-// Which block goes on, where only one runs at a time, by the seed: any of them; all others before the one that is
-// starved; the fast one before all others. FREE: all at once.
+// Which block goes on, where only one runs at a time, by the seed: any of them; all others before one that is
+// interrupted, which is starved until they wait or have ended, and then another; the fast one before all others. FREE:
+// all at once.
 enum class Schedule : std::int32_t { FREE, RANDOM, STARVED, FAST };
 
 struct Traffic {

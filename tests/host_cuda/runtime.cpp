@@ -47,7 +47,6 @@ namespace {
 
 constexpr unsigned WARP = 32;
 constexpr unsigned BLOCKS_AT_ONCE = 4;   // of a launch that is not cooperative
-constexpr unsigned TURNS = 16;           // of threads: after one of so many, a schedule lets another block go on
 constexpr int PATIENCE_SECONDS = 60;     // without a switch between fibers: some loop never ends
 constexpr unsigned char POISON = 0xff;   // NaN in every float format, -1 as an integer
 constexpr std::size_t SHARED_ALIGNMENT = 1024;
@@ -313,7 +312,8 @@ private:
 __thread Block *block;
 __thread Fiber *self;
 
-void pause_block(Launch &launch, unsigned index, bool idle, unsigned chances);
+void may_interrupt(Launch &launch, unsigned index, At at);
+void let_others_go_on(Launch &launch, unsigned index);
 
 // ---- Memory of a block ----------------------------------------------------------------------------------------------
 
@@ -510,7 +510,7 @@ void Block::run()
                 break;
             spinning |= fiber.state == State::SPINNING;
             moved |= fiber.state != State::SPINNING || fiber.moved;
-            pause_block(launch, index, false, TURNS);
+            may_interrupt(launch, index, At::TURN);
         }
         if (moved) {
             launch.progress();
@@ -522,10 +522,12 @@ void Block::run()
             looked_since = since;
             if (launch.deadlocked(since))
                 launch.stop("deadlock between blocks");
-            if (launch.schedule.used())
-                pause_block(launch, index, true, 1);
-            else
+            if (launch.schedule.used()) {
+                launch.schedule.waits(index);
+                let_others_go_on(launch, index);
+            } else {
                 sched_yield();
+            }
         }
     }
     if (launch.stopped)
@@ -721,18 +723,19 @@ void switch_blocks(ScheduledBlock &from, ScheduledBlock &to)
     blockIdx = from.index;
 }
 
-// Perhaps lets another block go on: always if this one is idle, else in one of `chances` calls.
-void pause_block(Launch &launch, unsigned index, bool idle, unsigned chances)
+void let_others_go_on(Launch &launch, unsigned index)
 {
-    if (!launch.schedule.used() || (!idle && launch.schedule.draw(chances) != 0))
-        return;
-    if (idle)
-        launch.schedule.waits(index);
-    else
-        launch.schedule.goes_on(index);
     const unsigned next = launch.schedule.next();
     if (next != index)
         switch_blocks(launch.scheduled[index], launch.scheduled[next]);
+}
+
+void may_interrupt(Launch &launch, unsigned index, At at)
+{
+    if (launch.schedule.used() && launch.schedule.interrupts(at)) {
+        launch.schedule.interrupted(index, at);
+        let_others_go_on(launch, index);
+    }
 }
 
 __thread Launch *scheduled_launch;
@@ -866,7 +869,10 @@ void spin_pause(const unsigned *counter, unsigned value, unsigned target, const 
     fiber.state = State::READY;
 }
 
-void give_way(unsigned chances) { pause_block(block->launch, block->index, false, chances); }
+void may_interrupt(bool strong)
+{
+    may_interrupt(block->launch, block->index, strong ? At::STRONG_ACCESS : At::WEAK_ACCESS);
+}
 
 void *dynamic_shared() { return block->shared; }
 

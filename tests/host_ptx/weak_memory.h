@@ -264,7 +264,7 @@ PTX_CALL u64 value_for(const History &history, u64 address, int bytes, const Clo
 template <class T, int ARRAY>
 PTX T load_weak(u64 address)
 {
-    host_cuda::give_way(64);
+    host_cuda::may_interrupt(false);
     History **word = memory_word<ARRAY>(address);
     if (!word || !*word)
         return *reinterpret_cast<const T *>(address);
@@ -296,7 +296,7 @@ PTX_CALL u64 strong_value(const History &history, u64 address, int bytes, bool a
 template <class T, int ARRAY>
 PTX T load_strong(u64 address, bool acquire, Scope scope, bool newest_only)
 {
-    host_cuda::give_way(4);
+    host_cuda::may_interrupt(true);
     History **word = memory_word<ARRAY>(address);
     if (!word || !*word)
         return *reinterpret_cast<const T *>(address);
@@ -344,7 +344,7 @@ PTX u64 placed(u64 address, T value)
 template <class T, int ARRAY>
 PTX_CALL void store_weak(u64 address, T value)
 {
-    host_cuda::give_way(64);
+    host_cuda::may_interrupt(false);
     if (History **word = memory_word<ARRAY>(address)) {
         const u32 number = this_thread();
         append(history_of(*word, address), {placed(address, value), mask_of(address, sizeof(T)), number,
@@ -368,7 +368,7 @@ PTX_CALL Message strong_message(u64 value, u64 mask, bool release_it, Scope scop
 template <class T, int ARRAY>
 PTX_CALL void store_strong(u64 address, T value, bool release_it, Scope scope)
 {
-    host_cuda::give_way(4);
+    host_cuda::may_interrupt(true);
     if (History **word = memory_word<ARRAY>(address))
         append(history_of(*word, address),
                strong_message(placed(address, value), mask_of(address, sizeof(T)), release_it, scope));
@@ -379,7 +379,7 @@ PTX_CALL void store_strong(u64 address, T value, bool release_it, Scope scope)
 template <class T, int ARRAY, class Operation>
 PTX_CALL T atomic_at(u64 address, Operation operation, bool acquire, bool release_it, Scope scope)
 {
-    host_cuda::give_way(4);
+    host_cuda::may_interrupt(true);
     T &target = *reinterpret_cast<T *>(address);
     const T before = target, after = operation(before);
     if (History **word = memory_word<ARRAY>(address)) {
@@ -401,7 +401,7 @@ PTX_CALL T atomic_at(u64 address, Operation operation, bool acquire, bool releas
 
 PTX_CALL void memory_fence(bool sequential, Scope scope)
 {
-    host_cuda::give_way(4);
+    host_cuda::may_interrupt(true);
     const u32 number = this_thread();
     Thread &thread = memory_threads[number];
     join(thread.known, thread.seen_in_block);
