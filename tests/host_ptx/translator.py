@@ -64,7 +64,8 @@ def translate(module: Module, capability: int, worst: bool = False) -> Translate
     functions = [_Code(module, function, blocks) for function in module.functions.values()]
     bodies = [code.text() for code in functions]  # fills blocks
     entries = "".join(code.table_entry() for code in functions if code.function.entry)
-    head = (f"#define PTX_CAPABILITY {capability}\n" + "#define PTX_WORST\n" * worst +
+    # Without `worst`, architectures that have the same PTX share a library.
+    head = (f"#define PTX_CAPABILITY {capability}\n#define PTX_WORST\n" * worst +
             '#include "tensor_cores.h"\n' + f"PTX_EXPORT u8 ptx_executed[{max(len(blocks), 1)}] = {{}};\n")
     variables = "".join(_global(variable) for variable in module.globals.values())
     prototypes = "".join(code.head() + ";\n" for code in functions)
