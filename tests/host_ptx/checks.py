@@ -16,6 +16,7 @@ import numpy as np
 from char_gru.kernels import naive, op_set, runtime
 from char_gru.kernels.adam import adam, global_norm
 from char_gru.kernels.generate import sample
+from char_gru.kernels.gru_persistent import constants
 from char_gru.kernels.input_table import sum_by_id, sum_by_id_scratch_size
 from char_gru.kernels.matmul import OPERANDS, column_sums, matmul
 from char_gru.kernels.plan.generation import STATIC_SHARED_BYTES, WEIGHTS, generation_plan
@@ -83,7 +84,7 @@ def _products(gpu) -> Iterator[tuple[str, Callable]]:
     yield "column_sums", _column_sums
 
 
-PRODUCT_SIZES = (200, 136, 104), (8, 8, 8), (72, 8, 0)
+PRODUCT_SIZES = (264, 136, 104), (8, 8, 8), (72, 8, 0)
 """M, N, K: several tiles, the last one not full; less than a round of K; nothing to add."""
 
 
@@ -140,14 +141,19 @@ def _loss(ops: types.SimpleNamespace, precision: str, B: int, H: int, V: int) ->
 
 
 def _many_tiles(precision: str, variant: str = "persistent") -> None:
-    """The chosen plans, for so many rows that a group has six tiles of them and another group one."""
+    """The plans that are chosen for a layer, alone or with another, for so many rows that a group has six tiles of them
+    and another group one."""
     _, B, _, H, V, _ = WINDOW
-    gpu = runtime.current_executor().gpu
+    gpu, done = runtime.current_executor().gpu, []
     forward = forward_plan(gpu, B, H, precision, variant=variant)
-    backward = backward_plan(gpu, B, H, precision, V_out=V, V_in=V, variant=variant)
-    B = 37 if variant == "stepwise" else 6 * max(forward.rows, backward.rows) + 3
-    _both_ways(precision, layer(2, B, H, V, 100), forward, backward, groups=2)
-    _both_ways(precision, layer(1, B, H, V), forward, backward, groups=2)
+    for V_out, V_in in ((V, V), (V, 0), (0, V)):
+        backward = backward_plan(gpu, B, H, precision, V_out=V_out, V_in=V_in, variant=variant)
+        module = variant == "persistent" and constants(backward)
+        if module not in done:
+            done.append(module)
+            rows = 37 if variant == "stepwise" else 6 * max(forward.rows, backward.rows) + 3
+            _both_ways(precision, layer(2, rows, H, V, 100), forward, backward, groups=2)
+            _both_ways(precision, layer(1, rows, H, V), forward, backward, groups=2)
 
 
 def _split(precision: str) -> None:
@@ -157,7 +163,7 @@ def _split(precision: str) -> None:
     forward = forward_plan(gpu, B, H, precision, variant="persistent")
     backward = backward_plan(gpu, B, H, precision, V_out=V, V_in=V, variant="persistent")
     forward, backward = (plan._replace(rows=32, register_steps=register_steps) for plan in (forward, backward))
-    backward = backward._replace(V_in=30, splits=2, k_steps=steps_of(3 * H, 2, precision), units=36, columns=40,
+    backward = backward._replace(splits=2, k_steps=steps_of(3 * H, 2, precision), units=36, columns=40,
                                  blocks=ceil_div(H, 36))
     _both_ways(precision, layer(T, 70, H, 30, V), forward, backward, groups=1)
     _both_ways(precision, layer(T, 70, H, 30), forward, backward, groups=1)
@@ -168,7 +174,7 @@ def _both_ways(precision: str, case, forward, backward, groups: int) -> None:
     B, fused = case.h0.shape[0], case.W_y is not None
     plans = [forward, backward]
     if forward.variant == "persistent":
-        backward = backward._replace(sums_on_chip=fused, fused_output_steps=0)
+        backward = backward._replace(V_in=len(case.P), sums_on_chip=fused, fused_output_steps=0)
         if fused:
             backward = backward._replace(fused_output_steps=steps_of(len(case.W_y), backward.splits, precision))
         plans = [plan._replace(B=B, groups=groups, row_tiles=ceil_div(ceil_div(B, plan.rows), groups))
@@ -181,18 +187,21 @@ def _texts(gpu) -> Iterator[tuple[str, Callable]]:
     many units, or weights do not fit."""
     for (R, layers), weights in itertools.product(((1, 1), (17, 1), (1, 2), (17, 2)), WEIGHTS):
         chosen = generation_plan(gpu, R, WINDOW.V, WINDOW.H, layers, weights).variant
-        for variant in dict.fromkeys((chosen, "stepwise")):
+        batched = ("batched",) * (R > 1 and layers == 1 and gpu.capability >= 80)
+        for variant in dict.fromkeys((chosen, *batched, "stepwise")):
             name = f"text {variant} {weights} rows={R} layers={layers}"
             written = functools.partial(_text, R, layers, weights, variant)
             yield f"{name} with options", functools.partial(written, **OPTIONS)
-            yield f"{name} V=1100", functools.partial(written, V=1100, top_k=40, top_p=0.9)
+            yield f"{name} V=1743", functools.partial(written, V=1743, top_k=40, top_p=0.9)
             yield f"{name} temperature=0", functools.partial(written, temperature=0)
             if variant == "batched":
                 yield f"{name} in large groups", functools.partial(_text, 70, layers, weights, variant)
             if variant.startswith("persistent"):
-                yield f"{name} with weights off chip", functools.partial(written, off_chip=128)
+                for more in (300, 400):  # threads share a sum over the blocks
+                    yield f"{name} V={more}", functools.partial(written, V=more, multiprocessors=16 if R > 1 else 0)
+                yield f"{name} with weights off chip", functools.partial(written, V=11, off_chip=128)
                 yield f"{name} in one block", functools.partial(
-                    written, H=1100 if R == 1 else WINDOW.H, multiprocessors=1, temperature=0.7)
+                    written, H=1700 if R == 1 else WINDOW.H, multiprocessors=1, temperature=0.7)
 
 
 def _text(R: int, layers: int, weights: str, variant: str, V: int = WINDOW.V, H: int = WINDOW.H,
@@ -214,7 +223,8 @@ def _text(R: int, layers: int, weights: str, variant: str, V: int = WINDOW.V, H:
 
 
 def _others(gpu) -> Iterator[tuple[str, Callable]]:
-    yield "sample V=1100", functools.partial(_sampled, sample, 1100, 20)
+    for V in (WINDOW.V, 1743):
+        yield f"sample V={V}", functools.partial(_sampled, sample, V, 20)
     yield "sum_by_id of many positions", functools.partial(_sum_by_id, 2500, 3, 50)
     yield "sum_by_id of two digits", functools.partial(_sum_by_id, 300, 300, 2)
     yield "adam of slices", _adam_of_slices
@@ -224,12 +234,14 @@ def _others(gpu) -> Iterator[tuple[str, Callable]]:
 def _sampled(sample: Callable, V: int, R: int) -> None:
     """Characters drawn with every filter, away from the borders between two of them."""
     rng, logits = np.random.default_rng(V), np.random.default_rng(R).standard_normal((R, V)).astype(np.float32)
-    for options in ({}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, OPTIONS):
+    for options in ({}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 5, "top_p": 0.97}, OPTIONS):
         uniforms = check._away_from_borders(
             lambda numbers, options=options: reference.sample(logits, numbers, **options), rng, R)
         ids = runtime.empty((R,), np.int32)
         sample(runtime.to_device(logits), runtime.to_device(uniforms), ids, **options)
         np.testing.assert_array_equal(runtime.to_host(ids), reference.sample(logits, uniforms, **options))
+    sample(runtime.to_device(np.nan * logits), runtime.to_device(uniforms), ids)
+    assert ((runtime.to_host(ids) > 0) & (runtime.to_host(ids) < V)).all()
 
 
 def _sum_by_id(N: int, V: int, H: int) -> None:

@@ -26,7 +26,8 @@ SAME_PTX = "the compiler makes the same PTX of both"
 
 
 class Fault(NamedTuple):
-    """A text of a file in kernels/, the first behind `place`, that becomes another, and the check that catches it.
+    """A text of a file in kernels/, the first behind `place`, that becomes another, and the check that catches it. A
+    fault in a header is planted in one of the modules that the check runs.
 
     harmless: why no check can catch the fault; such a fault has to pass. weak: it shows only where memory is as late
     and as stale as the PTX memory model allows.
@@ -52,6 +53,15 @@ FORWARD, STEPWISE = "gru persistent fp32", "gru stepwise fp32"
 TEXT = "text persistent fp32 rows=17 layers=2 with options"
 TRAINING, SPLIT = "training fp32", "gru persistent fp32 of split K"
 BATCHED = "text batched fp32 rows=17 layers=1 with options"
+
+
+PRODUCT_OF_TF32, WRITE_BF16 = "product tiled 64 tf32 nn", "generate persistent-all-draw bf16 rows=1"
+WRITE_MANY = "text batched fp32 rows=17 layers=1 temperature=0"
+MODULES = {FORWARD: "gru_forward_persistent", TEXT: "generate_persistent", WRITE_BF16: "generate_persistent",
+           TRAINING: "gru_forward_persistent", WRITE_MANY: "generate_batched", BATCHED: "generate_batched",
+           "gru persistent tf32": "gru_forward_persistent", "gru persistent bf16": "gru_forward_persistent",
+           "input_table bf16": "matmul", PRODUCT_OF_TF32: "matmul"}
+"""Check -> the stem of the module in which faults of headers are planted; matmul_multistage where none is named."""
 
 
 def _matrices() -> dict[str, Fault]:
@@ -99,8 +109,6 @@ def _matrices() -> dict[str, Fault]:
 
 
 TO_BF16, PACK, TO_TF32 = "unsigned short to_bf16(float x)", "unsigned pack_bf16(", "unsigned to_tf32(float x)"
-PRODUCT_OF_TF32, WRITE_BF16 = "product tiled 64 tf32 nn", "generate persistent-all-draw bf16 rows=1"
-WRITE_MANY = "generate batched fp32 rows=17"
 
 CONVERSIONS = {
     "to_bf16: truncated": Fault(PTX, TO_BF16, "cvt.rn", "cvt.rz", "gru persistent bf16"),
@@ -209,10 +217,11 @@ READ_ONLY = {
                                                 "__ldg(product + state_size)", STEPWISE),
     "__ldg: partial sums of a tile": Fault(
         "gru_backward_persistent.cu", "for (int s = 0; s < SPLITS; ++s)",
-        "partial_sums[(s * ROWS + row) * UNITS + unit]", "__ldg(partial_sums + (s * ROWS + row) * UNITS + unit)", SPLIT),
+        "partial_sums[(s * ROWS + row) * UNITS + unit]",
+        "__ldg(partial_sums + (s * ROWS + row) * UNITS + unit)", SPLIT),
     "__ldg: characters, batched": Fault(
         "generate_batched.cu", "const float *a_row", "ids[first_row + row]", "__ldg(ids + first_row + row)",
-        "text batched fp32 rows=17 layers=1 with options"),
+        BATCHED),
     "__ldg: characters, persistent": Fault(
         "generate_persistent.cu", "void move_states(", "ids_read[row]", "__ldg(ids_read + row)", TEXT),
 }
@@ -263,13 +272,18 @@ class Planted(host_ptx.PtxExecutor):
 
 
 def planted(source: str, fault: Fault) -> str:
-    """The source with the fault, if it has the fault's place.
+    """The source of a module with the fault, if it is planted in this module.
 
     Raises: ValueError where the file no longer has the place once, with the text behind it.
     """
     file = runtime._read(fault.file)
     if file.count(fault.place) != 1 or fault.old not in file.partition(fault.place)[2]:
         raise ValueError(f"{fault.file} has not once {fault.place!r} and behind it {fault.old!r}")
+    stem, _, suffix = fault.file.partition(".")
+    if suffix != "cu":
+        stem = MODULES.get(fault.check, "matmul_multistage")
+    if f'#line 1 "kernels/{stem}.cu"' not in source:
+        return source
     before, place, after = source.partition(fault.place)
     return before + place + after.replace(fault.old, fault.new, 1)
 
