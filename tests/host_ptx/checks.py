@@ -197,8 +197,9 @@ def _texts(gpu) -> Iterator[tuple[str, Callable]]:
             if variant == "batched":
                 yield f"{name} in large groups", functools.partial(_text, 70, layers, weights, variant)
             if variant.startswith("persistent"):
-                for more in (300, 400):  # threads share a sum over the blocks
-                    yield f"{name} V={more}", functools.partial(written, V=more, multiprocessors=16 if R > 1 else 0)
+                for V in (300, 400, 600, 1743):  # of which several threads share a sum over the blocks, or one
+                    yield f"{name} V={V} top_p=0.9", functools.partial(
+                        written, V=V, multiprocessors=16 if R > 1 else 0, top_p=0.9)
                 yield f"{name} with weights off chip", functools.partial(written, V=11, off_chip=128)
                 yield f"{name} in one block", functools.partial(
                     written, H=1700 if R == 1 else WINDOW.H, multiprocessors=1, temperature=0.7)

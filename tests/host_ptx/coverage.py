@@ -31,6 +31,7 @@ BAR = 0.98
 _NO_UNIT = "the compiler's copy of the code for a block without units"
 _FEW = "the compiler's loop of several turns: fewer {} than threads of a block"
 _INDEX = "a 64-bit division, for an index above 2^32"
+_ODD = "the compiler's code for an odd number of turns: 256 threads take 1,536 elements in six"
 _COLUMNS = "the compiler's loop of four turns: 80 columns take a warp three"
 
 EXPLAINED = {  # kernel, and a text of the source line of the first instruction -> why several are not executed
@@ -46,13 +47,14 @@ EXPLAINED = {  # kernel, and a text of the source line of the first instruction 
     ("output_layer", "int unit_of_warp"): _INDEX,
     ("step_first", "int unit_of_warp"): _INDEX,
     ("step_upper", "int unit_of_warp"): _INDEX,
-    ("gru_backward_step", "gru.cu: "): "the compiler's code for an odd number of turns: 1,536 elements, 256 threads",
-    ("gru_backward_step", "tile.cuh: "): "as the line above",
+    ("gru_backward_step", "gru.cu: "): _ODD,
+    ("gru_backward_step", "tile.cuh: "): _ODD,
     ("cross_entropy_forward", "float &tile_c"): _COLUMNS,
     ("cross_entropy_forward", "for (int n = lane()"): _COLUMNS,
     ("cross_entropy_forward", "int row_in_tile"): _COLUMNS,
     ("cross_entropy_forward", "const int first"): _COLUMNS,
     ("cross_entropy_forward", "if (!one_tile)"): _COLUMNS,
+    ("sample", "naive.cu: for (float reached"): "the compiler's code for a V of 1",
     ("sum_by_id", "for (int column"): "the compiler's code for a block without warps",
     ("sum_by_id", "const size_t v = thread_in_grid()"): _INDEX,
     ("matmul", "thread_in_grid()"): _INDEX,
