@@ -46,6 +46,7 @@ PTX, BARRIER, GRU = "ptx.cuh", "barrier.cuh", "gru.cu"
 LDMATRIX, LDMATRIX_TRANS = "void ldmatrix_x4(", "void ldmatrix_x4_trans("
 TF32, BF16 = "void mma_m16n8k8_tf32(", "void mma_m16n8k16_bf16("
 COPY_16, COPY_4 = "void cp_async_16(", "void cp_async_4("
+COMMIT, WAIT = "void cp_async_commit()", "void cp_async_wait()"
 A_AND_B = '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])'
 PRODUCT, PRODUCT_TF32 = "product multistage 192 bf16 of bf16 ", "product multistage 192 tf32 nt"
 PRODUCT_FP32 = "product multistage 192 fp32 nt"
@@ -140,14 +141,14 @@ COPIES = {
     "cp.async 4: of 8 bytes": Fault(PTX, COPY_4, "4, %2", "8, %2", PRODUCT_FP32),
     "cp.async 4: never zeros": Fault(PTX, COPY_4, "inside ? 4 : 0", "4", PRODUCT_FP32),
     "cp.async 4: of the next number": Fault(PTX, COPY_4, '"l"(global)', '"l"((const char *)global + 4)', PRODUCT_FP32),
-    "cp.async commit: left out": Fault(PTX, "void cp_async_commit()", 'asm volatile("cp.async.commit_group;" ::: "memory");', "",
-                              PRODUCT_TF32),
-    "cp.async wait: for a group less": Fault(PTX, "void cp_async_wait()", '"n"(Pending)', '"n"(Pending + 1)', PRODUCT_TF32),
-    "cp.async wait: for a group less, ring": Fault(PTX, "void cp_async_wait()", '"n"(Pending)', '"n"(Pending + 1)', TEXT),
-    "cp.async wait: left out": Fault(PTX, "void cp_async_wait()", 'asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : '
-                            '"memory");', "", PRODUCT_FP32),
-    "cp.async wait: for all groups": Fault(PTX, "void cp_async_wait()", '"n"(Pending)', '"n"(0)', PRODUCT_TF32,
-                                  "it waits longer, and no result depends on that"),
+    "cp.async commit: left out": Fault(PTX, COMMIT, 'asm volatile("cp.async.commit_group;" ::: "memory");', "",
+                                       PRODUCT_TF32),
+    "cp.async wait: for a group less": Fault(PTX, WAIT, '"n"(Pending)', '"n"(Pending + 1)', PRODUCT_TF32),
+    "cp.async wait: for a group less, ring": Fault(PTX, WAIT, '"n"(Pending)', '"n"(Pending + 1)', TEXT),
+    "cp.async wait: left out": Fault(
+        PTX, WAIT, 'asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");', "", PRODUCT_FP32),
+    "cp.async wait: for all groups": Fault(PTX, WAIT, '"n"(Pending)', '"n"(0)', PRODUCT_TF32,
+                                           "it waits longer, and no result depends on that"),
 }
 
 COUNTERS = {
@@ -187,7 +188,8 @@ BARRIERS = {
     "leave: leavers not reset": Fault(BARRIER, "void leave() const", "            atomicExch(left, 0u);\n", "",
                                       TRAINING),
     "last block: one early": Fault(GRU, "bool arrives_last(", "blocks - 1", "blocks - 2", STEPWISE),
-    "last block: no barrier ahead": Fault(GRU, "__shared__ bool last;", "    __syncthreads();\n", "", STEPWISE),
+    "last block: no barrier ahead": Fault(GRU, "__shared__ bool last;", "    __syncthreads();\n", "", STEPWISE,
+                                          weak=True),
     "last block: no barrier behind": Fault(GRU, "atomicExch(arrived, 0u);\n    }\n", "    __syncthreads();\n", "",
                                            STEPWISE),
     "last block: counter not reset": Fault(GRU, "        if (last)\n", "            atomicExch(arrived, 0u);",
@@ -230,7 +232,7 @@ READ_ONLY = {
 
 
 WAITS = {
-    f"{kernel}: no {what}": Fault(f"{kernel}.cu", place, old, "", check)
+    f"{kernel}: no {what}": Fault(f"{kernel}.cu", place, old, ";", check)
     for kernel, what, place, old, check in (
         ("gru_forward_persistent", "wait", "if (tile == tiles.first)\n", "group.wait();", FORWARD),
         ("gru_backward_persistent", "wait", "if (tile == tiles.first)\n", "group.wait();", FORWARD),
@@ -250,8 +252,7 @@ VOLATILE = {
         ("add", "void add_release(", FORWARD), ("poll", "unsigned load_relaxed(", FORWARD),
         ("acquire", "unsigned load_acquire(", FORWARD), ("mma tf32", TF32, FORWARD_TF32),
         ("mma bf16", BF16, FORWARD_BF16), ("cp.async 16", COPY_16, PRODUCT_TF32), ("cp.async 4", COPY_4, PRODUCT_FP32),
-        ("cp.async commit", "void cp_async_commit()", PRODUCT_TF32),
-        ("cp.async wait", "void cp_async_wait()", PRODUCT_TF32))
+        ("cp.async commit", COMMIT, PRODUCT_TF32), ("cp.async wait", WAIT, PRODUCT_TF32))
     for what, old, new in (("not volatile", "asm volatile", "asm"), ("memory not named", ' "memory"', ""))
     if not (name.startswith("mma") and "memory" in what)
 }
