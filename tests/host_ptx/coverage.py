@@ -31,15 +31,13 @@ BAR = 0.98
 LEAST = 0.85
 """The share that has to be executed, whatever is explained."""
 
-_NO_UNIT = "the compiler's copy of the code for a block without units"
 _FEW = "the compiler's loop of several turns: fewer {} than threads of a block"
 _INDEX = "a 64-bit division, for an index above 2^32"
 _ODD = "the compiler's code for an odd number of turns: 256 threads take 1,536 elements in six"
 _COLUMNS = "the compiler's loop of four turns: 80 columns take a warp three"
 
 EXPLAINED = {  # kernel, and a text of the source line of the first instruction -> why several are not executed
-    ("generate_persistent", "for (int u = 0; u < units"): _NO_UNIT,
-    ("generate_persistent", "for (int layer = 0"): _NO_UNIT,
+    ("generate_persistent", "for (int layer = 0"): "the compiler's copy of the code for a block without units",
     ("generate_persistent", "generate_logits.cuh: for (int v = threadIdx.x"): "the compiler's code for no shares",
     ("generate_persistent", "for (int row = threadIdx.x"): _FEW.format("rows"),
     ("generate_persistent", "for (int gate = threadIdx.x"): _FEW.format("gates"),
