@@ -68,7 +68,8 @@ def translate(module: Module, capability: int, worst: bool = False, weak: bool =
     functions = [_Code(module, function, blocks) for function in module.functions.values()]
     bodies = [code.text() for code in functions]  # fills blocks
     entries = "".join(code.table_entry() for code in functions if code.function.entry)
-    head = (f"#define PTX_CAPABILITY {capability}\n" + "#define PTX_WORST\n" * worst + "#define PTX_WEAK\n" * weak +
+    # Without `worst`, architectures that have the same PTX share a library.
+    head = (f"#define PTX_CAPABILITY {capability}\n#define PTX_WORST\n" * worst + "#define PTX_WEAK\n" * weak +
             '#include "tensor_cores.h"\n' + f"PTX_EXPORT u8 ptx_executed[{max(len(blocks), 1)}] = {{}};\n")
     variables = "".join(_global(variable) for variable in module.globals.values())
     prototypes = "".join(code.head() + ";\n" for code in functions)
