@@ -133,7 +133,7 @@ def row(cells) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", choices=[[], *ROWS], help="(default: all)")
+    parser.add_argument("rows", nargs="*", choices=[[], *ROWS], metavar="environment", help="(default: all)")
     parser.add_argument("--python", help="the Python of the row newest")
     options = parser.parse_args()
     passed = True
