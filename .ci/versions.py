@@ -7,8 +7,9 @@ Every row is an environment of its own.
 
 lowest          Python and each package that pyproject.toml names as old as it allows; README's test command
 newest          the newest Python that uv finds and the newest packages; README's test command
-cuda12-lowest   the oldest CUDA 12 that the extra cuda12 allows in place of CUDA 13; kernels from their PTX, GPU tests
-cuda12-newest   the newest CUDA 12 likewise
+cuda13-lowest   the oldest CUDA that the extra cuda13 allows; kernels from their PTX, the programs under CuPy
+cuda12-lowest   the oldest CUDA that the extra cuda12 allows, likewise
+cuda12-newest   the newest CUDA that the extra cuda12 allows, likewise
 """
 
 import argparse
@@ -34,14 +35,17 @@ class Row(NamedTuple):
 
     python: str  # oldest, newest
     packages: str  # uv's --resolution
-    cuda12: str | None  # uv's --resolution of the extra cuda12
+    cuda: tuple[str, str] | None  # the extra that CUDA is taken from, and uv's --resolution of it
     tests: tuple[tuple[str, ...], ...]  # the arguments of pytest, for each run
 
 
 ROWS = {"lowest": Row("oldest", "lowest-direct", None, EVERYTHING),
         "newest": Row("newest", "highest", None, EVERYTHING),
-        "cuda12-lowest": Row("oldest", "highest", "lowest", KERNELS),
-        "cuda12-newest": Row("oldest", "highest", "highest", KERNELS)}
+        "cuda13-lowest": Row("oldest", "highest", ("cuda13", "lowest"), KERNELS),
+        "cuda12-lowest": Row("oldest", "highest", ("cuda12", "lowest"), KERNELS),
+        "cuda12-newest": Row("oldest", "highest", ("cuda12", "highest"), KERNELS)}
+MORE_HEADERS = {"cuda12": "nvidia-cuda-nvcc-cu12", "cuda13": "nvidia-cuda-crt"}
+"""Extra -> the package of those headers that tests/cuda_device needs and CuPy does not."""
 
 
 def output(*command, **options) -> str:
@@ -57,14 +61,14 @@ def python_of(age: str) -> str:
                if python["implementation"] == "cpython" and python["variant"] == "default")[1]
 
 
-def cuda12_packages(resolution: str) -> list[str]:
-    """Of the extra cuda12, CuPy, NVRTC and CUDA's headers; and the headers that tests/cuda_device needs beside them."""
+def cuda_packages(extra: str, resolution: str) -> dict[str, str]:
+    """Name -> version: of the extra, CuPy, NVRTC and CUDA's headers; and what only tests need of the same CUDA."""
     resolved = output("uv", "pip", "compile", "-q", "--resolution", resolution, "--only-binary", ":all:", "--no-header",
-                      "--no-annotate", "--extra", "cuda12", "--python-version", python_of("oldest"), "pyproject.toml")
-    packages = dict(line.split("==") for line in resolved.split())
-    names = ["cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"]
-    headers = ".".join(packages["nvidia-cuda-runtime-cu12"].split(".")[:2])
-    return [*(f"{name}=={packages[name]}" for name in names), f"nvidia-cuda-nvcc-cu12=={headers}.*"]
+                      "--no-annotate", "--extra", extra, "--python-version", python_of("oldest"), "pyproject.toml")
+    packages = {name: version for name, version in (line.split("==") for line in resolved.split())
+                if re.match("cupy|nvidia-cuda-(nvrtc|runtime)", name)}
+    [(major, minor)] = (version.split(".")[:2] for name, version in packages.items() if "runtime" in name)
+    return packages | {MORE_HEADERS[extra]: f"{major}.{minor}.*", "cuda-bindings": f"{major}.*"}
 
 
 def install(row: Row, python: str, folder: Path) -> Path:
@@ -72,12 +76,13 @@ def install(row: Row, python: str, folder: Path) -> Path:
     output("uv", "venv", "-q", "--seed", "--python", python, folder)
     command = ["uv", "pip", "install", "-q", "--python", folder / "bin" / "python", "-r", "pyproject.toml",
                "--extra", "test", "--resolution", row.packages]
-    if row.cuda12:
+    if row.cuda:
+        packages = cuda_packages(*row.cuda)
         overrides, excludes = folder / "overrides.txt", folder / "excludes.txt"
-        overrides.write_text("cuda-bindings==12.*\n")
-        cuda13 = (re.match(r"(nvidia|cupy)-[\w-]+", needed) for needed in PROJECT["optional-dependencies"]["test"])
-        excludes.write_text("".join(f"{name[0]}\n" for name in cuda13 if name))
-        command += ["--overrides", overrides, "--excludes", excludes, *cuda12_packages(row.cuda12)]
+        overrides.write_text("".join(f"{name}=={version}\n" for name, version in packages.items()))
+        of_test = (re.match(r"(nvidia|cupy)-[\w-]+", needed) for needed in PROJECT["optional-dependencies"]["test"])
+        excludes.write_text("".join(f"{name[0]}\n" for name in of_test if name and name[0] not in packages))
+        command += ["--overrides", overrides, "--excludes", excludes, *packages]
     output(*command)
     return folder / "bin" / "python"
 
@@ -133,7 +138,7 @@ def row(cells) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", choices=[[], *ROWS], help="(default: all)")
+    parser.add_argument("rows", nargs="*", choices=[[], *ROWS], metavar="environment", help="(default: all)")
     parser.add_argument("--python", help="the Python of the row newest")
     options = parser.parse_args()
     passed = True

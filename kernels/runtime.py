@@ -472,7 +472,7 @@ def _compiled(source: str, architecture: str, *more: str) -> tuple[str, str]:
     except (ImportError, RuntimeError) as error:
         raise DeviceError("NVRTC is not installed: pip install 'char-gru[test]'") from error
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise CompileError(f"nvrtcCreateProgram: {status}")
+        raise CompileError(f"nvrtcCreateProgram: {status.name}")
     try:
         options = [option.encode() for option in (f"--gpu-architecture={architecture}", *more, "-ftz=true",
                                                   "--device-as-default-execution-space", *_OPTIONS)]
@@ -482,7 +482,7 @@ def _compiled(source: str, architecture: str, *more: str) -> tuple[str, str]:
         nvrtc.nvrtcGetProgramLog(program, buffer)
         log = buffer.rstrip(b"\0").decode()
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise CompileError(f"{architecture}: {log.strip() or status}")
+            raise CompileError(f"{architecture}: {log.strip() or status.name}")
         _, size = nvrtc.nvrtcGetPTXSize(program)
         ptx = bytearray(size)
         nvrtc.nvrtcGetPTX(program, ptx)

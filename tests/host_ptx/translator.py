@@ -93,9 +93,10 @@ def _source_lines(module: Module) -> str:
 
 def _global(variable: Variable) -> str:
     """A variable of the module, in global memory."""
-    value = variable.value if variable.value.startswith("{") else "{" + variable.value + "}"
-    return (f"alignas({variable.alignment}) [[maybe_unused]] static {C_TYPES[variable.type]} g_{_name(variable.name)}"
-            f"[{variable.count}] = {value};\n")
+    c = C_TYPES[variable.type]
+    values = [value.strip() for value in variable.value.strip("{}").split(",") if value.strip()]
+    return (f"alignas({variable.alignment}) [[maybe_unused]] static {c} g_{_name(variable.name)}"
+            f"[{variable.count}] = {{{', '.join(f'{c}({value})' for value in values)}}};\n")
 
 
 def _name(name: str) -> str:
