@@ -48,11 +48,11 @@ N = 8  # floats of an array here
 
 
 @pytest.fixture
-def cuda(device):
-    """CuPy's binding of the CUDA Runtime API, on an H100 that works as late as it may."""
+def cuda(device, request):
+    """CuPy's binding of the CUDA Runtime API, on a GPU that works as late as it may."""
     import cupy
 
-    device.set("h100")
+    device.set(request.config.getoption("device_like"))
     load_kernels()  # a capture must not
     return cupy.cuda.runtime
 
@@ -666,16 +666,19 @@ def test_registers_limit_occupancy(cuda):
     assert occupancy(kernel, 512, 0) == 65536 // (per_warp * 16) < 4
 
 
-def test_a_cooperative_grid_fits_on_the_device(cuda):
+def test_a_cooperative_grid_fits_on_the_device(cuda, request):
     import cupy
+
+    multiprocessors = cuda_device.gpu_named(request.config.getoption("device_like")).multiprocessors
 
     cooperative = cupy.RawModule(code=KERNELS, options=("--std=c++17",), enable_cooperative_groups=True)
     kernel, x = cooperative.get_function("add"), cupy.zeros(1024, np.float32)
     kernel((2,), (1024,), (x, np.float32(0)))
+    too_many = occupancy(kernel, 1024, 0) * multiprocessors + 1
     with pytest.warns(UserWarning, match="will be reduced"):  # by CuPy, which asks for the occupancy as well
-        kernel((2 * 132 + 1,), (1024,), (x, np.float32(0)))
+        kernel((too_many,), (1024,), (x, np.float32(0)))
     with raises("CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE"):
-        launch(kernel.kernel.ptr, 1024, 0, np.uint64(x.data.ptr), np.float32(0), blocks=2 * 132 + 1, cooperative=True)
+        launch(kernel.kernel.ptr, 1024, 0, np.uint64(x.data.ptr), np.float32(0), blocks=too_many, cooperative=True)
 
 
 # ---- "Memory Management", "Error Handling" ---------------------------------------------------------------------------
