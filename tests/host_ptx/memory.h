@@ -13,8 +13,8 @@
 #pragma once
 
 #ifdef PTX_WEAK  // here, since host_cuda.h redefines words that these headers use
+#include <map>
 #include <memory>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 #endif

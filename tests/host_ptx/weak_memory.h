@@ -108,7 +108,7 @@ struct HandedOver {
 static std::vector<Thread> memory_threads;
 static std::vector<History *> memory_words;  // by place in the shadow of the arrays, divided by 8
 static std::vector<std::unique_ptr<History>> memory_histories;
-static std::unordered_map<u64, HandedOver> memory_keys;
+static std::map<std::pair<u32, void *>, HandedOver> memory_keys;  // block and key
 static Known memory_fences;  // what each fence.sc has handed on
 static u64 memory_random;
 
@@ -134,10 +134,7 @@ PTX_CALL Known release(Thread &thread, u32 number)
     return released;
 }
 
-PTX_CALL HandedOver &handed_over(void *key)
-{
-    return memory_keys[u64(key) * 0x9e3779b97f4a7c15u + this_thread() / block_threads()];
-}
+PTX_CALL HandedOver &handed_over(void *key) { return memory_keys[{this_thread() / block_threads(), key}]; }
 
 PTX_CALL void memory_hand_over(void *key)
 {
