@@ -200,9 +200,10 @@ def _texts(gpu) -> Iterator[tuple[str, Callable]]:
                     yield f"{name} V={V} top_p=0.9", functools.partial(
                         written, V=V, multiprocessors=16 if R > 1 else 0, top_p=0.9)
                 yield f"{name} with 23 units a block", functools.partial(written, multiprocessors=6)
-                yield f"{name} with weights off chip", functools.partial(written, V=11, off_chip=128)
+                yield f"{name} with weights off chip", functools.partial(
+                    written, V=11, multiprocessors=4, off_chip=128)
                 yield f"{name} in one block", functools.partial(
-                    written, H=1700 if R == 1 else WINDOW.H, multiprocessors=1, temperature=0.7)
+                    written, H=1700 if R == 1 else 234, multiprocessors=1, temperature=0.7)
 
 
 def _text(R: int, layers: int, weights: str, variant: str, V: int = WINDOW.V, H: int = WINDOW.H,
