@@ -4,6 +4,7 @@ A module takes seconds to compile, so all checks share few modules: one width H,
 layers and options, on which constants do not depend.
 """
 
+import contextlib
 import functools
 import itertools
 import re
@@ -63,9 +64,9 @@ def _ops(op: Callable, window: check.Window, ops: types.SimpleNamespace, precisi
 def _naive(gpu) -> Iterator[tuple[str, Callable]]:
     ops, small = naive.op_set(), WINDOW._replace(B=5, E=7, H=18)
     for op in (check._input_table, check._gru, check._output_layer, check._update):
-        for window in (small, small._replace(H=3)):
+        for window in (small, small._replace(H=3), small._replace(B=31, E=31, H=63, V=63)):
             yield f"naive {op.__name__[1:]} H={window.H}", functools.partial(_ops, op, window, ops)
-    yield "naive output_layer H=0", functools.partial(_loss, ops, "fp32", 5, 0, 11)
+    yield "naive output_layer H=0", functools.partial(_loss, ops, "fp32", 5, 0, 63)
     yield "naive sample", functools.partial(_sampled, naive.sample, 20, 30)
 
 
@@ -79,7 +80,7 @@ def _products(gpu) -> Iterator[tuple[str, Callable]]:
                 yield (f"product {variant} {tile} {precision}{' of bf16' * (size == 2)} {layout}",
                        functools.partial(_product, precision, size, variant=variant, tile=tile, **options))
     yield ("product split along K",
-           functools.partial(_product, "fp32", 4, sizes=((4, 8, 700), (40, 8, 1100)), variant="tiled", tile=64))
+           functools.partial(_product, "fp32", 4, sizes=((4, 8, 700), (4, 8, 31 * 256)), variant="tiled", tile=64))
     yield "column_sums", _column_sums
 
 
@@ -116,7 +117,7 @@ def _recurrences(gpu) -> Iterator[tuple[str, Callable]]:
     for precision in precisions(gpu):
         ops = op_set(precision)
         odd = WINDOW._replace(B=5, E=7)
-        for V, H in ((300, WINDOW.H), (300, 0), (11, WINDOW.H), (11, 0)):
+        for V, H in ((1021, WINDOW.H), (1021, 0), (75, WINDOW.H), (75, 0)):
             yield f"loss {precision} B=75 H={H} V={V}", functools.partial(_loss, ops, precision, 75, H, V)
         yield f"input_table {precision} E=7", functools.partial(_ops, check._input_table, odd, ops, precision)
         yield f"gru persistent {precision} in many tiles", functools.partial(_many_tiles, precision)
@@ -151,7 +152,7 @@ def _many_tiles(precision: str, variant: str = "persistent") -> None:
         if module not in done:
             done.append(module)
             rows = 37 if variant == "stepwise" else 6 * max(forward.rows, backward.rows) + 3
-            _both_ways(precision, layer(2, rows, H, V, 100), forward, backward, groups=2)
+            _both_ways(precision, layer(2, rows, H, 147, 300), forward, backward, groups=2)
             _both_ways(precision, layer(1, rows, H, V), forward, backward, groups=2)
 
 
@@ -164,7 +165,7 @@ def _split(precision: str) -> None:
     forward, backward = (plan._replace(rows=32, register_steps=register_steps) for plan in (forward, backward))
     backward = backward._replace(splits=2, k_steps=steps_of(3 * H, 2, precision), units=36, columns=40,
                                  blocks=ceil_div(H, 36))
-    _both_ways(precision, layer(T, 70, H, 30, V), forward, backward, groups=1)
+    _both_ways(precision, layer(T, 70, H, 147, V), forward, backward, groups=1)
     _both_ways(precision, layer(T, 70, H, 30), forward, backward, groups=1)
 
 
@@ -191,18 +192,20 @@ def _texts(gpu) -> Iterator[tuple[str, Callable]]:
             name = f"text {variant} {weights} rows={R} layers={layers}"
             written = functools.partial(_text, R, layers, weights, variant)
             yield f"{name} with options", functools.partial(written, **OPTIONS)
-            yield f"{name} V=1743", functools.partial(written, V=1743, top_k=40, top_p=0.9)
+            yield f"{name} V=7900", functools.partial(written, V=7900, top_k=40, top_p=0.9)
             yield f"{name} temperature=0", functools.partial(written, temperature=0)
             if variant == "batched":
-                yield f"{name} in large groups", functools.partial(_text, 70, layers, weights, variant)
+                same = generation_plan(gpu, R, WINDOW.V, WINDOW.H, layers, weights, variant).constants
+                yield f"{name} in large groups", functools.partial(_large_groups, weights, same)
             if variant.startswith("persistent"):
-                for V in (300, 400, 600, 1743):  # of which several threads share a sum over the blocks, or one
+                for V in (300, 400, 600, 7900):  # of which several threads share a sum over the blocks, or one
                     yield f"{name} V={V} top_p=0.9", functools.partial(
                         written, V=V, multiprocessors=16 if R > 1 else 0, top_p=0.9)
                 yield f"{name} with 23 units a block", functools.partial(written, multiprocessors=6)
-                yield f"{name} with weights off chip", functools.partial(written, V=11, off_chip=128)
+                yield f"{name} with weights off chip", functools.partial(
+                    written, V=11, multiprocessors=4, off_chip=128)
                 yield f"{name} in one block", functools.partial(
-                    written, H=1700 if R == 1 else WINDOW.H, multiprocessors=1, temperature=0.7)
+                    written, H=1700 if R == 1 else 234, multiprocessors=1, temperature=0.7)
 
 
 def _text(R: int, layers: int, weights: str, variant: str, V: int = WINDOW.V, H: int = WINDOW.H,
@@ -223,11 +226,26 @@ def _text(R: int, layers: int, weights: str, variant: str, V: int = WINDOW.V, H:
         executor.gpu = before
 
 
+def _large_groups(weights: str, constants: dict[str, int]) -> None:
+    """Batched text in groups of 31 rows or more, on a GPU whose plan has these constants."""
+    gpu = runtime.current_executor().gpu._replace(shared_bytes=2**30)
+    for multiprocessors, R in itertools.product(range(2, 17), (33, 70)):
+        with contextlib.suppress(ValueError):  # no such plan
+            plan = generation_plan(gpu._replace(multiprocessors=multiprocessors), R, WINDOW.V, WINDOW.H, 1, weights,
+                                   "batched")
+            if plan.constants == constants and plan.group_rows > 30:
+                _text(R, 1, weights, "batched", multiprocessors=multiprocessors)
+                return
+    raise AssertionError("no GPU has such a plan")
+
+
 def _others(gpu) -> Iterator[tuple[str, Callable]]:
-    for V in (WINDOW.V, 1743):
+    for V in (WINDOW.V, 7900):
         yield f"sample V={V}", functools.partial(_sampled, sample, V, 20)
     yield "sum_by_id of many positions", functools.partial(_sum_by_id, 2500, 3, 50)
+    yield "sum_by_id of 31 warps", functools.partial(_sum_by_id, 190, 3, 2)
     yield "sum_by_id of two digits", functools.partial(_sum_by_id, 300, 300, 2)
+    yield "global_norm of several turns", _global_norm
     yield "adam of slices", _adam_of_slices
     yield "adam without a finite norm", _adam_without_a_finite_norm
 
@@ -255,6 +273,15 @@ def _sum_by_id(N: int, V: int, H: int) -> None:
     for sums in (exact, single):
         np.add.at(sums, ids[0], di)
     assert_close("dP", runtime.to_host(dP), exact, single)
+
+
+def _global_norm() -> None:
+    """So many numbers that each thread takes eleven groups of four, or twelve."""
+    grads = np.random.default_rng(0).standard_normal(4 * 1024 * 256 * 11 + 70, np.float32)
+    norm = runtime.empty((1,), np.float32)
+    global_norm(runtime.to_device(grads), norm)
+    exact = np.sqrt(np.sum(grads.astype(float)**2, keepdims=True))
+    assert_close("norm", runtime.to_host(norm), exact, np.sqrt(np.sum(grads**2, keepdims=True)))
 
 
 def _adam_arrays(N: int, offset: int) -> tuple[list, list]:
