@@ -51,6 +51,7 @@ EXPLAINED = {  # kernel, or "" for any, and a text of the first instruction's so
     ("step_upper", "int unit_of_warp"): _INDEX,
     ("gru_backward_step", "const int e = threadIdx.x + i * TILE_THREADS"): _ODD,
     ("gru_backward_step", "for (int element = threadIdx.x"): _ODD,
+    ("gru_backward_step", "gru.cu: if (b >= B"): _ODD,
     ("gru_backward_step", "dh_z_b[offset_in_state] = dh * z"): _ODD,
     ("cross_entropy_forward", "float &tile_c"): _COLUMNS,
     ("cross_entropy_forward", "for (int n = lane()"): _COLUMNS,
