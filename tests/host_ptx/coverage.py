@@ -52,6 +52,7 @@ EXPLAINED = {  # kernel, or "" for any, and a text of the first instruction's so
     ("gru_backward_step", "const int e = threadIdx.x + i * TILE_THREADS"): _ODD,
     ("gru_backward_step", "for (int element = threadIdx.x"): _ODD,
     ("gru_backward_step", "gru.cu: if (b >= B"): _ODD,
+    ("gru_backward_step", "const int m = element / TILE_N"): _ODD,
     ("gru_backward_step", "dh_z_b[offset_in_state] = dh * z"): _ODD,
     ("cross_entropy_forward", "float &tile_c"): _COLUMNS,
     ("cross_entropy_forward", "for (int n = lane()"): _COLUMNS,
@@ -202,9 +203,11 @@ def inline_ptx(architecture: str) -> dict[int, tuple[str, str]]:
 
 
 def wrong(coverage: Coverage) -> list[str]:
-    """What is below the bar and not explained."""
+    """What is below the bar and not explained. No kernel of an architecture need have an inline PTX: those of sm_75 do
+    without ldmatrix."""
+    used = {(inline.function, inline.statement) for inline in coverage.inline if inline.kernels}
     said = [f"{inline.architecture}: {inline.function} was not executed" for inline in coverage.inline
-            if not inline.executed]
+            if not inline.executed and (inline.kernels or (inline.function, inline.statement) not in used)]
     for row in coverage.rows:
         unexplained = [missed for missed in coverage.missed if missed[:4] == row[:4] and not explanation(missed)]
         if sum(missed.instructions for missed in unexplained) > (1 - BAR) * row.instructions:
