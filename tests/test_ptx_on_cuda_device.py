@@ -182,8 +182,13 @@ def test_fault_of_a_kernel_ends_a_training_run_with_its_source_line(tmp_path):
     assert result.returncode == 2 and "adam" not in launches_in(result.stderr)
 
 
-def test_ptx_of_another_architecture_than_the_gpus_is_refused():
-    done = subprocess.run([sys.executable, "-m", "pytest", "--cuda-device", "--ptx", "sm_75", "tests/test_style.py"],
-                          cwd=ROOT, check=False, capture_output=True, text=True)
+@pytest.mark.parametrize("options, said", [
+    ("--cuda-device --ptx sm_75", "--ptx sm_75: the GPU of --device-like h100 has PTX for sm_90"),
+    ("--cuda-device --ptx sm_90 --schedule fast", "--schedule: memory is not weak under --cuda-device"),
+    ("--schedule fast", "--schedule needs --ptx ARCHITECTURE"),
+    ("--worst", "--worst needs --ptx ARCHITECTURE")])
+def test_options_that_do_not_go_together_are_refused(options, said):
+    done = subprocess.run([sys.executable, "-m", "pytest", *options.split(), "tests/test_style.py"], cwd=ROOT,
+                          check=False, capture_output=True, text=True)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert done.stderr.strip() == "ERROR: --ptx sm_75: the GPU of --device-like h100 has PTX for sm_90"
+    assert done.stderr.strip() == f"ERROR: {said}"

@@ -20,6 +20,14 @@ def pytest_addoption(parser):
                      help="with --ptx: global memory is as late and as stale as may be; which block goes on")
 
 
+def pytest_configure(config):
+    for name in ("worst", "schedule"):
+        if config.getoption(name) and not config.getoption("ptx"):
+            raise pytest.UsageError(f"--{name} needs --ptx ARCHITECTURE")
+    if config.getoption("schedule") and config.getoption("cuda_device"):
+        raise pytest.UsageError("--schedule: memory is not weak under --cuda-device")
+
+
 def pytest_collection_modifyitems(config, items):
     if config.getoption("ptx") and not config.getoption("cuda_device"):  # which chooses its own
         chosen = [item for item in items if FIXTURES & set(item.fixturenames)]
