@@ -230,7 +230,7 @@ PTX u32 same_block(u32 a, u32 b) { return a / block_threads() == b / block_threa
 
 PTX_CALL void read_clocks(Thread &thread, u32 number, const Message &message, bool acquire, Scope scope)
 {
-    const bool near = message.thread != NOBODY && same_block(message.thread, number);
+    const bool near = message.thread == NOBODY || same_block(message.thread, number);
     if (scope == Scope::GPU || near) {
         join(thread.seen, message.released);
         if (acquire)
@@ -322,6 +322,7 @@ PTX_CALL void append(History &history, Message message)
         second.value = (first.value & ~second.bytes) | (second.value & second.bytes);
         second.bytes = ~u64(0);
         join(second.released, first.released);
+        join(second.released_in_block, first.released_in_block);
         second.thread = NOBODY;
         second.strong = false;
         history.messages.erase(history.messages.begin());
