@@ -197,7 +197,7 @@ void run(const Function &function, const Shape &shape, const std::vector<std::ui
     if (!failure && function.wrong_counter)
         failure = function.wrong_counter(shape.blocks());
     if (failure)
-        fail(std::strstr(failure, "PTX line ") ? cudaErrorLaunchFailure : cudaErrorLaunchTimeout,
+        fail(std::strncmp(failure, "PTX line ", 9) == 0 ? cudaErrorLaunchFailure : cudaErrorLaunchTimeout,
              function.name + ": " + failure);
     else
         ++launches[function.arrays != nullptr][function.name];

@@ -89,6 +89,9 @@ struct MemoryOrder {
 };
 extern MemoryOrder memory_order;
 
+// For reports: the CUDA source line of a line of PTX. Null where kernels run from their source.
+extern const char *(*source_of_ptx)(int line);
+
 void *dynamic_shared();
 std::size_t shared_bytes();  // at dynamic_shared(): what the kernel and the launch ask for
 [[noreturn]] void stop(const char *why);  // ends the launch with this report

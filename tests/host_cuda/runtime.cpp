@@ -42,6 +42,7 @@ __thread dim3 blockDim, gridDim;
 namespace host_cuda {
 
 MemoryOrder memory_order;
+const char *(*source_of_ptx)(int line);
 
 namespace {
 
@@ -577,7 +578,10 @@ std::string Block::describe() const
             return "returned";
         if (fiber.state == State::READY)
             return "can go on";
-        const std::string place = std::string(" (") + fiber.file + ":" + std::to_string(fiber.line) + ")";
+        const std::string line = std::to_string(fiber.line);
+        const std::string place = source_of_ptx && std::strcmp(fiber.file, "PTX") == 0
+                                      ? " (PTX line " + line + " (" + source_of_ptx(fiber.line) + "))"
+                                      : std::string(" (") + fiber.file + ":" + line + ")";
         if (fiber.state == State::SPINNING)
             return "waiting for a counter that is " + std::to_string(fiber.value) + " to reach " +
                    std::to_string(fiber.target) + place;

@@ -42,7 +42,7 @@ public:
         return unsigned((random >> 33) % n);
     }
 
-    // Whether to interrupt a block. What threads do in between, they do without other blocks.
+    // Whether to interrupt a block here: most often where the order among blocks matters.
     bool interrupts(At at) { return draw(at == At::TURN ? 16 : at == At::WEAK_ACCESS ? 64 : 4) == 0; }
 
     // The next block; one at least has started and not ended.

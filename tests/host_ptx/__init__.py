@@ -32,7 +32,6 @@ _FLAGS = ("-std=c++20", "-shared", "-O1", "-fPIC", "-fno-strict-aliasing", "-ffp
           "-pthread", "-w", "-fno-trapping-math", *["-mfma"] * (platform.machine() == "x86_64"), f"-I{_HERE}")
 _PLACES = 16  # an address and its place in the shadow are equal modulo this
 _FAULT = re.compile(r"[\w$]+: PTX line ")
-_WAITING = re.compile(r"PTX:(\d+)")
 _POISON = 0xFFF3FFF5
 """In arrays that nobody wrote: a NaN that no arithmetic on a GPU gives, and no id, position or count. In arrays of 2
 bytes its lower half, which is such a NaN as a bfloat16."""
@@ -55,7 +54,6 @@ class Built(NamedTuple):
     path: pathlib.Path
     library: ctypes.CDLL
     blocks: list[tuple[str, list[Statement]]]
-    locations: dict[int, str]  # PTX line -> CUDA source line
     weak: bool  # whether global memory is
 
     def coverage(self, kernel: str) -> Coverage:
@@ -86,9 +84,7 @@ def build_ptx(ptx: str, architecture: str, worst: bool = False, weak: bool = Fal
     path = host_cuda.compiled(headers + translated.text, _FLAGS)
     library = host_cuda.opened(path)
     library.ptx_wrong_counter.restype = ctypes.c_char_p
-    locations = {statement.line: str(statement.location) for function in module.functions.values()
-                 for statement in function.statements if statement.location}
-    return Built(path, library, translated.blocks, locations, weak)
+    return Built(path, library, translated.blocks, weak)
 
 
 @functools.cache
@@ -164,19 +160,13 @@ def run(built: Built, request: host_cuda.Request, args: list, check_counters: bo
     try:
         counts = host_cuda.run_inside(built.library, request, args)
     except host_cuda.Deadlock as report:
-        raise _report(built, str(report)) from None
+        if _FAULT.match(str(report)):
+            raise Fault(str(report)) from None
+        raise
     blocks = ctypes.c_uint64(request.grid[0] * request.grid[1] * request.grid[2])
     if check_counters and (wrong := built.library.ptx_wrong_counter(blocks)):
         raise Fault(f"{request.kernel.decode()}: {wrong.decode()}")
     return counts
-
-
-def _report(built: Built, text: str) -> RuntimeError:
-    """What a launch that could not end has to say, with the CUDA source lines at which threads wait."""
-    if _FAULT.match(text):
-        return Fault(text)
-    return host_cuda.Deadlock(_WAITING.sub(
-        lambda line: f"PTX line {line[1]} ({built.locations.get(int(line[1]), 'no source line')})", text))
 
 
 def _describe_arrays(library: ctypes.CDLL, args: list) -> int:

@@ -3,7 +3,7 @@
 // memory has its effect at once, as on x86, or with PTX_WEAK as late as weak_memory.h allows.
 //
 // Global memory: translator.py follows each address to the parameter that it comes from. Such an access has to lie in
-// that argument's array; an address of mixed origin in any of them. Where arrays() was not called, nothing is known
+// that argument's array; an address of mixed origin in any of them. Where ptx_arrays() was not called, nothing is known
 // of the arrays and only alignment is checked. A load that finds the poison of a fresh array is a read of memory that
 // was never written.
 //

@@ -17,6 +17,7 @@ struct Place {
 };
 
 static const char *source_line(int line);  // of a PTX line; translator.py writes it
+[[maybe_unused]] static const bool source_line_told = (host_cuda::source_of_ptx = source_line, true);
 
 struct Report {
     char text[512];

@@ -78,7 +78,7 @@ def translate(module: Module, capability: int, worst: bool = False, weak: bool =
 
 
 def _source_lines(module: Module) -> str:
-    """The function source_line() of memory.h: a row for each PTX line from which on the CUDA source line is another."""
+    """The function source_line() of report.h: a row for each PTX line from which on the CUDA source line is another."""
     rows, before = [], None
     for function in module.functions.values():
         for statement in function.statements:
