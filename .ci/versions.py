@@ -1,6 +1,6 @@
 """Tests the project with the oldest and the newest versions that pyproject.toml allows, and prints a table of them.
 
-    pip install uv && python .ci/versions.py > tests/versions.txt    # all rows: an hour on two cores
+    pip install uv && python .ci/versions.py > tests/versions.txt    # all rows: two runs of all tests and more
     python .ci/versions.py newest --python python3.14                # one row, with a Python of your choice
 
 Every row is an environment of its own.
