@@ -21,17 +21,11 @@ import numpy as np
 from tqdm import tqdm
 
 from char_gru.rnn.batches import ContiguousStreams, ShuffledWindows, validation_windows
-from char_gru.rnn.checkpoint import (
-    Checkpoint,
-    Resumable,
-    load_checkpoint,
-    newest_run,
-    save_checkpoint,
-    write_atomically,
-)
+from char_gru.rnn.checkpoint import Checkpoint, Resumable, load_checkpoint, newest_run, save_checkpoint
 from char_gru.rnn.config import CHANGEABLE_ON_RESUME, Sizes, TrainConfig, UserError
 from char_gru.rnn.corpus import Corpus, load_corpus
 from char_gru.rnn.devices import op_set, untested_gpu
+from char_gru.rnn.folder import RunFolder
 from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import initial_parameters, parameter_count, parameter_shapes
 from char_gru.rnn.sampler import Generator
@@ -79,29 +73,38 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
         LOWEST_RATE + (1 - LOWEST_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
 
 
-def resumable_run(out: Path | None) -> tuple[TrainConfig, Checkpoint]:
-    """The options of the run to resume, its folder among them, and its last checkpoint.
+def folder_to_resume(out: Path | None) -> RunFolder:
+    """The folder of the run to resume, held by this process.
 
     out: the folder of the run; None for the newest run under runs/.
 
-    Raises: UserError if there is no run to resume.
+    Raises: UserError if there is no run to resume, or if another process trains it.
     """
-    folder = newest_run() if out is None else out
-    if not (folder / "last.safetensors").exists():
-        raise UserError(f"{folder} holds no run to resume; leave --resume out to start one there")
-    checkpoint = load_checkpoint(folder / "last.safetensors")
+    path = newest_run() if out is None else out
+    if not (path / "last.safetensors").exists():
+        raise UserError(f"{path} holds no run to resume; leave --resume out to start one there")
+    return RunFolder(path)
+
+
+def resumable_run(files: RunFolder) -> tuple[TrainConfig, Checkpoint]:
+    """The options of the run to resume, its folder among them, and its last checkpoint.
+
+    Raises: UserError if there is nothing to resume from.
+    """
+    checkpoint = load_checkpoint(files.path / "last.safetensors")
     try:
-        return TrainConfig.from_saved(checkpoint.resumable.progress["config"], out=folder, resume=True), checkpoint
+        return TrainConfig.from_saved(checkpoint.resumable.progress["config"], out=files.path, resume=True), checkpoint
     except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{folder / 'last.safetensors'} has nothing to resume from; start a new run") from None
+        raise UserError(f"{files.path / 'last.safetensors'} has nothing to resume from; start a new run") from None
 
 
-def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> int:
+def train(config: TrainConfig, files: RunFolder | None = None, checkpoint: Checkpoint | None = None) -> int:
     """Train as the options say; returns the exit status: 0, or 128 + the number of the signal that stopped the run.
 
-    checkpoint: the last one of a resumed run, from `resumable_run`; None for a new run.
+    files: the folder of a resumed run, and checkpoint: its last one, from `resumable_run`; None for a new run.
 
-    Raises: UserError for options or a text that cannot be used; Diverged; OSError if the run cannot be saved.
+    Raises: UserError for options or a text that cannot be used, and if another process trains in the folder; Diverged;
+    OSError if the run cannot be saved.
     """
     ops = op_set(config.device, config.precision)
     if warning := untested_gpu(ops):
@@ -109,14 +112,16 @@ def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> int:
     if checkpoint:
         _check_same_run(config, TrainConfig.from_saved(checkpoint.resumable.progress["config"]))
     corpus = load_corpus(config.data, config.encoding)
-    return Run(replace(config, data=corpus.source), corpus, ops, checkpoint).train()
+    with files or RunFolder.new(config.out, corpus.name) as held:
+        return Run(replace(config, data=corpus.source), corpus, ops, held, checkpoint).train()
 
 
 class Run:
     """One training run in its folder."""
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, ops, checkpoint: Checkpoint | None) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, corpus: Corpus, ops, files: RunFolder,
+                 checkpoint: Checkpoint | None) -> None:
+        self.config, self.files, self.folder = config, files, files.path
         self.text_sha256 = corpus.sha256
         if checkpoint and checkpoint.resumable.progress["text_sha256"] != self.text_sha256:
             raise UserError(f"the text of {' '.join(config.data)} is not the one that {config.out} was trained on; "
@@ -133,9 +138,6 @@ class Run:
         self.total_steps = config.epochs * self.batches.batches_per_epoch
         if config.steps is not None:
             self.total_steps = min(self.total_steps, config.steps)
-        self.folder = config.out if config.out is not None else _free_folder(Path("runs"), corpus.name)
-        if checkpoint is None and any((self.folder / name).exists() for name in ("last.safetensors", "config.json")):
-            raise UserError(f"{self.folder} holds another run; continue it with --resume, or give another --out")
         self.model = LanguageModel(
             self.sizes, T, B, initial_parameters(self.sizes, config.init, config.seed), dropout=config.dropout,
             clip_norm=config.clip_norm, carry_state=config.stateful, seed=config.seed, ops=ops,
@@ -147,8 +149,6 @@ class Run:
         self._timing: list[dict] = []
         if checkpoint:
             self._restore(checkpoint)
-        else:
-            _make_folder(self.folder)
 
     def train(self) -> int:
         """Train to the end, or to a signal; returns the exit status."""
@@ -171,8 +171,8 @@ class Run:
         if not self.config.resume:
             self._save()
         else:
-            self._truncate("metrics.jsonl", self.progress.metrics_bytes)
-            self._truncate("samples.txt", self.progress.samples_bytes)
+            self.files.recover("metrics.jsonl", self.progress.metrics_bytes, lambda line: True)
+            self.files.recover("samples.txt", self.progress.samples_bytes, lambda line: True)
         with np.errstate(all="ignore"):  # a loss that is not finite is reported once, by this loop
             while not self._finished() and self._signal is None:
                 self._train_epoch()
@@ -264,29 +264,20 @@ class Run:
             print(text, flush=True)
         except BrokenPipeError:  # nobody reads the samples any more; the run goes on
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        self.progress.samples_bytes += self._append("samples.txt", f"--- epoch {epoch}\n{text}\n")
+        self.progress.samples_bytes += self.files.append("samples.txt", f"--- epoch {epoch}\n{text}\n")
 
     def _write_metrics(self, line: dict) -> None:
-        self.progress.metrics_bytes += self._append("metrics.jsonl", json.dumps(line) + "\n")
-
-    def _append(self, name: str, text: str) -> int:
-        with open(self.folder / name, "ab") as file:
-            return file.write(text.encode())
-
-    def _truncate(self, name: str, size: int) -> None:
-        """Cut off the lines of a file that were written after the checkpoint from which the run resumes."""
-        path = self.folder / name
-        if path.exists() and path.stat().st_size > size:
-            os.truncate(path, size)
+        self.progress.metrics_bytes += self.files.append("metrics.jsonl", json.dumps(line) + "\n")
 
     def _save(self) -> None:
         self._record_unread_loss()
         self._check_finite()
+        self.files.flush()
         save_checkpoint(self.folder / "last.safetensors", self._checkpoint(resumable=True))
         config = json.dumps(self.config.saved(), indent=2) + "\n"
-        write_atomically(self.folder / "config.json", config.encode())
+        self.files.write("config.json", config.encode())
         timing = {"epochs": self._timing, "peak_memory_mib": round(self.model.ops.peak_memory_mib(), 1)}
-        write_atomically(self.folder / "timing.json", (json.dumps(timing, indent=2) + "\n").encode())
+        self.files.write("timing.json", (json.dumps(timing, indent=2) + "\n").encode())
 
     def _check_finite(self, val_loss: float | None = None) -> None:
         finite = all(np.isfinite(self.model.ops.to_host(array)).all() for array in self.model.params.values())
@@ -355,20 +346,6 @@ def _check_same_run(config: TrainConfig, before: TrainConfig) -> None:
         if option not in CHANGEABLE_ON_RESUME and value != then[option]:
             raise UserError(f"--{option.replace('_', '-')} is {value}, but {config.out} was trained with "
                             f"{then[option]}; leave the option out, or start a new run with another --out")
-
-
-def _free_folder(runs: Path, name: str) -> Path:
-    number = 1
-    while (folder := runs / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return folder
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}; give another --out") from None
 
 
 def _say(line: str) -> None:
