@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
+import json
 import os
 import re
 import secrets
@@ -143,6 +144,28 @@ class RunFolder:
     def _check_held(self) -> None:
         if not self._is_held():
             raise UserError(f"{self.path} was removed, moved, or given to another run while this run trained in it")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a run's `metrics.jsonl`, without those that are damaged; none if there is no such file.
+
+    Raises: OSError.
+    """
+    raw = path.read_bytes() if path.exists() else b""
+    return [line for line in map(_metrics_line, raw.split(b"\n")) if line is not None]
+
+
+def is_metrics_line(line: bytes) -> bool:
+    """Whether a line of `metrics.jsonl` is undamaged."""
+    return _metrics_line(line) is not None
+
+
+def _metrics_line(line: bytes) -> dict | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -7,7 +7,8 @@ lowest validation loss; `loss.png`; `samples.txt`.
 
 from __future__ import annotations
 
-import contextlib
+import io
+import itertools
 import json
 import math
 import os
@@ -16,16 +17,17 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 from tqdm import tqdm
 
 from char_gru.rnn.batches import ContiguousStreams, ShuffledWindows, validation_windows
 from char_gru.rnn.checkpoint import Checkpoint, Resumable, load_checkpoint, newest_run, save_checkpoint
-from char_gru.rnn.config import CHANGEABLE_ON_RESUME, Sizes, TrainConfig, UserError
+from char_gru.rnn.config import CHANGEABLE_ON_RESUME, Sizes, TrainConfig, UserError, has_type
 from char_gru.rnn.corpus import Corpus, load_corpus
 from char_gru.rnn.devices import op_set, untested_gpu
-from char_gru.rnn.folder import RunFolder
+from char_gru.rnn.folder import RunFolder, is_metrics_line, read_metrics
 from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import initial_parameters, parameter_count, parameter_shapes
 from char_gru.rnn.sampler import Generator
@@ -61,6 +63,21 @@ class Progress:
     metrics_bytes: int = 0
     samples_bytes: int = 0
 
+    @staticmethod
+    def from_saved(saved: dict) -> Progress:
+        """The progress that a checkpoint holds.
+
+        Raises: KeyError, TypeError or ValueError for values that no run reaches.
+        """
+        hints = get_type_hints(Progress)
+        progress = Progress(**{name: saved[name] for name in hints})
+        for name, value in vars(progress).items():
+            if not has_type(value, hints[name]):
+                raise TypeError(name)
+            if value is not None and not (0 <= value < 2**63 if hints[name] is int else math.isfinite(value)):
+                raise ValueError(name)
+        return progress
+
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """The learning rate of step `step`, counted from 0, of total_steps: linear warm-up, then constant or cosine."""
@@ -91,11 +108,22 @@ def resumable_run(files: RunFolder) -> tuple[TrainConfig, Checkpoint]:
 
     Raises: UserError if there is nothing to resume from.
     """
-    checkpoint = load_checkpoint(files.path / "last.safetensors")
+    path = files.path / "last.safetensors"
+    checkpoint = load_checkpoint(path)
+    saved, sizes = checkpoint.resumable, checkpoint.sizes
+    if saved is None:
+        raise UserError(f"{path} has nothing to resume from; start a new run")
     try:
-        return TrainConfig.from_saved(checkpoint.resumable.progress["config"], out=files.path, resume=True), checkpoint
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{files.path / 'last.safetensors'} has nothing to resume from; start a new run") from None
+        config = TrainConfig.from_saved(saved.progress["config"], out=files.path, resume=True)
+        Progress.from_saved(saved.progress)
+        if not isinstance(saved.progress["text_sha256"], str):
+            raise TypeError("text_sha256")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} holds progress or options that no run has ({error}); start a new run") from None
+    options = (config.embedding_dim, config.rnn_units, config.layers, config.batch_size)
+    if options != (sizes.E, sizes.H, sizes.layers, saved.state.shape[1]):
+        raise UserError(f"{path} holds progress or options that do not fit its tensors; start a new run")
+    return config, checkpoint
 
 
 def train(config: TrainConfig, files: RunFolder | None = None, checkpoint: Checkpoint | None = None) -> int:
@@ -171,11 +199,38 @@ class Run:
         if not self.config.resume:
             self._save()
         else:
-            self.files.recover("metrics.jsonl", self.progress.metrics_bytes, lambda line: True)
-            self.files.recover("samples.txt", self.progress.samples_bytes, lambda line: True)
+            self._recover()
         with np.errstate(all="ignore"):  # a loss that is not finite is reported once, by this loop
-            while not self._finished() and self._signal is None:
+            # A run that was killed after its last step has that step's epoch still to end.
+            while self._signal is None and (not self._finished()
+                                            or self.progress.batch == self.batches.batches_per_epoch):
                 self._train_epoch()
+
+    def _recover(self) -> None:
+        """Cut the files that grow back to what the checkpoint counts; if they have lost a part of that, say so."""
+        progress, metrics, samples = self.progress, self.folder / "metrics.jsonl", self.folder / "samples.txt"
+        sizes = (self.files.recover(metrics.name, progress.metrics_bytes, is_metrics_line),
+                 self.files.recover(samples.name, progress.samples_bytes, self._is_sample_line))
+        if sizes[0] < progress.metrics_bytes:
+            kept = {line["step"] for line in read_metrics(metrics) if {"step", "loss"} <= line.keys()}
+            count = progress.step - len(kept)
+            first = next(step for step in itertools.count(1) if step not in kept)
+            last = next(step for step in itertools.count(progress.step, -1) if step not in kept)
+            what = (f"the losses of {count:,} steps, from step {first:,} to step {last:,}" if count > 1
+                    else f"the loss of step {first:,}" if count else "a line about an epoch")
+            _say(f"train.py: {metrics} was cut short or damaged; lost is {what}; the run goes on without it")
+        if sizes[1] < progress.samples_bytes:
+            _say(f"train.py: {samples} was cut short or damaged; lost are {progress.samples_bytes - sizes[1]:,} bytes; "
+                 "the run goes on without them")
+        if sizes != (progress.metrics_bytes, progress.samples_bytes):
+            progress.metrics_bytes, progress.samples_bytes = sizes
+            self._save()  # so that no other count of bytes remains
+
+    def _is_sample_line(self, line: bytes) -> bool:
+        try:
+            return "\0" not in line.decode() or "\0" in self.vocabulary.characters
+        except UnicodeDecodeError:
+            return False
 
     def _finished(self) -> bool:
         patience = self.config.patience
@@ -204,7 +259,10 @@ class Run:
                              "seconds": round(time.perf_counter() - started, 3)})
         if progress.batch == count:
             self._end_epoch()
-        self._save()
+            self._save()
+            self._plot_losses()
+        else:
+            self._save()
 
     def _train_step(self) -> None:
         progress = self.progress
@@ -254,7 +312,6 @@ class Run:
         if self.config.save_every and epoch % self.config.save_every == 0:
             save_checkpoint(self.folder / f"epoch-{epoch:04d}.safetensors", self._checkpoint(resumable=False))
         progress.epoch, progress.batch, progress.loss_sum = epoch, 0, 0.0
-        self._plot_losses()
 
     def _write_sample(self, epoch: int) -> None:
         generator = Generator(self.sizes, self.vocabulary, self.model.params, self.model.ops)
@@ -302,10 +359,27 @@ class Run:
             for name in parameter_shapes(self.sizes):
                 ops.copy_in(arrays[name], source[name])
         ops.copy_in(self.model.state, saved.state)
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            self._timing = json.loads((self.folder / "timing.json").read_text())["epochs"]
-        self.progress = Progress(**{name: saved.progress[name] for name in vars(Progress())})
+        self._timing = self._saved_timing()
+        self.progress = progress = Progress.from_saved(saved.progress)
+        count = self.batches.batches_per_epoch
+        if progress.step != progress.epoch * count + progress.batch or progress.batch > count:
+            raise UserError(f"{self.folder / 'last.safetensors'} says that step {progress.step:,} is in epoch "
+                            f"{progress.epoch + 1:,}, but an epoch has {count:,} steps; start a new run")
         self.model.step = self.progress.step
+
+    def _saved_timing(self) -> list[dict]:
+        """What `timing.json` holds about epochs; nothing, with a word, if it is damaged."""
+        path = self.folder / "timing.json"
+        try:
+            epochs = json.loads(path.read_bytes())["epochs"]
+            if not all(type(value) in (int, float) for epoch in epochs for value in epoch.values()):
+                raise TypeError
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            _say(f"train.py: {path} is damaged; it begins anew")
+            return []
+        return epochs
 
     def _describe(self) -> None:
         shapes = parameter_shapes(self.sizes)
@@ -318,22 +392,25 @@ class Run:
              f"loss {trained} {loss:.4f}, of a uniform guess ln {self.sizes.V} = {math.log(self.sizes.V):.4f}")
 
     def _plot_losses(self) -> None:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        """Draw `loss.png`; if that fails, for whatever reason, a line says so."""
+        try:
+            from matplotlib.figure import Figure  # not pyplot: the backend that a notebook has set may not exist here
 
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        steps = [(line["step"], line["loss"]) for line in lines if "step" in line]
-        ends = [(line["epoch"] * self.batches.batches_per_epoch, line["val_loss"]) for line in lines
-                if "step" not in line and line["val_loss"] is not None]
-        figure, axes = pyplot.subplots(figsize=(8, 5))
-        axes.plot(*zip(*steps), linewidth=0.8, label="training")
-        if ends:
-            axes.plot(*zip(*ends), marker="o", label="validation")
-        axes.set(xlabel="step", ylabel="loss (nats per character)")
-        axes.legend()
-        figure.savefig(self.folder / "loss.png")
-        pyplot.close(figure)
+            lines = read_metrics(self.folder / "metrics.jsonl")
+            steps = [(line["step"], line["loss"]) for line in lines if "step" in line]
+            ends = [(line["epoch"] * self.batches.batches_per_epoch, line["val_loss"]) for line in lines
+                    if "step" not in line and line["val_loss"] is not None]
+            axes = Figure(figsize=(8, 5)).subplots()
+            axes.plot(*zip(*steps), linewidth=0.8, label="training")
+            if ends:
+                axes.plot(*zip(*ends), marker="o", label="validation")
+            axes.set(xlabel="step", ylabel="loss (nats per character)")
+            axes.legend()
+            image = io.BytesIO()
+            axes.figure.savefig(image)
+            self.files.write("loss.png", image.getvalue())
+        except Exception as error:  # noqa: BLE001 whatever fails in drawing, the run goes on
+            _say(f"train.py: cannot draw {self.folder / 'loss.png'} ({error}); the run goes on without it")
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signal = number
