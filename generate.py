@@ -1,6 +1,6 @@
 """Write text with a trained model: `python generate.py --help`."""
 
-from char_gru.rnn.commands import generate
+from char_gru.rnn.process import generate
 
 if __name__ == "__main__":
     raise SystemExit(generate())
