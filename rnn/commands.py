@@ -91,7 +91,7 @@ def _parse(config_type: type, arguments: Sequence[str] | None, prog: str, **opti
             joined.append(argument)
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(sys.stdout or io.StringIO()):  # for --help
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(sys.stdout or io.StringIO()):
             return tyro.cli(config_type, args=joined, prog=prog, config=(tyro.conf.FlagCreatePairsOff,), **options)
     except SystemExit as stop:
         if stop.code != USAGE_ERROR:
