@@ -61,10 +61,13 @@ class RunFolder:
         Raises: UserError if the folder cannot be made, is held by another process, or has another run in it.
         """
         if out is not None:
+            _check_is_free(out)  # first without the lock, which a run that goes on there may want at this moment
             folder = RunFolder(out, _make(out, exist_ok=True))
-            if any(os.path.lexists(out / other) for other in ("last.safetensors", "config.json", *GROWING)):
+            try:
+                _check_is_free(out)
+            except UserError:
                 folder.close()
-                raise UserError(f"{out} holds another run; continue it with --resume, or give another --out")
+                raise
             return folder
         for number in itertools.count(1):
             path = Path("runs", name if number == 1 else f"{name}-{number}")
@@ -194,6 +197,11 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _check_is_free(path: Path) -> None:
+    if any(os.path.lexists(path / name) for name in ("last.safetensors", "config.json", *GROWING)):
+        raise UserError(f"{path} holds another run; continue it with --resume, or give another --out")
 
 
 def _make(path: Path, exist_ok: bool) -> tuple[Path, ...]:

@@ -197,6 +197,8 @@ class Run:
             self._save()
         else:
             self._recover()
+            if self.progress.batch == 0 and self.progress.step:  # it may have been killed before it drew
+                self._plot_losses()
         with np.errstate(all="ignore"):  # a loss that is not finite is reported once, by this loop
             # A run that was killed after its last step has that step's epoch still to end.
             while self._signal is None and (not self._finished()
