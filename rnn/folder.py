@@ -31,7 +31,7 @@ _LEFTOVER = re.compile(r"((last|best|epoch-\d+)\.safetensors|(config|timing)\.js
 """Names of the temporary files that a killed run leaves behind."""
 
 PAUSE_SECONDS = 0.1
-"""Enough for a process that has just locked a folder to write its id."""
+"""Enough for a process that has just locked a folder to write its id, or to find another run there and give it back."""
 
 
 class InUse(UserError):
@@ -61,13 +61,10 @@ class RunFolder:
         Raises: UserError if the folder cannot be made, is held by another process, or has another run in it.
         """
         if out is not None:
-            _check_is_free(out)  # first without the lock, which a run that goes on there may want at this moment
             folder = RunFolder(out, _make(out, exist_ok=True))
-            try:
-                _check_is_free(out)
-            except UserError:
+            if any(os.path.lexists(out / other) for other in ("last.safetensors", "config.json", *GROWING)):
                 folder.close()
-                raise
+                raise UserError(f"{out} holds another run; continue it with --resume, or give another --out")
             return folder
         for number in itertools.count(1):
             path = Path("runs", name if number == 1 else f"{name}-{number}")
@@ -199,11 +196,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _check_is_free(path: Path) -> None:
-    if any(os.path.lexists(path / name) for name in ("last.safetensors", "config.json", *GROWING)):
-        raise UserError(f"{path} holds another run; continue it with --resume, or give another --out")
-
-
 def _make(path: Path, exist_ok: bool) -> tuple[Path, ...]:
     """Make a folder; returns the folders that were missing, innermost first."""
     try:
@@ -223,21 +215,28 @@ def _lock(folder: Path) -> int:
     """
     while True:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _try_lock(lock, folder):
             time.sleep(PAUSE_SECONDS)
-            process = os.pread(lock, 20, 0).decode(errors="replace").strip()
-            os.close(lock)
-            raise InUse(f"another run trains in {folder}, in process {process}; wait until it has ended, stop it, "
-                        "or give another --out") from None
-        except OSError as error:
-            print(f"train.py: {folder} cannot be locked ({error.strerror}); start no other run in it", file=sys.stderr)
+            if not _try_lock(lock, folder):
+                process = os.pread(lock, 20, 0).decode(errors="replace").strip()
+                os.close(lock)
+                raise InUse(f"another run trains in {folder}, in process {process}; wait until it has ended, stop it, "
+                            "or give another --out")
         if _is_same_file(lock, folder / LOCK):  # not one that its process has removed in the meantime
             os.ftruncate(lock, 0)
             os.write(lock, f"{os.getpid()}\n".encode())
             return lock
         os.close(lock)
+
+
+def _try_lock(lock: int, folder: Path) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(f"train.py: {folder} cannot be locked ({error.strerror}); start no other run in it", file=sys.stderr)
+    return True
 
 
 def _is_same_file(descriptor: int, path: Path) -> bool:

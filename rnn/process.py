@@ -40,7 +40,9 @@ def _run(program: str, arguments: Sequence[str] | None) -> int:
                     from char_gru.rnn import commands
 
                 return getattr(commands, program)(arguments)
-            except Exception:  # noqa: BLE001 what nobody has foreseen
+            except Exception as error:  # noqa: BLE001 what nobody has foreseen
+                if stop := _interrupted(error):
+                    raise stop from None
                 traceback.print_exc()
                 print(f"{program}.py: this is a fault of the program, not of its input; please report the lines above",
                       file=sys.stderr)
@@ -82,6 +84,13 @@ def ended_at_once() -> contextlib.AbstractContextManager[None]:
     """A block in which a signal ends the process without an exception, which a module that is just being imported may
     swallow or show; the block writes nothing."""
     return handled(lambda number, frame: os._exit(128 + number), stop_numbers())
+
+
+def _interrupted(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The KeyboardInterrupt that an error arose from, as in libraries that clean up what is not there yet."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _raise_stopped(number: int, frame: object) -> None:

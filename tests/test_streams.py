@@ -47,6 +47,9 @@ def folder(tmp_path, trained) -> Path:
 
 def run_with(streams: dict[int, str], *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     """Run a program with some of its streams, by number, closed, full, or without a reader; the others are pipes."""
+    if FULL in streams.values() and not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+
     def change() -> None:
         for number, kind in streams.items():
             if kind == CLOSED:
@@ -172,6 +175,19 @@ def test_signal_before_the_first_step_leaves_no_folder(folder, monkeypatch, numb
     with chdir(folder):
         assert programs.train([*TEXT]) == 128 + number
     assert [path.name for path in folder.iterdir()] == ["text.txt"]
+
+
+def test_ctrl_c_that_a_library_turns_into_an_error_is_still_ctrl_c(folder, monkeypatch, capfd):
+    def clean_up_what_is_not_there(*_):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            folder.lock.release()
+
+    monkeypatch.setattr(training, "initial_parameters", clean_up_what_is_not_there)
+    with chdir(folder):
+        assert programs.train([*TEXT]) == 130
+    assert "Traceback" not in capfd.readouterr().err
 
 
 # Exit statuses
