@@ -28,13 +28,19 @@ def train(arguments: Sequence[str] | None = None) -> int:
         from char_gru.rnn import training
 
         config, checkpoint = _parse(TrainConfig, arguments, prog="train.py"), None
+        given = _given(arguments)
         if config.resume:
             before, checkpoint = training.resumable_run(config.out)
             defaults = replace(before, resume=False, stateful=False)  # tyro would turn a flag that is on into --no-...
+            if "--epochs" in given:  # what is given now decides, not an earlier --steps
+                defaults = replace(defaults, steps=None)
             config = replace(_parse(TrainConfig, arguments, prog="train.py", default=defaults), out=before.out,
                              resume=True, stateful=config.stateful or before.stateful)
+        elif config.init_from is not None:
+            defaults, checkpoint = training.starting_point(config.init_from)
+            config = _parse(TrainConfig, arguments, prog="train.py", default=defaults)
         try:
-            return training.train(config, checkpoint)
+            return training.train(config, checkpoint, schedule_given="--lr-schedule" in given)
         except training.Diverged as error:
             print(f"train.py: training diverged: {error}", file=sys.stderr)
             return 1
@@ -88,6 +94,12 @@ def _parse(config_type: type, arguments: Sequence[str] | None, prog: str, **opti
             raise
         said = [line.strip("│ ") for line in complaint.getvalue().splitlines() if line.startswith("│")]
         raise UserError(f"{' '.join(said[:1]) or complaint.getvalue()}; see {prog} --help") from None
+
+
+def _given(arguments: Sequence[str] | None) -> set[str]:
+    """Names of the options on a command line, with dashes."""
+    words = sys.argv[1:] if arguments is None else arguments
+    return {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
 
 
 def _end_at_once(error: RuntimeError) -> None:

@@ -1,8 +1,8 @@
 """A training run: the loop over epochs and steps, its folder, signals, and exact resuming.
 
-The folder of a run holds `config.json`; `metrics.jsonl`, a line per step and a line per epoch, without clock times;
-`timing.json`; `last.safetensors`, from which the run resumes bit for bit; `best.safetensors`, the parameters with the
-lowest validation loss; `loss.png`; `samples.txt`.
+The folder of a run holds `config.json`; `metrics.jsonl`, a line per step and a line per evaluation, without clock
+times; `timing.json`; `last.safetensors`, from which the run resumes bit for bit; `best.safetensors`, the parameters
+with the lowest validation loss; `loss.png`; `samples.txt`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from char_gru.rnn.batches import ContiguousStreams, ShuffledWindows, validation_windows
+from char_gru.rnn import schedule
+from char_gru.rnn.batches import ContiguousStreams, ShuffledWindows, sizes_that_fit, validation_windows
 from char_gru.rnn.checkpoint import (
     Checkpoint,
     Resumable,
+    find_checkpoint,
     load_checkpoint,
     newest_run,
     save_checkpoint,
@@ -32,30 +34,39 @@ from char_gru.rnn.checkpoint import (
 from char_gru.rnn.config import CHANGEABLE_ON_RESUME, Sizes, TrainConfig, UserError
 from char_gru.rnn.corpus import Corpus, load_corpus
 from char_gru.rnn.devices import op_set, untested_gpu
+from char_gru.rnn.feedback import Events, ProgressReport, check_tensorboard, plot_losses
 from char_gru.rnn.model import LanguageModel
-from char_gru.rnn.params import initial_parameters, parameter_count, parameter_shapes
+from char_gru.rnn.params import initial_parameters, named_views, parameter_count, parameter_shapes
 from char_gru.rnn.sampler import Generator
-from char_gru.rnn.vocabulary import Vocabulary
+from char_gru.rnn.vocabulary import Vocabulary, shown
 
 SAVE_SECONDS = 300
 """Inside an epoch, the longest time between two checkpoints."""
 
-LOWEST_RATE = 0.1
-"""Learning rate at the end of the cosine schedule, as a share of its peak."""
-
 SAMPLE_LENGTH, SAMPLE_TEMPERATURE = 200, 0.8
+
+HOPELESS, LARGEST_PARAMETER = 1000, 1e6
+"""A loss of more than so many times that of a uniform guess, or a larger parameter, counts as diverged: every gate is
+saturated by then."""
+
+WORSE, WORSE_STEPS = 1.0, 200
+"""A loss that lies so far above that of a uniform guess, in nats, for so many steps on end, is worth a word."""
 
 
 class Diverged(Exception):
-    """The loss, a gradient or a parameter is no longer finite. The last good checkpoint is kept."""
+    """The loss, a gradient or a parameter is not finite, or so large that nothing can be learnt any more. The last good
+    checkpoint is kept."""
 
 
 @dataclass
 class Progress:
     """The point that a run has reached: all that a resumed run must know beside parameters, moments and state.
 
-    step, epoch and batch, counted from 0, name the next step; loss_sum adds up this epoch's losses; metrics_bytes and
-    samples_bytes are the sizes of the two files that grow.
+    step, epoch and batch, counted from 0, name the next step; loss_sum adds up this epoch's losses; best_loss is the
+    lowest one of an evaluation; epochs_without_best counts the epochs that ended after the one of that evaluation, and
+    is -1 while that one goes on; evaluated_step is the step after which the model was last evaluated; schedule_start,
+    the step at which the learning rate's schedule began; metrics_bytes and samples_bytes are the sizes of the two files
+    that grow.
     """
 
     step: int = 0
@@ -66,17 +77,8 @@ class Progress:
     epochs_without_best: int = 0
     metrics_bytes: int = 0
     samples_bytes: int = 0
-
-
-def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """The learning rate of step `step`, counted from 0, of total_steps: linear warm-up, then constant or cosine."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.lr_schedule == "constant":
-        return config.learning_rate
-    share = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    return config.learning_rate * (
-        LOWEST_RATE + (1 - LOWEST_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+    evaluated_step: int = 0
+    schedule_start: int = 0
 
 
 def resumable_run(out: Path | None) -> tuple[TrainConfig, Checkpoint]:
@@ -96,57 +98,89 @@ def resumable_run(out: Path | None) -> tuple[TrainConfig, Checkpoint]:
         raise UserError(f"{folder / 'last.safetensors'} has nothing to resume from; start a new run") from None
 
 
-def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> int:
+def starting_point(path: Path) -> tuple[TrainConfig, Checkpoint]:
+    """The options that --init-from takes from a checkpoint, its sizes, and that checkpoint.
+
+    path: a checkpoint file or the folder of a run.
+
+    Raises: UserError if there is no checkpoint that can be used.
+    """
+    checkpoint = load_checkpoint(find_checkpoint(path))
+    sizes = checkpoint.sizes
+    return TrainConfig(embedding_dim=sizes.E, rnn_units=sizes.H, layers=sizes.layers), checkpoint
+
+
+def train(config: TrainConfig, checkpoint: Checkpoint | None = None, schedule_given: bool = False) -> int:
     """Train as the options say; returns the exit status: 0, or 128 + the number of the signal that stopped the run.
 
-    checkpoint: the last one of a resumed run, from `resumable_run`; None for a new run.
+    checkpoint: of a resumed run the last one, from `resumable_run`; with --init-from the one that it names; otherwise
+    None. schedule_given: whether the command line names --lr-schedule, which begins a resumed run's schedule anew where
+    it differs from what it was.
 
     Raises: UserError for options or a text that cannot be used; Diverged; OSError if the run cannot be saved.
     """
     ops = op_set(config.device, config.precision)
     if warning := untested_gpu(ops):
         _say(f"train.py: {warning}")
-    if checkpoint:
+    if config.resume:
         _check_same_run(config, TrainConfig.from_saved(checkpoint.resumable.progress["config"]))
-    corpus = load_corpus(config.data, config.encoding)
-    return Run(replace(config, data=corpus.source), corpus, ops, checkpoint).train()
+    elif config.init_from is not None:
+        _check_sizes(config, checkpoint.sizes)
+    if config.tensorboard:
+        check_tensorboard()
+    try:
+        corpus = load_corpus(config.data, config.encoding)
+    except UserError as error:
+        raise UserError(f"{error}; --resume needs the text that {config.out} was trained on: give --data the place "
+                        "where it is now" if config.resume else str(error)) from None
+    return Run(replace(config, data=corpus.source), corpus, ops, checkpoint, schedule_given).train()
 
 
 class Run:
     """One training run in its folder."""
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, ops, checkpoint: Checkpoint | None) -> None:
+    def __init__(self, config: TrainConfig, corpus: Corpus, ops, checkpoint: Checkpoint | None,
+                 schedule_given: bool) -> None:
         self.config = config
         self.text_sha256 = corpus.sha256
-        if checkpoint and checkpoint.resumable.progress["text_sha256"] != self.text_sha256:
+        if config.resume and checkpoint.resumable.progress["text_sha256"] != self.text_sha256:
             raise UserError(f"the text of {' '.join(config.data)} is not the one that {config.out} was trained on; "
-                            "bring it back, or start a new run with another --out")
-        self.vocabulary = Vocabulary.of(corpus.text)
+                            "give --data the place of that text, or start a new run from the weights of this one with "
+                            f"--init-from {config.out} instead of --resume")
+        known = checkpoint.vocabulary.characters if checkpoint else ""
+        self.vocabulary = Vocabulary.of(corpus.text, known)
+        if known and (new := self.vocabulary.characters[len(known):]):
+            _say(f"the model gets {len(new)} new characters: {shown(new)}")
         self.sizes = Sizes(len(self.vocabulary), config.embedding_dim, config.rnn_units, config.layers)
         T, B = config.seq_length, config.batch_size
         ids = self.vocabulary.encode(corpus.text)
         val_length = int(len(ids) * config.val_fraction)
         train_ids, val_ids = ids[:len(ids) - val_length], ids[len(ids) - val_length:]
-        self.batches = (ContiguousStreams(train_ids, B, T) if config.stateful
-                        else ShuffledWindows(train_ids, B, T, config.seed))
-        self.val_windows = validation_windows(val_ids, B, T) if config.val_fraction else []
-        self.total_steps = config.epochs * self.batches.batches_per_epoch
-        if config.steps is not None:
-            self.total_steps = min(self.total_steps, config.steps)
+        try:
+            self.batches = (ContiguousStreams(train_ids, B, T) if config.stateful
+                            else ShuffledWindows(train_ids, B, T, config.seed))
+            self.val_windows = validation_windows(val_ids, B, T) if config.val_fraction else []
+        except UserError as error:
+            raise UserError(f"{error}; {sizes_that_fit(len(ids), B, T, config.val_fraction)}") from None
+        self.total_steps = schedule.total_steps(config, self.batches.batches_per_epoch)
         self.folder = config.out if config.out is not None else _free_folder(Path("runs"), corpus.name)
         if checkpoint is None and any((self.folder / name).exists() for name in ("last.safetensors", "config.json")):
             raise UserError(f"{self.folder} holds another run; continue it with --resume, or give another --out")
+        flat = initial_parameters(self.sizes, config.init, config.seed)
+        if checkpoint and not config.resume:
+            for name, view in named_views(flat, self.sizes).items():  # rows of new characters follow the old ones
+                view[:len(checkpoint.params[name])] = checkpoint.params[name]
         self.model = LanguageModel(
-            self.sizes, T, B, initial_parameters(self.sizes, config.init, config.seed), dropout=config.dropout,
-            clip_norm=config.clip_norm, carry_state=config.stateful, seed=config.seed, ops=ops,
-            graph=not config.no_graph)
+            self.sizes, T, B, flat, dropout=config.dropout, clip_norm=config.clip_norm, carry_state=config.stateful,
+            seed=config.seed, ops=ops, graph=not config.no_graph)
         self.progress = Progress()
         self._signal: int | None = None
         self._unread: tuple[int, dict] | None = None
-        self._loss = math.nan
+        self._loss, self._worse_steps, self._worse_said = math.nan, 0, False
         self._timing: list[dict] = []
-        if checkpoint:
-            self._restore(checkpoint)
+        self._before: TrainConfig | None = None
+        if config.resume:
+            self._restore(checkpoint, schedule_given)
         else:
             _make_folder(self.folder)
 
@@ -168,49 +202,58 @@ class Run:
         return 0
 
     def _train(self) -> None:
+        progress, begun = self.progress, self.progress.step
         if not self.config.resume:
             self._save()
         else:
-            self._truncate("metrics.jsonl", self.progress.metrics_bytes)
-            self._truncate("samples.txt", self.progress.samples_bytes)
-        with np.errstate(all="ignore"):  # a loss that is not finite is reported once, by this loop
-            while not self._finished() and self._signal is None:
-                self._train_epoch()
-
-    def _finished(self) -> bool:
-        patience = self.config.patience
-        return (self.progress.step >= self.total_steps
-                or bool(patience) and self.progress.epochs_without_best >= patience)
-
-    def _train_epoch(self) -> None:
-        progress, count = self.progress, self.batches.batches_per_epoch
-        first_batch, started = progress.batch, time.perf_counter()
-        saved_at = started
+            self._truncate("metrics.jsonl", progress.metrics_bytes)
+            self._truncate("samples.txt", progress.samples_bytes)
+        saved_at = time.perf_counter()
+        self._timed = saved_at, progress.batch
         characters = self.config.batch_size * self.config.seq_length
-        with tqdm(total=count, initial=first_batch, desc=f"epoch {progress.epoch + 1}/{self.config.epochs}",
-                  unit="step", disable=None, dynamic_ncols=True) as bar:
-            while progress.batch < count and progress.step < self.total_steps and self._signal is None:
-                if progress.batch == 0:
-                    self.model.reset_state()
-                self._train_step()
-                now = time.perf_counter()
-                rate = (progress.batch - first_batch) * characters / (now - started)
-                bar.set_postfix_str(f"loss {self._loss:.4f}, {rate:,.0f} characters/s", refresh=False)
-                bar.update()
-                if now - saved_at > SAVE_SECONDS:
-                    self._save()
-                    saved_at = now
-        self._timing.append({"epoch": progress.epoch + 1, "steps": progress.batch - first_batch,
-                             "seconds": round(time.perf_counter() - started, 3)})
-        if progress.batch == count:
-            self._end_epoch()
-        self._save()
+        with (np.errstate(all="ignore"),  # a loss that is not finite is reported once, by this loop
+              Events(self.folder, begun) if self.config.tensorboard else contextlib.nullcontext() as self._events,
+              ProgressReport(begun, self.total_steps, characters, _say) as report):
+            while self._signal is None:
+                end = schedule.ending(self.config, progress.step, progress.epochs_without_best,
+                                      self.batches.batches_per_epoch)
+                if progress.evaluated_step < progress.step and (end or self._is_evaluated()):
+                    self._evaluate()
+                    saved_at = time.perf_counter()
+                elif end:
+                    _say(f"the run has ended: {end.reason}" if progress.step > begun else
+                         f"nothing left to do: {end.reason}; to go on, give a larger {end.option}")
+                    break
+                else:
+                    self._train_step()
+                    report.after_step(progress.step, progress.epoch + 1, self._loss)
+                    if time.perf_counter() - saved_at > SAVE_SECONDS:
+                        self._save()
+                        saved_at = time.perf_counter()
+        if self._signal is not None:
+            self._note_time()
+            self._save()
+
+    def _learning_rate(self, step: int) -> float:
+        return schedule.learning_rate(self.config, step, self.total_steps, self.progress.schedule_start)
+
+    def _is_evaluated(self) -> bool:
+        return schedule.is_evaluated(self.config, self.progress.step, self.progress.batch,
+                                     self.batches.batches_per_epoch)
+
+    def _note_time(self) -> None:
+        """Note for `timing.json` how long the steps since the last evaluation took, all of them in one epoch."""
+        (started, batch), progress = self._timed, self.progress
+        if progress.batch > batch:
+            self._timing.append({"epoch": progress.epoch + 1, "steps": progress.batch - batch,
+                                 "seconds": round(time.perf_counter() - started, 3)})
 
     def _train_step(self) -> None:
         progress = self.progress
+        if progress.batch == 0:
+            self.model.reset_state()
         batch = self.batches.batch(progress.epoch, progress.batch)
-        result = self.model.train_step(batch.inputs_tb, batch.targets_tb,
-                                       learning_rate(self.config, progress.step, self.total_steps))
+        result = self.model.train_step(batch.inputs_tb, batch.targets_tb, self._learning_rate(progress.step))
         progress.step += 1
         progress.batch += 1
         # Of the step before: reading this step's loss would wait until the device has computed it.
@@ -220,51 +263,68 @@ class Run:
     def _record_unread_loss(self) -> None:
         """Read and record the loss of the last step that was launched, if it is still unread.
 
-        Raises: Diverged if the loss or the gradient's norm is not finite.
+        Raises: Diverged if the loss or the gradient's norm is not finite, or the loss hopelessly large.
         """
         if self._unread is None:
             return
         (step, result), self._unread = self._unread, None
         self._loss, norm = float(result["loss"]), float(result["grad_norm"])
-        if not (math.isfinite(self._loss) and math.isfinite(norm)):
+        guess = math.log(self.sizes.V)
+        if not (self._loss <= HOPELESS * guess and math.isfinite(norm)):
             raise Diverged(f"step {step:,} has loss {self._loss} and gradient norm {norm}; "
                            f"{self.folder} keeps its last good checkpoint; lower --learning-rate or give --clip-norm")
         self.progress.loss_sum += self._loss
         self._write_metrics({"step": step, "epoch": self.progress.epoch + 1, "loss": self._loss})
+        self._worse_steps = self._worse_steps + 1 if self._loss > guess + WORSE else 0
+        if self._worse_steps == WORSE_STEPS and not self._worse_said:
+            self._worse_said = True
+            _say(f"step {step:,}: for {WORSE_STEPS} steps the loss has been far above ln {self.sizes.V} = {guess:.4f}, "
+                 f"that of a uniform guess (now {self._loss:.4g}); a lower --learning-rate, or --clip-norm, may help")
+        if self._events:
+            self._events.add(step, **{"loss/training": self._loss, "learning_rate": self._learning_rate(step - 1)})
 
-    def _end_epoch(self) -> None:
+    def _evaluate(self) -> None:
+        """Measure the validation loss, write a sample, and keep the best parameters: at the end of an epoch, where the
+        schedule says so inside one, and at the end of the run."""
         self._record_unread_loss()
-        progress = self.progress
-        train_loss = progress.loss_sum / self.batches.batches_per_epoch
+        self._note_time()
+        progress, ends_epoch = self.progress, self.progress.batch == self.batches.batches_per_epoch
+        epoch = progress.epoch + 1
+        train_loss = progress.loss_sum / progress.batch
         val_loss = self.model.evaluate(self.val_windows) if self.val_windows else None
         self._check_finite(val_loss)
-        epoch = progress.epoch + 1
         bits = None if val_loss is None else val_loss / math.log(2)
-        self._write_metrics({"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss,
-                             "val_bits_per_char": bits})
+        self._write_metrics({"epoch": epoch} | ({} if ends_epoch else {"step": progress.step})
+                            | {"train_loss": train_loss, "val_loss": val_loss, "val_bits_per_char": bits})
+        place = f"epoch {epoch}" if ends_epoch else f"epoch {epoch}, step {progress.step}"
         validation = "" if val_loss is None else f", validation loss {val_loss:.4f}, {bits:.4f} bits per character"
-        _say(f"epoch {epoch}: training loss {train_loss:.4f}{validation}")
-        self._write_sample(epoch)
+        _say(f"{place}: training loss {train_loss:.4f}{validation}")
+        if self._events and val_loss is not None:
+            self._events.add(progress.step, **{"loss/validation": val_loss, "bits_per_char/validation": bits})
+        self._write_sample(place, epoch if ends_epoch else progress.step)
         judged = train_loss if val_loss is None else val_loss
         if progress.best_loss is None or judged < progress.best_loss:
-            progress.best_loss, progress.epochs_without_best = judged, 0
+            progress.best_loss, progress.epochs_without_best = judged, -1
             save_checkpoint(self.folder / "best.safetensors", self._checkpoint(resumable=False))
-        else:
+        if ends_epoch:
+            if self.config.save_every and epoch % self.config.save_every == 0:
+                save_checkpoint(self.folder / f"epoch-{epoch:04d}.safetensors", self._checkpoint(resumable=False))
             progress.epochs_without_best += 1
-        if self.config.save_every and epoch % self.config.save_every == 0:
-            save_checkpoint(self.folder / f"epoch-{epoch:04d}.safetensors", self._checkpoint(resumable=False))
-        progress.epoch, progress.batch, progress.loss_sum = epoch, 0, 0.0
-        self._plot_losses()
+            progress.epoch, progress.batch, progress.loss_sum = epoch, 0, 0.0
+        progress.evaluated_step = progress.step
+        self._save()
+        plot_losses(self.folder / "metrics.jsonl", self.batches.batches_per_epoch, self.folder / "loss.png")
+        self._timed = time.perf_counter(), progress.batch
 
-    def _write_sample(self, epoch: int) -> None:
+    def _write_sample(self, place: str, number: int) -> None:
         generator = Generator(self.sizes, self.vocabulary, self.model.params, self.model.ops)
         [text] = generator.generate(length=SAMPLE_LENGTH, temperature=SAMPLE_TEMPERATURE,
-                                    seed=self.config.seed + epoch)
+                                    seed=self.config.seed + number)
         try:
             print(text, flush=True)
         except BrokenPipeError:  # nobody reads the samples any more; the run goes on
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        self.progress.samples_bytes += self._append("samples.txt", f"--- epoch {epoch}\n{text}\n")
+        self.progress.samples_bytes += self._append("samples.txt", f"--- {place}\n{text}\n")
 
     def _write_metrics(self, line: dict) -> None:
         self.progress.metrics_bytes += self._append("metrics.jsonl", json.dumps(line) + "\n")
@@ -289,8 +349,9 @@ class Run:
         write_atomically(self.folder / "timing.json", (json.dumps(timing, indent=2) + "\n").encode())
 
     def _check_finite(self, val_loss: float | None = None) -> None:
-        finite = all(np.isfinite(self.model.ops.to_host(array)).all() for array in self.model.params.values())
-        if not finite or (val_loss is not None and not math.isfinite(val_loss)):
+        usable = all((np.abs(self.model.ops.to_host(array)) <= LARGEST_PARAMETER).all()  # false for NaN, too
+                     for array in self.model.params.values())
+        if not usable or (val_loss is not None and not val_loss <= HOPELESS * math.log(self.sizes.V)):
             raise Diverged(f"after step {self.progress.step:,} the parameters are no longer usable; {self.folder} "
                            "keeps its last good checkpoint; lower --learning-rate or give --clip-norm")
 
@@ -304,7 +365,7 @@ class Run:
             saved = Resumable(host(model.m), host(model.v), model.ops.to_host(model.state), progress)
         return Checkpoint(self.sizes, self.vocabulary, host(model.params), saved)
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def _restore(self, checkpoint: Checkpoint, schedule_given: bool) -> None:
         saved, ops = checkpoint.resumable, self.model.ops
         model = self.model
         for arrays, source in ((model.params, checkpoint.params), (model.m, saved.m), (model.v, saved.v)):
@@ -313,8 +374,12 @@ class Run:
         ops.copy_in(self.model.state, saved.state)
         with contextlib.suppress(OSError, ValueError, KeyError):
             self._timing = json.loads((self.folder / "timing.json").read_text())["epochs"]
-        self.progress = Progress(**{name: saved.progress[name] for name in vars(Progress())})
+        known = {"evaluated_step": 0 if saved.progress["batch"] else saved.progress["step"], "schedule_start": 0}
+        self.progress = Progress(**{name: (known | saved.progress)[name] for name in vars(Progress())})
         self.model.step = self.progress.step
+        self._before = TrainConfig.from_saved(saved.progress["config"])
+        if schedule_given and schedule.differs(self.config, self._before, self.batches.batches_per_epoch):
+            self.progress.schedule_start = self.progress.step
 
     def _describe(self) -> None:
         shapes = parameter_shapes(self.sizes)
@@ -322,27 +387,13 @@ class Run:
             _say(f"{name:10} {shape!s:16} {math.prod(shape):>12,}")
         batch = self.batches.batch(self.progress.epoch, 0)
         loss = self.model.evaluate([batch])
-        trained = f"after step {self.progress.step:,}" if self.progress.step else "untrained"
+        trained = (f"after step {self.progress.step:,}" if self.progress.step
+                   else "untrained" if self.config.init_from is None else f"of {self.config.init_from}")
         _say(f"{parameter_count(self.sizes):,} parameters, {self.batches.batches_per_epoch:,} steps per epoch; "
              f"loss {trained} {loss:.4f}, of a uniform guess ln {self.sizes.V} = {math.log(self.sizes.V):.4f}")
-
-    def _plot_losses(self) -> None:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        steps = [(line["step"], line["loss"]) for line in lines if "step" in line]
-        ends = [(line["epoch"] * self.batches.batches_per_epoch, line["val_loss"]) for line in lines
-                if "step" not in line and line["val_loss"] is not None]
-        figure, axes = pyplot.subplots(figsize=(8, 5))
-        axes.plot(*zip(*steps), linewidth=0.8, label="training")
-        if ends:
-            axes.plot(*zip(*ends), marker="o", label="validation")
-        axes.set(xlabel="step", ylabel="loss (nats per character)")
-        axes.legend()
-        figure.savefig(self.folder / "loss.png")
-        pyplot.close(figure)
+        for remark in schedule.remarks(self.config, self._before, self.progress.step, self.progress.schedule_start,
+                                       self.batches.batches_per_epoch):
+            _say(f"train.py: {remark}")
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signal = number
@@ -350,11 +401,23 @@ class Run:
 
 
 def _check_same_run(config: TrainConfig, before: TrainConfig) -> None:
+    if config.init_from != before.init_from:
+        raise UserError("--init-from starts a new run from a checkpoint's weights, --resume continues a run exactly; "
+                        "leave one of them out")
     now, then = config.saved(), before.saved()
     for option, value in now.items():
         if option not in CHANGEABLE_ON_RESUME and value != then[option]:
             raise UserError(f"--{option.replace('_', '-')} is {value}, but {config.out} was trained with "
-                            f"{then[option]}; leave the option out, or start a new run with another --out")
+                            f"{then[option]}, and --resume continues it exactly; leave the option out, or start a new "
+                            f"run, which --init-from {config.out} gives the weights of this one")
+
+
+def _check_sizes(config: TrainConfig, sizes: Sizes) -> None:
+    for option, value, wanted in (("embedding-dim", config.embedding_dim, sizes.E),
+                                  ("rnn-units", config.rnn_units, sizes.H), ("layers", config.layers, sizes.layers)):
+        if value != wanted:
+            raise UserError(f"--{option} is {value}, but the model of --init-from {config.init_from} has {wanted}; "
+                            "leave the option out, or start from no checkpoint")
 
 
 def _free_folder(runs: Path, name: str) -> Path:
