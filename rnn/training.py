@@ -164,7 +164,7 @@ class Run:
             raise UserError(f"{error}; {sizes_that_fit(len(ids), B, T, config.val_fraction)}") from None
         self.total_steps = schedule.total_steps(config, self.batches.batches_per_epoch)
         self.folder = config.out if config.out is not None else _free_folder(Path("runs"), corpus.name)
-        if checkpoint is None and any((self.folder / name).exists() for name in ("last.safetensors", "config.json")):
+        if not config.resume and any((self.folder / name).exists() for name in ("last.safetensors", "config.json")):
             raise UserError(f"{self.folder} holds another run; continue it with --resume, or give another --out")
         flat = initial_parameters(self.sizes, config.init, config.seed)
         if checkpoint and not config.resume:

@@ -3,13 +3,15 @@ model that knows some characters learns another text, new ones follow, sorted am
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
 from char_gru.rnn.config import UserError
 
 UNK = "[UNK]"
+MOST_SHOWN = 20
+"""Characters that a message shows at most."""
 _CODE_POINTS = 0x110000
 _CHUNK = 1 << 22
 """Characters converted at a time, so that a text of any length needs little memory beside its ids."""
@@ -82,9 +84,11 @@ class Vocabulary:
         return _text(self._codes[np.asarray(ids, np.intp)])
 
 
-def shown(characters: Iterable[str]) -> str:
-    """Characters in quotes, with escapes for those that cannot be printed."""
-    return " ".join(repr(character) if character.isprintable() else ascii(character) for character in characters)
+def shown(characters: Sequence[str]) -> str:
+    """The first characters of several in quotes, with escapes for those that cannot be printed."""
+    quoted = (repr(character) if character.isprintable() else ascii(character) for character in characters[:MOST_SHOWN])
+    more = len(characters) - MOST_SHOWN
+    return " ".join(quoted) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -112,7 +112,8 @@ def test_error_shows_every_unknown_character_in_one_line(text, prompt):
 
 
 @pytest.mark.parametrize(("prompt", "shown"), [
-    ("aé🦊", "'é' '🦊'"), ("a\u2028", r"'\u2028'"), ("a\ud800", r"'\ud800'"), ("xyzx", "'x' 'y' 'z'")])
+    ("aé🦊", "'é' '🦊'"), ("a\u2028", r"'\u2028'"), ("a\ud800", r"'\ud800'"), ("xyzx", "'x' 'y' 'z'"),
+    ("".join(map(chr, range(256, 3276))), f"{' '.join(repr(chr(256 + n)) for n in range(20))} and 3,000 more")])
 def test_error_shows_unknown_characters_once_and_readably(prompt, shown):
     with pytest.raises(UserError) as caught:
         Vocabulary("a").encode_prompt(prompt)
