@@ -27,7 +27,8 @@ class ProgressReport:
     def __init__(self, step: int, total_steps: int, characters: int, say: Callable[[str], None]) -> None:
         self._first, self._total, self._characters, self._say = step, total_steps, characters, say
         self._started = self._said = time.perf_counter()
-        self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+        # Without smoothing, the time left follows from all steps so far, with the evaluations among them.
+        self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, dynamic_ncols=True, smoothing=0)
 
     def after_step(self, step: int, epoch: int, loss: float) -> None:
         """Tell that `step` steps are done, the last of them in epoch `epoch`, counted from 1, with a loss known by now

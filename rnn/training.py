@@ -187,6 +187,7 @@ class Run:
     def train(self) -> int:
         """Train to the end, or to a signal; returns the exit status."""
         self._describe()
+        begun = self.progress.step
         previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._train()
@@ -197,6 +198,9 @@ class Run:
             _say(f"stopped by {signal.Signals(self._signal).name} after step {self.progress.step:,}; "
                  f"continue with --resume --out {self.folder}")
             return 128 + self._signal
+        end = self._ending()
+        _say(f"the run has ended: {end.reason}" if self.progress.step > begun else
+             f"nothing left to do: {end.reason}; to go on, give a larger {end.option}")
         _say(f"{self.folder} holds the run after step {self.progress.step:,}, which took "
              f"{self.model.ops.peak_memory_mib():,.0f} MiB at most; write text with: python generate.py {self.folder}")
         return 0
@@ -215,14 +219,11 @@ class Run:
               Events(self.folder, begun) if self.config.tensorboard else contextlib.nullcontext() as self._events,
               ProgressReport(begun, self.total_steps, characters, _say) as report):
             while self._signal is None:
-                end = schedule.ending(self.config, progress.step, progress.epochs_without_best,
-                                      self.batches.batches_per_epoch)
+                end = self._ending()
                 if progress.evaluated_step < progress.step and (end or self._is_evaluated()):
                     self._evaluate()
                     saved_at = time.perf_counter()
                 elif end:
-                    _say(f"the run has ended: {end.reason}" if progress.step > begun else
-                         f"nothing left to do: {end.reason}; to go on, give a larger {end.option}")
                     break
                 else:
                     self._train_step()
@@ -230,12 +231,16 @@ class Run:
                     if time.perf_counter() - saved_at > SAVE_SECONDS:
                         self._save()
                         saved_at = time.perf_counter()
-        if self._signal is not None:
-            self._note_time()
-            self._save()
+            if self._signal is not None:
+                self._note_time()
+                self._save()
 
     def _learning_rate(self, step: int) -> float:
         return schedule.learning_rate(self.config, step, self.total_steps, self.progress.schedule_start)
+
+    def _ending(self) -> schedule.Ending | None:
+        return schedule.ending(self.config, self.progress.step, self.progress.epochs_without_best,
+                               self.batches.batches_per_epoch)
 
     def _is_evaluated(self) -> bool:
         return schedule.is_evaluated(self.config, self.progress.step, self.progress.batch,
