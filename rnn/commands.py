@@ -27,20 +27,23 @@ def train(arguments: Sequence[str] | None = None) -> int:
     def command() -> int:
         from char_gru.rnn import training
 
-        config, checkpoint = _parse(TrainConfig, arguments, prog="train.py"), None
-        given = _given(arguments)
-        if config.resume:
-            before, checkpoint = training.resumable_run(config.out)
-            defaults = replace(before, resume=False, stateful=False)  # tyro would turn a flag that is on into --no-...
-            if "--epochs" in given:  # what is given now decides, not an earlier --steps
-                defaults = replace(defaults, steps=None)
-            config = replace(_parse(TrainConfig, arguments, prog="train.py", default=defaults), out=before.out,
-                             resume=True, stateful=config.stateful or before.stateful)
-        elif config.init_from is not None:
-            defaults, checkpoint = training.starting_point(config.init_from)
-            config = _parse(TrainConfig, arguments, prog="train.py", default=defaults)
+        config, given = _parse(TrainConfig, arguments, prog="train.py"), _given(arguments)
         try:
-            return training.train(config, checkpoint, schedule_given="--lr-schedule" in given)
+            if config.resume:
+                with training.folder_to_resume(config.out) as files:
+                    before, checkpoint = training.resumable_run(files)
+                    # tyro would turn a flag that is on into --no-...
+                    defaults = replace(before, resume=False, stateful=False)
+                    if "--epochs" in given:  # what is given now decides, not an earlier --steps
+                        defaults = replace(defaults, steps=None)
+                    config = replace(_parse(TrainConfig, arguments, prog="train.py", default=defaults), out=before.out,
+                                     resume=True, stateful=config.stateful or before.stateful)
+                    return training.train(config, files, checkpoint, schedule_given="--lr-schedule" in given)
+            checkpoint = None
+            if config.init_from is not None:
+                defaults, checkpoint = training.starting_point(config.init_from)
+                config = _parse(TrainConfig, arguments, prog="train.py", default=defaults)
+            return training.train(config, checkpoint=checkpoint)
         except training.Diverged as error:
             print(f"train.py: training diverged: {error}", file=sys.stderr)
             return 1

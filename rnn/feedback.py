@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import time
 from collections.abc import Callable
@@ -92,23 +92,24 @@ def check_tensorboard() -> None:
                         "or leave the option out") from None
 
 
-def plot_losses(metrics: Path, batches_per_epoch: int, picture: Path) -> None:
-    """Draw the losses of training and of validation by step, in nats and in bits per character."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def picture_of_losses(lines: list[dict], batches_per_epoch: int) -> bytes:
+    """A PNG of the losses of training and of validation by step, in nats and in bits per character.
 
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines: those of `metrics.jsonl`.
+    """
+    from matplotlib.figure import Figure  # not pyplot: the backend that a notebook has set may not exist here
+
     steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     evaluations = [(line.get("step", line["epoch"] * batches_per_epoch), line["val_loss"]) for line in lines
                    if line.get("val_loss") is not None]
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    axes = Figure(figsize=(8, 5)).subplots()
     axes.plot(*zip(*steps), linewidth=0.8, label="training")
     if evaluations:
         axes.plot(*zip(*evaluations), marker="o", markersize=4, label="validation")
     axes.set(xlabel="step", ylabel="loss (nats per character)")
-    axes.secondary_yaxis("right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2))
-                         ).set_ylabel("bits per character")
+    bits = axes.secondary_yaxis("right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2)))
+    bits.set_ylabel("bits per character")
     axes.legend()
-    figure.savefig(picture)
-    pyplot.close(figure)
+    image = io.BytesIO()
+    axes.figure.savefig(image)
+    return image.getvalue()

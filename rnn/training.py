@@ -8,6 +8,7 @@ with the lowest validation loss; `loss.png`; `samples.txt`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 from tqdm import tqdm
@@ -29,12 +31,12 @@ from char_gru.rnn.checkpoint import (
     load_checkpoint,
     newest_run,
     save_checkpoint,
-    write_atomically,
 )
-from char_gru.rnn.config import CHANGEABLE_ON_RESUME, Sizes, TrainConfig, UserError
+from char_gru.rnn.config import CHANGEABLE_ON_RESUME, Sizes, TrainConfig, UserError, has_type
 from char_gru.rnn.corpus import Corpus, load_corpus
 from char_gru.rnn.devices import op_set, untested_gpu
-from char_gru.rnn.feedback import Events, ProgressReport, check_tensorboard, plot_losses
+from char_gru.rnn.feedback import Events, ProgressReport, check_tensorboard, picture_of_losses
+from char_gru.rnn.folder import RunFolder, is_metrics_line, read_metrics
 from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import initial_parameters, named_views, parameter_count, parameter_shapes
 from char_gru.rnn.sampler import Generator
@@ -63,8 +65,8 @@ class Progress:
     """The point that a run has reached: all that a resumed run must know beside parameters, moments and state.
 
     step, epoch and batch, counted from 0, name the next step; loss_sum adds up this epoch's losses; best_loss is the
-    lowest one of an evaluation; epochs_without_best counts the epochs that ended after the one of that evaluation, and
-    is -1 while that one goes on; evaluated_step is the step after which the model was last evaluated; schedule_start,
+    lowest one of an evaluation, best_step the step after which it was; epochs_without_best counts the epochs that ended
+    after the one with that step; evaluated_step is the step after which the model was last evaluated; schedule_start,
     the step at which the learning rate's schedule began; metrics_bytes and samples_bytes are the sizes of the two files
     that grow.
     """
@@ -77,47 +79,89 @@ class Progress:
     epochs_without_best: int = 0
     metrics_bytes: int = 0
     samples_bytes: int = 0
+    best_step: int = 0
     evaluated_step: int = 0
     schedule_start: int = 0
 
+    @staticmethod
+    def from_saved(saved: dict) -> Progress:
+        """The progress that a checkpoint holds. One of an earlier version does not name the last three steps: there,
+        models were evaluated after each epoch, and schedules began with the run.
 
-def resumable_run(out: Path | None) -> tuple[TrainConfig, Checkpoint]:
-    """The options of the run to resume, its folder among them, and its last checkpoint.
+        Raises: KeyError, TypeError or ValueError for values that no run reaches.
+        """
+        hints = get_type_hints(Progress)
+        evaluated_step = 0 if saved["batch"] else saved["step"]
+        saved = {"best_step": 0, "evaluated_step": evaluated_step, "schedule_start": 0} | saved
+        progress = Progress(**{name: saved[name] for name in hints})
+        for name, value in vars(progress).items():
+            if not has_type(value, hints[name]):
+                raise TypeError(name)
+            if value is not None and not (0 <= value < 2**63 if hints[name] is int else math.isfinite(value)):
+                raise ValueError(name)
+        if max(progress.best_step, progress.evaluated_step, progress.schedule_start) > progress.step:
+            raise ValueError("step")
+        return progress
+
+
+def folder_to_resume(out: Path | None) -> RunFolder:
+    """The folder of the run to resume, held by this process.
 
     out: the folder of the run; None for the newest run under runs/.
 
-    Raises: UserError if there is no run to resume.
+    Raises: UserError if there is no run to resume, or if another process trains it.
     """
-    folder = newest_run() if out is None else out
-    if not (folder / "last.safetensors").exists():
-        raise UserError(f"{folder} holds no run to resume; leave --resume out to start one there")
-    checkpoint = load_checkpoint(folder / "last.safetensors")
+    path = newest_run() if out is None else out
+    if not (path / "last.safetensors").exists():
+        raise UserError(f"{path} holds no run to resume; leave --resume out to start one there")
+    return RunFolder(path)
+
+
+def resumable_run(files: RunFolder) -> tuple[TrainConfig, Checkpoint]:
+    """The options of the run to resume, its folder among them, and its last checkpoint.
+
+    Raises: UserError if there is nothing to resume from.
+    """
+    path = files.path / "last.safetensors"
+    checkpoint = load_checkpoint(path)
+    saved, sizes = checkpoint.resumable, checkpoint.sizes
+    if saved is None:
+        raise UserError(f"{path} has nothing to resume from; start a new run")
     try:
-        return TrainConfig.from_saved(checkpoint.resumable.progress["config"], out=folder, resume=True), checkpoint
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{folder / 'last.safetensors'} has nothing to resume from; start a new run") from None
+        config = TrainConfig.from_saved(saved.progress["config"], out=files.path, resume=True)
+        Progress.from_saved(saved.progress)
+        if not isinstance(saved.progress["text_sha256"], str):
+            raise TypeError("text_sha256")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} holds progress or options that no run has ({error}); start a new run") from None
+    options = (config.embedding_dim, config.rnn_units, config.layers, config.batch_size)
+    if options != (sizes.E, sizes.H, sizes.layers, saved.state.shape[1]):
+        raise UserError(f"{path} holds progress or options that do not fit its tensors; start a new run")
+    return config, checkpoint
 
 
-def starting_point(path: Path) -> tuple[TrainConfig, Checkpoint]:
+def starting_point(path: str) -> tuple[TrainConfig, Checkpoint]:
     """The options that --init-from takes from a checkpoint, its sizes, and that checkpoint.
 
     path: a checkpoint file or the folder of a run.
 
     Raises: UserError if there is no checkpoint that can be used.
     """
-    checkpoint = load_checkpoint(find_checkpoint(path))
+    checkpoint = load_checkpoint(find_checkpoint(Path(path)))
     sizes = checkpoint.sizes
     return TrainConfig(embedding_dim=sizes.E, rnn_units=sizes.H, layers=sizes.layers), checkpoint
 
 
-def train(config: TrainConfig, checkpoint: Checkpoint | None = None, schedule_given: bool = False) -> int:
+def train(config: TrainConfig, files: RunFolder | None = None, checkpoint: Checkpoint | None = None,
+          schedule_given: bool = False) -> int:
     """Train as the options say; returns the exit status: 0, or 128 + the number of the signal that stopped the run.
 
-    checkpoint: of a resumed run the last one, from `resumable_run`; with --init-from the one that it names; otherwise
-    None. schedule_given: whether the command line names --lr-schedule, which begins a resumed run's schedule anew where
-    it differs from what it was.
+    files: the folder of a resumed run; None for a new run. checkpoint: of a resumed run its last one, from
+    `resumable_run`; with --init-from the one that it names; otherwise None. schedule_given: whether the command line
+    names --lr-schedule, which begins a resumed run's schedule anew where it differs from what it was.
 
-    Raises: UserError for options or a text that cannot be used; Diverged; OSError if the run cannot be saved.
+    Raises: UserError for options or a text that cannot be used, and if another process trains in the folder; Diverged;
+    OSError if the run cannot be saved.
     """
     ops = op_set(config.device, config.precision)
     if warning := untested_gpu(ops):
@@ -133,15 +177,16 @@ def train(config: TrainConfig, checkpoint: Checkpoint | None = None, schedule_gi
     except UserError as error:
         raise UserError(f"{error}; --resume needs the text that {config.out} was trained on: give --data the place "
                         "where it is now" if config.resume else str(error)) from None
-    return Run(replace(config, data=corpus.source), corpus, ops, checkpoint, schedule_given).train()
+    with files or RunFolder.new(config.out, corpus.name) as held:
+        return Run(replace(config, data=corpus.source), corpus, ops, held, checkpoint, schedule_given).train()
 
 
 class Run:
     """One training run in its folder."""
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, ops, checkpoint: Checkpoint | None,
+    def __init__(self, config: TrainConfig, corpus: Corpus, ops, files: RunFolder, checkpoint: Checkpoint | None,
                  schedule_given: bool) -> None:
-        self.config = config
+        self.config, self.files, self.folder = config, files, files.path
         self.text_sha256 = corpus.sha256
         if config.resume and checkpoint.resumable.progress["text_sha256"] != self.text_sha256:
             raise UserError(f"the text of {' '.join(config.data)} is not the one that {config.out} was trained on; "
@@ -163,9 +208,6 @@ class Run:
         except UserError as error:
             raise UserError(f"{error}; {sizes_that_fit(len(ids), B, T, config.val_fraction)}") from None
         self.total_steps = schedule.total_steps(config, self.batches.batches_per_epoch)
-        self.folder = config.out if config.out is not None else _free_folder(Path("runs"), corpus.name)
-        if not config.resume and any((self.folder / name).exists() for name in ("last.safetensors", "config.json")):
-            raise UserError(f"{self.folder} holds another run; continue it with --resume, or give another --out")
         flat = initial_parameters(self.sizes, config.init, config.seed)
         if checkpoint and not config.resume:
             for name, view in named_views(flat, self.sizes).items():  # rows of new characters follow the old ones
@@ -181,8 +223,6 @@ class Run:
         self._before: TrainConfig | None = None
         if config.resume:
             self._restore(checkpoint, schedule_given)
-        else:
-            _make_folder(self.folder)
 
     def train(self) -> int:
         """Train to the end, or to a signal; returns the exit status."""
@@ -210,8 +250,7 @@ class Run:
         if not self.config.resume:
             self._save()
         else:
-            self._truncate("metrics.jsonl", progress.metrics_bytes)
-            self._truncate("samples.txt", progress.samples_bytes)
+            self._recover()
         saved_at = time.perf_counter()
         self._timed = saved_at, progress.batch
         characters = self.config.batch_size * self.config.seq_length
@@ -234,6 +273,32 @@ class Run:
             if self._signal is not None:
                 self._note_time()
                 self._save()
+
+    def _recover(self) -> None:
+        """Cut the files that grow back to what the checkpoint counts; if they have lost a part of that, say so."""
+        progress, metrics, samples = self.progress, self.folder / "metrics.jsonl", self.folder / "samples.txt"
+        sizes = (self.files.recover(metrics.name, progress.metrics_bytes, is_metrics_line),
+                 self.files.recover(samples.name, progress.samples_bytes, self._is_sample_line))
+        if sizes[0] < progress.metrics_bytes:
+            kept = {line["step"] for line in read_metrics(metrics) if {"step", "loss"} <= line.keys()}
+            count = progress.step - len(kept)
+            first = next(step for step in itertools.count(1) if step not in kept)
+            last = next(step for step in itertools.count(progress.step, -1) if step not in kept)
+            what = (f"the losses of {count:,} steps, from step {first:,} to step {last:,}" if count > 1
+                    else f"the loss of step {first:,}" if count else "a line about an evaluation")
+            _say(f"train.py: {metrics} was cut short or damaged; lost is {what}; the run goes on without it")
+        if sizes[1] < progress.samples_bytes:
+            _say(f"train.py: {samples} was cut short or damaged; lost are {progress.samples_bytes - sizes[1]:,} bytes; "
+                 "the run goes on without them")
+        if sizes != (progress.metrics_bytes, progress.samples_bytes):
+            progress.metrics_bytes, progress.samples_bytes = sizes
+            self._save()  # so that no other count of bytes remains
+
+    def _is_sample_line(self, line: bytes) -> bool:
+        try:
+            return "\0" not in line.decode() or "\0" in self.vocabulary.characters
+        except UnicodeDecodeError:
+            return False
 
     def _learning_rate(self, step: int) -> float:
         return schedule.learning_rate(self.config, step, self.total_steps, self.progress.schedule_start)
@@ -309,16 +374,17 @@ class Run:
         self._write_sample(place, epoch if ends_epoch else progress.step)
         judged = train_loss if val_loss is None else val_loss
         if progress.best_loss is None or judged < progress.best_loss:
-            progress.best_loss, progress.epochs_without_best = judged, -1
+            progress.best_loss, progress.best_step = judged, progress.step
             save_checkpoint(self.folder / "best.safetensors", self._checkpoint(resumable=False))
         if ends_epoch:
             if self.config.save_every and epoch % self.config.save_every == 0:
                 save_checkpoint(self.folder / f"epoch-{epoch:04d}.safetensors", self._checkpoint(resumable=False))
-            progress.epochs_without_best += 1
+            is_best = progress.best_step > progress.step - progress.batch
+            progress.epochs_without_best = 0 if is_best else progress.epochs_without_best + 1
             progress.epoch, progress.batch, progress.loss_sum = epoch, 0, 0.0
         progress.evaluated_step = progress.step
         self._save()
-        plot_losses(self.folder / "metrics.jsonl", self.batches.batches_per_epoch, self.folder / "loss.png")
+        self._draw_losses()
         self._timed = time.perf_counter(), progress.batch
 
     def _write_sample(self, place: str, number: int) -> None:
@@ -329,29 +395,20 @@ class Run:
             print(text, flush=True)
         except BrokenPipeError:  # nobody reads the samples any more; the run goes on
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        self.progress.samples_bytes += self._append("samples.txt", f"--- {place}\n{text}\n")
+        self.progress.samples_bytes += self.files.append("samples.txt", f"--- {place}\n{text}\n")
 
     def _write_metrics(self, line: dict) -> None:
-        self.progress.metrics_bytes += self._append("metrics.jsonl", json.dumps(line) + "\n")
-
-    def _append(self, name: str, text: str) -> int:
-        with open(self.folder / name, "ab") as file:
-            return file.write(text.encode())
-
-    def _truncate(self, name: str, size: int) -> None:
-        """Cut off the lines of a file that were written after the checkpoint from which the run resumes."""
-        path = self.folder / name
-        if path.exists() and path.stat().st_size > size:
-            os.truncate(path, size)
+        self.progress.metrics_bytes += self.files.append("metrics.jsonl", json.dumps(line) + "\n")
 
     def _save(self) -> None:
         self._record_unread_loss()
         self._check_finite()
+        self.files.flush()
         save_checkpoint(self.folder / "last.safetensors", self._checkpoint(resumable=True))
         config = json.dumps(self.config.saved(), indent=2) + "\n"
-        write_atomically(self.folder / "config.json", config.encode())
+        self.files.write("config.json", config.encode())
         timing = {"epochs": self._timing, "peak_memory_mib": round(self.model.ops.peak_memory_mib(), 1)}
-        write_atomically(self.folder / "timing.json", (json.dumps(timing, indent=2) + "\n").encode())
+        self.files.write("timing.json", (json.dumps(timing, indent=2) + "\n").encode())
 
     def _check_finite(self, val_loss: float | None = None) -> None:
         usable = all((np.abs(self.model.ops.to_host(array)) <= LARGEST_PARAMETER).all()  # false for NaN, too
@@ -377,14 +434,30 @@ class Run:
             for name in parameter_shapes(self.sizes):
                 ops.copy_in(arrays[name], source[name])
         ops.copy_in(self.model.state, saved.state)
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            self._timing = json.loads((self.folder / "timing.json").read_text())["epochs"]
-        known = {"evaluated_step": 0 if saved.progress["batch"] else saved.progress["step"], "schedule_start": 0}
-        self.progress = Progress(**{name: (known | saved.progress)[name] for name in vars(Progress())})
+        self._timing = self._saved_timing()
+        self.progress = progress = Progress.from_saved(saved.progress)
+        count = self.batches.batches_per_epoch
+        if progress.step != progress.epoch * count + progress.batch or progress.batch > count:
+            raise UserError(f"{self.folder / 'last.safetensors'} says that step {progress.step:,} is in epoch "
+                            f"{progress.epoch + 1:,}, but an epoch has {count:,} steps; start a new run")
         self.model.step = self.progress.step
         self._before = TrainConfig.from_saved(saved.progress["config"])
         if schedule_given and schedule.differs(self.config, self._before, self.batches.batches_per_epoch):
             self.progress.schedule_start = self.progress.step
+
+    def _saved_timing(self) -> list[dict]:
+        """What `timing.json` holds about epochs; nothing, with a word, if it is damaged."""
+        path = self.folder / "timing.json"
+        try:
+            epochs = json.loads(path.read_bytes())["epochs"]
+            if not all(type(value) in (int, float) for epoch in epochs for value in epoch.values()):
+                raise TypeError
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            _say(f"train.py: {path} is damaged; it begins anew")
+            return []
+        return epochs
 
     def _describe(self) -> None:
         shapes = parameter_shapes(self.sizes)
@@ -399,6 +472,15 @@ class Run:
         for remark in schedule.remarks(self.config, self._before, self.progress.step, self.progress.schedule_start,
                                        self.batches.batches_per_epoch):
             _say(f"train.py: {remark}")
+
+    def _draw_losses(self) -> None:
+        """Draw `loss.png`; if that fails, for whatever reason, a line says so."""
+        path = self.folder / "loss.png"
+        try:
+            lines = read_metrics(self.folder / "metrics.jsonl")
+            self.files.write(path.name, picture_of_losses(lines, self.batches.batches_per_epoch))
+        except Exception as error:  # noqa: BLE001 whatever fails in drawing, the run goes on
+            _say(f"train.py: cannot draw {path} ({error}); the run goes on without it")
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signal = number
@@ -423,20 +505,6 @@ def _check_sizes(config: TrainConfig, sizes: Sizes) -> None:
         if value != wanted:
             raise UserError(f"--{option} is {value}, but the model of --init-from {config.init_from} has {wanted}; "
                             "leave the option out, or start from no checkpoint")
-
-
-def _free_folder(runs: Path, name: str) -> Path:
-    number = 1
-    while (folder := runs / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return folder
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}; give another --out") from None
 
 
 def _say(line: str) -> None:

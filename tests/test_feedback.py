@@ -125,25 +125,27 @@ def test_sizes_that_fit_make_several_batches_of_useful_length():
 
 # The picture
 
-def test_picture_has_training_and_validation_and_both_units(tmp_path, monkeypatch):
-    from matplotlib import pyplot
+def test_picture_has_training_and_validation_and_both_units(monkeypatch):
+    from matplotlib import figure
 
     lines = [{"step": 1, "epoch": 1, "loss": 4.0}, {"step": 2, "epoch": 1, "loss": 3.0},
              {"epoch": 1, "step": 2, "train_loss": 3.5, "val_loss": 3.25, "val_bits_per_char": 4.69},
              {"step": 3, "epoch": 1, "loss": 2.5},
              {"epoch": 1, "train_loss": 3.2, "val_loss": 2.75, "val_bits_per_char": 3.97}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     figures = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
-    feedback.plot_losses(tmp_path / "metrics.jsonl", 3, tmp_path / "loss.png")
-    monkeypatch.undo()
+
+    class Kept(figure.Figure):
+        def __init__(self, **options) -> None:
+            super().__init__(**options)
+            figures.append(self)
+
+    monkeypatch.setattr(figure, "Figure", Kept)
+    assert feedback.picture_of_losses(lines, 3).startswith(b"\x89PNG")
     [axes], [bits] = figures[0].axes, figures[0].axes[0].child_axes
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
     assert drawn == {"training": [[1, 4], [2, 3], [3, 2.5]], "validation": [[2, 3.25], [3, 2.75]]}
     assert axes.get_ylabel() == "loss (nats per character)" and bits.get_ylabel() == "bits per character"
     assert bits.get_ylim() == pytest.approx([nats / math.log(2) for nats in axes.get_ylim()])
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    pyplot.close(figures[0])
 
 
 # TensorBoard
