@@ -151,11 +151,12 @@ def test_picture_has_training_and_validation_and_both_units(monkeypatch):
 # TensorBoard
 
 def test_tensorboard_shows_what_the_metrics_hold_also_after_a_resumption(folder):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator
+
     options = (*TEXT, "--epochs", 2, "--eval-every", 5, "--lr-schedule", "cosine")
     stop_here(6, *options, "--tensorboard", cwd=folder)
     train_here("--resume", "--tensorboard", cwd=folder)
-    events = accumulator.EventAccumulator(str(folder / "run")).Reload()
+    events = event_accumulator.EventAccumulator(str(folder / "run")).Reload()
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     evaluated = [(line.get("step", 8 * line["epoch"]), line["val_loss"]) for line in lines if "val_loss" in line]
@@ -169,7 +170,6 @@ def test_tensorboard_shows_what_the_metrics_hold_also_after_a_resumption(folder)
 
 
 def test_run_with_tensorboard_has_the_files_of_one_without(folder):
-    pytest.importorskip("tensorboard")
     (folder / "plain").mkdir()
     make_text(folder / "plain" / "text.txt")
     plain = train_here(*TEXT, "--steps", 4, cwd=folder / "plain")
