@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_type_hints
@@ -23,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from char_gru.rnn import schedule
-from char_gru.rnn.batches import ContiguousStreams, ShuffledWindows, sizes_that_fit, validation_windows
+from char_gru.rnn.batches import Batch, ContiguousStreams, ShuffledWindows, sizes_that_fit, validation_windows
 from char_gru.rnn.checkpoint import (
     Checkpoint,
     Resumable,
@@ -355,13 +356,17 @@ class Run:
 
     def _evaluate(self) -> None:
         """Measure the validation loss, write a sample, and keep the best parameters: at the end of an epoch, where the
-        schedule says so inside one, and at the end of the run."""
+        schedule says so inside one, and at the end of the run. A signal ends it at once, with nothing written; the
+        resumed run does it then."""
         self._record_unread_loss()
         self._note_time()
+        self._timed = time.perf_counter(), self.progress.batch
         progress, ends_epoch = self.progress, self.progress.batch == self.batches.batches_per_epoch
         epoch = progress.epoch + 1
         train_loss = progress.loss_sum / progress.batch
-        val_loss = self.model.evaluate(self.val_windows) if self.val_windows else None
+        val_loss = self.model.evaluate(self._windows_before_a_signal()) if self.val_windows else None
+        if self._signal is not None:
+            return
         self._check_finite(val_loss)
         bits = None if val_loss is None else val_loss / math.log(2)
         self._write_metrics({"epoch": epoch} | ({} if ends_epoch else {"step": progress.step})
@@ -386,6 +391,12 @@ class Run:
         self._save()
         self._draw_losses()
         self._timed = time.perf_counter(), progress.batch
+
+    def _windows_before_a_signal(self) -> Iterator[Batch]:
+        for window in self.val_windows:
+            yield window
+            if self._signal is not None:
+                return
 
     def _write_sample(self, place: str, number: int) -> None:
         generator = Generator(self.sizes, self.vocabulary, self.model.params, self.model.ops)

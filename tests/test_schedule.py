@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,30 @@ def test_run_saved_before_evaluations_were_noted_is_resumed(folder, monkeypatch)
         patch.setattr(training.Run, "_checkpoint", older)
         stop_here(9, *options, cwd=folder)
     run = train_here("--resume", cwd=folder)
+    (folder / "whole").mkdir()
+    make_text(folder / "whole" / "text.txt")
+    assert_equal_runs(run, train_here(*options, cwd=folder / "whole"))
+
+
+def test_signal_ends_an_evaluation_which_the_resumed_run_makes(folder, monkeypatch):
+    evaluate, read = training.LanguageModel.evaluate, []
+
+    def interrupted(self, windows):
+        def noted():
+            for window in windows:
+                read.append(window)
+                if len(read) == 2:
+                    signal.raise_signal(signal.SIGINT)
+                yield window
+
+        return evaluate(self, noted())
+
+    options = (*TEXT, "--epochs", 1, "--val-fraction", 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.LanguageModel, "evaluate", interrupted)
+        run = train_here(*options, cwd=folder, status=130)
+    assert len(read) == 2 and evaluations(run) == [] and not (run / "best.safetensors").exists()
+    train_here("--resume", cwd=folder)
     (folder / "whole").mkdir()
     make_text(folder / "whole" / "text.txt")
     assert_equal_runs(run, train_here(*options, cwd=folder / "whole"))
