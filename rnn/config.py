@@ -74,7 +74,7 @@ class TrainConfig:
     layers: int = 1
     """GRU layers"""
     dropout: float = 0.0
-    """share of activations dropped between GRU layers"""
+    """share of every GRU layer's outputs that is dropped in training"""
     init: Literal["keras", "pytorch"] = "pytorch"
     """initial values: as Keras chooses them (the tutorial's) or as PyTorch does"""
     init_from: str | None = None

@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -40,6 +39,7 @@ from char_gru.rnn.feedback import Events, ProgressReport, check_tensorboard, pic
 from char_gru.rnn.folder import RunFolder, is_metrics_line, read_metrics
 from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import initial_parameters, named_views, parameter_count, parameter_shapes
+from char_gru.rnn.process import Lossy, handled, stop_numbers
 from char_gru.rnn.sampler import Generator
 from char_gru.rnn.vocabulary import Vocabulary, shown
 
@@ -178,7 +178,7 @@ def train(config: TrainConfig, files: RunFolder | None = None, checkpoint: Check
     except UserError as error:
         raise UserError(f"{error}; --resume needs the text that {config.out} was trained on: give --data the place "
                         "where it is now" if config.resume else str(error)) from None
-    with files or RunFolder.new(config.out, corpus.name) as held:
+    with contextlib.redirect_stdout(Lossy(sys.stdout)), files or RunFolder.new(config.out, corpus.name) as held:
         return Run(replace(config, data=corpus.source), corpus, ops, held, checkpoint, schedule_given).train()
 
 
@@ -229,12 +229,8 @@ class Run:
         """Train to the end, or to a signal; returns the exit status."""
         self._describe()
         begun = self.progress.step
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with handled(self._on_signal, stop_numbers()):
             self._train()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
         if self._signal is not None:
             _say(f"stopped by {signal.Signals(self._signal).name} after step {self.progress.step:,}; "
                  f"continue with --resume --out {self.folder}")
@@ -252,6 +248,8 @@ class Run:
             self._save()
         else:
             self._recover()
+            if progress.evaluated_step == progress.step > 0:  # it may have been killed before it drew
+                self._draw_losses()
         saved_at = time.perf_counter()
         self._timed = saved_at, progress.batch
         characters = self.config.batch_size * self.config.seq_length
@@ -402,10 +400,7 @@ class Run:
         generator = Generator(self.sizes, self.vocabulary, self.model.params, self.model.ops)
         [text] = generator.generate(length=SAMPLE_LENGTH, temperature=SAMPLE_TEMPERATURE,
                                     seed=self.config.seed + number)
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:  # nobody reads the samples any more; the run goes on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(text, flush=True)
         self.progress.samples_bytes += self.files.append("samples.txt", f"--- {place}\n{text}\n")
 
     def _write_metrics(self, line: dict) -> None:
