@@ -30,14 +30,9 @@ BAR = 0.98
 
 _FEW = "the compiler's loop of several turns: fewer {} than threads of a block"
 _INDEX = "a 64-bit division, for an index above 2^32"
-_ODD = "the compiler's code for an odd number of turns: 256 threads take 1,536 elements in six"
-_WARPS = "the compiler's loop of eight turns or more: a block has eight warps"
 _NO_STEPS = "the compiler's code for a window of no steps"
-_COLUMNS = "the compiler's loop of four turns: 80 columns take a warp three"
 
 EXPLAINED = {  # kernel, or "" for any, and a text of the first instruction's source line -> why it never runs
-    ("", "common.cuh: for (int w = 1; w < int(blockDim.x) / WARP"): _WARPS,
-    ("", "common.cuh: value = combine(value, scratch[w])"): _WARPS,
     ("generate_persistent", "for (int layer = 0"): "the compiler's copy of the code for a block without units",
     ("generate_persistent", "generate_logits.cuh: for (int v = threadIdx.x"): "the compiler's code for no shares",
     ("generate_persistent", "for (int row = threadIdx.x"): _FEW.format("rows"),
@@ -50,17 +45,8 @@ EXPLAINED = {  # kernel, or "" for any, and a text of the first instruction's so
     ("output_layer", "int unit_of_warp"): _INDEX,
     ("step_first", "int unit_of_warp"): _INDEX,
     ("step_upper", "int unit_of_warp"): _INDEX,
-    ("gru_backward_step", "const int e = threadIdx.x + i * TILE_THREADS"): _ODD,
-    ("gru_backward_step", "for (int element = threadIdx.x"): _ODD,
-    ("gru_backward_step", "gru.cu: if (b >= B"): _ODD,
     ("gru_backward_step", "gru.cu: const int m = element"): _NO_STEPS,
     ("gru_backward_step", "gru.cu: const bool has_later"): _NO_STEPS,
-    ("gru_backward_step", "dh_z_b[offset_in_state] = dh * z"): _ODD,
-    ("cross_entropy_forward", "float &tile_c"): _COLUMNS,
-    ("cross_entropy_forward", "for (int n = lane()"): _COLUMNS,
-    ("cross_entropy_forward", "int row_in_tile"): _COLUMNS,
-    ("cross_entropy_forward", "const int first"): _COLUMNS,
-    ("cross_entropy_forward", "if (!one_tile)"): _COLUMNS,
     ("sample", "naive.cu: for (float reached"): "the compiler's code for a V of 1",
     ("sum_by_id", "for (int column"): "the compiler's code for a block without warps",
     ("sum_by_id", "const size_t v = thread_in_grid()"): _INDEX,
