@@ -44,7 +44,8 @@ class TrainConfig:
     """
 
     data: tuple[str, ...] = ()
-    """what to learn: shakespeare, python-docs, or files, read one after the other (default: shakespeare)"""
+    """what to learn: shakespeare, python-docs, or any of files, folders, patterns in quotes ('texts/*.txt') and - for
+    stdin, read one after the other; .gz is unpacked (default: shakespeare)"""
     out: Path | None = None
     """folder of the run (default: a new one under runs/)"""
     epochs: int = 10
@@ -91,7 +92,11 @@ class TrainConfig:
     seed: int = 0
     """seed of initial values, order of sequences, dropout and samples"""
     encoding: str = "utf-8"
-    """encoding of the files"""
+    """encoding of the files; utf-8 also reads UTF-16 that begins with its byte order mark"""
+    newline: Literal["unix", "keep"] = "unix"
+    """line ends of the files: made one newline character each, or kept as they are"""
+    separator: str = ""
+    """text between two files"""
     resume: bool = False
     """continue the run in --out (default: the newest under runs/) where it stopped, with its options"""
 
@@ -108,6 +113,8 @@ class TrainConfig:
         _require(0 < self.learning_rate < math.inf, "--learning-rate", self.learning_rate, "a number above 0")
         _require(0 <= self.clip_norm < math.inf, "--clip-norm", self.clip_norm, "a number of at least 0")
         _require(0 <= self.val_fraction <= 0.5, "--val-fraction", self.val_fraction, "in [0, 0.5]")
+        _require(self.separator == self.separator.encode(errors="ignore").decode(), "--separator",
+                 ascii(self.separator), "UTF-8")
         if self.patience and not self.val_fraction:
             raise UserError("--patience watches the validation loss; give --val-fraction above 0 as well")
 
@@ -122,6 +129,7 @@ class TrainConfig:
     def from_saved(options: dict, **unsaved: object) -> TrainConfig:
         """The inverse of `saved`; `unsaved` gives the options that `saved` leaves out."""
         known = {field.name for field in fields(TrainConfig)}
+        options = {"newline": "keep"} | options  # of runs from before there was this option
         return TrainConfig(**{name: options[name] for name in options if name in known}
                            | {"data": tuple(options["data"])} | unsaved)
 

@@ -35,6 +35,7 @@ from char_gru.rnn.devices import op_set, untested_gpu
 from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import initial_parameters, parameter_count, parameter_shapes
 from char_gru.rnn.sampler import Generator
+from char_gru.rnn.terminal import one_line, shown
 from char_gru.rnn.vocabulary import Vocabulary
 
 SAVE_SECONDS = 300
@@ -108,8 +109,11 @@ def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> int:
         _say(f"train.py: {warning}")
     if checkpoint:
         _check_same_run(config, TrainConfig.from_saved(checkpoint.resumable.progress["config"]))
-    corpus = load_corpus(config.data, config.encoding)
-    return Run(replace(config, data=corpus.source), corpus, ops, checkpoint).train()
+    corpus = load_corpus(config.data, config.encoding, config.newline, config.separator)
+    run = Run(replace(config, data=corpus.source), corpus, ops, checkpoint)
+    _say(_told(corpus))
+    del corpus  # the run keeps the text's ids only
+    return run.train()
 
 
 class Run:
@@ -117,7 +121,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, corpus: Corpus, ops, checkpoint: Checkpoint | None) -> None:
         self.config = config
-        self.text_sha256 = corpus.sha256
+        self.text_sha256, self.files = corpus.sha256, corpus.files
         if checkpoint and checkpoint.resumable.progress["text_sha256"] != self.text_sha256:
             raise UserError(f"the text of {' '.join(config.data)} is not the one that {config.out} was trained on; "
                             "bring it back, or start a new run with another --out")
@@ -261,7 +265,7 @@ class Run:
         [text] = generator.generate(length=SAMPLE_LENGTH, temperature=SAMPLE_TEMPERATURE,
                                     seed=self.config.seed + epoch)
         try:
-            print(text, flush=True)
+            print(shown(text), flush=True)
         except BrokenPipeError:  # nobody reads the samples any more; the run goes on
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self.progress.samples_bytes += self._append("samples.txt", f"--- epoch {epoch}\n{text}\n")
@@ -283,7 +287,8 @@ class Run:
         self._record_unread_loss()
         self._check_finite()
         save_checkpoint(self.folder / "last.safetensors", self._checkpoint(resumable=True))
-        config = json.dumps(self.config.saved(), indent=2) + "\n"
+        files = {} if self.files in ((), self.config.data) else {"files": self.files}
+        config = json.dumps(self.config.saved() | files, indent=2) + "\n"
         write_atomically(self.folder / "config.json", config.encode())
         timing = {"epochs": self._timing, "peak_memory_mib": round(self.model.ops.peak_memory_mib(), 1)}
         write_atomically(self.folder / "timing.json", (json.dumps(timing, indent=2) + "\n").encode())
@@ -371,5 +376,12 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}; give another --out") from None
 
 
+def _told(corpus: Corpus) -> str:
+    """A line that names a text and the files that it is made of."""
+    files = corpus.files if len(corpus.files) <= 6 else (*corpus.files[:3], "...", *corpus.files[-2:])
+    among = f" in {len(corpus.files):,} files" if len(corpus.files) > 1 else ""
+    return f"text: {len(corpus.text):,} characters{among}: {', '.join(files) or corpus.name}"
+
+
 def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(one_line(line), file=sys.stderr)

@@ -11,6 +11,9 @@ _CODE_POINTS = 0x110000
 _CHUNK = 1 << 22
 """Characters converted at a time, so that a text of any length needs little memory beside its ids."""
 
+_SHOWN = 40
+"""Unknown characters that an error shows."""
+
 
 class Vocabulary:
     """The characters that a model knows.
@@ -67,10 +70,17 @@ class Vocabulary:
         if on_unknown == "error" and (ids == 0).any():
             unknown = sorted({character for character, known in zip(text, ids) if known == 0})
             shown = " ".join(ascii(character) if not character.isprintable() else repr(character)
-                             for character in unknown)
-            raise UserError(f"the text has characters that the model has not learnt: {shown}; "
+                             for character in unknown[:_SHOWN])
+            more = f" and {len(unknown) - _SHOWN:,} more" if len(unknown) > _SHOWN else ""
+            raise UserError(f"the text has characters that the model has not learnt: {shown}{more}; "
                             "leave them out, or give --on-unknown skip or unk")
         return ids[ids != 0] if on_unknown == "skip" else ids
+
+    def line_ends(self, text: str) -> str:
+        """A text with each line end (`\\r\\n`, `\\r`) as `\\n`, unless the model has learnt `\\r`."""
+        if "\r" not in text or "\r" in self.characters:
+            return text
+        return text.replace("\r\n", "\n").replace("\r", "\n")
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids; `[UNK]` becomes U+FFFD, the replacement character.
