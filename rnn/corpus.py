@@ -87,9 +87,9 @@ def load_corpus(data: tuple[str, ...] | str, encoding: str = "utf-8", newline: s
             for piece in text_pieces(file, encoding, newline, advice=_ADVICE):
                 utf8 += piece.encode()
             if len(utf8) > start:
-                files.append(file)
+                files.append("stdin" if file == STDIN else file)
             elif found == [name]:
-                raise UserError(f"{name} is empty; give a file with text")
+                raise UserError(f"{'stdin' if name == STDIN else name} is empty; give a file with text")
             else:
                 del utf8[before:]
     if not files:
