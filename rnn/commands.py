@@ -1,4 +1,7 @@
-"""The two command lines: options in, exit status out; every error a user can cause is one line on stderr."""
+"""The two command lines: options in, exit status out; every error a user can cause is one line on stderr.
+
+`char_gru.rnn.process` runs them as programs, with what that means for streams and signals.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,18 @@ from dataclasses import fields, replace
 import tyro
 
 from char_gru.rnn.config import GenerateConfig, TrainConfig, UserError
+from char_gru.rnn.process import DIVERGED, USAGE_ERROR, ended_at_once, status_after
 from char_gru.rnn.terminal import complain, shown
 
-USAGE_ERROR = 2
 _TEXT_OPTIONS = ("--prompt", "--stop", "--separator", "--temperature")
 """Options whose value may begin with a dash, or be empty."""
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
-    """`train.py`: train a model. Exit status 0, 1 if training diverged, 2 for bad input, 130 or 143 after a signal."""
+    """`train.py`: train a model. Exit status 0, 1 if it diverged, 2 for bad input, 128 + the number of a signal."""
     def command() -> int:
-        from char_gru.rnn import training
+        with ended_at_once():
+            from char_gru.rnn import training
 
         config = _parse(TrainConfig, arguments, prog="train.py")
         try:
@@ -42,16 +46,19 @@ def train(arguments: Sequence[str] | None = None) -> int:
                 return training.train(config, files, checkpoint)
         except training.Diverged as error:
             complain("train.py", f"training diverged: {error}")
-            return 1
+            return DIVERGED
 
     return _reporting("train.py", command)
 
 
 def generate(arguments: Sequence[str] | None = None) -> int:
-    """`generate.py`: write texts, or score a text. Exit status 0, 2 for bad input, 130 after Ctrl-C."""
+    """`generate.py`: write texts, or score a text. Exit status 0, 2 for bad input, 128 + the number of a signal."""
     def command() -> int:
         config = _parse(GenerateConfig, arguments, prog="generate.py")
-        from char_gru.rnn.sampler import Generator, new_seed
+        if sys.stdout is None:
+            raise UserError("stdout is closed, and what is written there would be lost; send it to a file or a program")
+        with ended_at_once():
+            from char_gru.rnn.sampler import Generator, new_seed
         from char_gru.rnn.texts import read_text
 
         if config.score is not None:
@@ -85,7 +92,7 @@ def _parse(config_type: type, arguments: Sequence[str] | None, prog: str, **opti
     joined = _joined(sys.argv[1:] if arguments is None else arguments, known)
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(sys.stdout or io.StringIO()):
             return tyro.cli(config_type, args=joined, prog=prog, config=(tyro.conf.FlagCreatePairsOff,), **options)
     except SystemExit as stop:
         if stop.code != USAGE_ERROR:
@@ -134,7 +141,8 @@ def _meant(said: str, arguments: list[str], known: set[str], prog: str) -> str:
 def _end_at_once(error: RuntimeError) -> None:
     """End the process, after a failure of the GPU: nothing on it can be freed any more, and CuPy would say so for each
     of its objects. Until then the error keeps them, by its traceback."""
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.flush()
     os._exit(USAGE_ERROR)
 
 
@@ -163,9 +171,6 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
         complain(prog, f"cannot read or write{where}: {error.strerror or error}; what was saved before still stands")
     except MemoryError as error:
         complain(prog, f"not enough memory ({error}); lower --batch-size, --seq-length, --rnn-units or --num-samples")
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
     return USAGE_ERROR
 
 
@@ -180,7 +185,7 @@ def _prompts(config: GenerateConfig) -> list[str]:
 
 def _print_texts(prompts: list[str], pieces: Iterator[list[str]]) -> int:
     """Write all texts to stdout, a line of dashes between two: the first text piece by piece, as it is made, the other
-    texts at the end. Ctrl-C ends all texts where they are. Returns the exit status.
+    texts at the end. Ctrl-C and SIGTERM end all texts where they are. Returns the exit status.
     """
     status, other_texts = 0, [[prompt] for prompt in prompts[1:]]
     _write(prompts[0])
@@ -189,8 +194,8 @@ def _print_texts(prompts: list[str], pieces: Iterator[list[str]]) -> int:
             for text, piece in zip(other_texts, other_pieces):
                 text.append(piece)
             _write(first_piece)  # last, since Ctrl-C most likely comes here
-    except KeyboardInterrupt:
-        status = 130
+    except KeyboardInterrupt as stop:
+        status = status_after(stop)
     for text in other_texts:
         _write("\n" + "-" * 10 + "\n" + "".join(text))
     _write("\n")

@@ -79,7 +79,7 @@ def text_pieces(name: str | Path, encoding: str = "utf-8", newline: str = "unix"
     """
     if str(name) == STDIN:
         if sys.stdin is None:
-            raise UserError("standard input is closed; name a file, or pipe a text in")
+            raise UserError("stdin is closed; give the text itself, or name a file")
         yield from _decoded(_chunks(sys.stdin.buffer, "stdin", limit), "stdin", encoding, newline, advice)
         return
     with open_file(Path(name), streams=True) as file:
