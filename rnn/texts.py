@@ -120,12 +120,13 @@ def _decoded(chunks: Iterable[bytes], name: str | Path, encoding: str, newline: 
                 text.encode()  # a few encodings give lone surrogates, which UTF-8 cannot encode
         except UnicodeDecodeError as error:
             byte, offset = error.object[error.start], read - begun + error.start
-            raise UserError(f"{name} is not {encoding}: byte {byte:#04x} at offset {offset}; {advice}") from None
+            kind = "binary, or not" if encoding == "utf-8" and b"\0" in chunk else "not"
+            raise UserError(f"{name} is {kind} {encoding}: byte {byte:#04x} at offset {offset}; {advice}") from None
         except UnicodeError as error:
             raise UserError(f"{name} is not {encoding} ({error}); {advice}") from None
         if "\0" in text:
-            raise UserError(f"{name} is binary: its character {characters + text.index(chr(0)):,} is NUL; "
-                            "give plain text")
+            number = characters + text.index("\0")
+            raise UserError(f"{name} is binary, or not {encoding}: its character {number:,} is NUL; {advice}")
         if characters == 0:
             text = text.removeprefix("\ufeff")
         read, characters = read + len(chunk), characters + len(text)

@@ -91,13 +91,13 @@ def refused_text(path: Path, *parts: str, **options) -> None:
 
 
 @pytest.mark.parametrize(("raw", "part"), [
-    (b"ab\0c", "binary: its character 2 is NUL"), (bytes(100), "character 0 is NUL"),
+    (b"ab\0c", "is binary, or not {encoding}: its character 2 is NUL"), (bytes(100), "character 0 is NUL"),
     (b"%PDF-1.7 text", "a PDF document"), (b"{\\rtf1 text}", "an RTF document"), (b"PK\x03\x04", ".docx"),
     (gzip.compress(bytes(10)), "binary")])
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 def test_what_is_no_plain_text_is_refused(tmp_path, raw, part, encoding):
     (tmp_path / "file").write_bytes(raw)
-    refused_text(tmp_path / "file", part, encoding=encoding)
+    refused_text(tmp_path / "file", part.format(encoding=encoding), encoding=encoding)
 
 
 def test_gigabytes_of_zeros_are_refused_at_once(tmp_path):
@@ -171,7 +171,7 @@ def test_folder_or_pattern_without_text_is_refused(shelf):
 
 def test_file_that_is_no_text_is_named_among_those_of_a_folder(shelf):
     (shelf / "c" / "picture").write_bytes(b"\x89PNG\r\n\x1a\n\0")
-    with pytest.raises(UserError, match="shelf/c/picture is not utf-8: byte 0x89 at offset 0"):
+    with pytest.raises(UserError, match="shelf/c/picture is binary, or not utf-8: byte 0x89 at offset 0"):
         load_corpus(("shelf",))
 
 
