@@ -21,7 +21,7 @@ import tyro
 
 from char_gru.rnn.config import GenerateConfig, TrainConfig, UserError
 from char_gru.rnn.process import DIVERGED, USAGE_ERROR, ended_at_once, status_after
-from char_gru.rnn.terminal import complain, shown
+from char_gru.rnn.terminal import complain, displayed
 
 _TEXT_OPTIONS = ("--prompt", "--stop", "--separator", "--temperature")
 """Options whose value may begin with a dash, or be empty."""
@@ -33,17 +33,23 @@ def train(arguments: Sequence[str] | None = None) -> int:
         with ended_at_once():
             from char_gru.rnn import training
 
-        config = _parse(TrainConfig, arguments, prog="train.py")
+        config, given = _parse(TrainConfig, arguments, prog="train.py"), _given(arguments)
         try:
-            if not config.resume:
-                return training.train(config)
-            with training.folder_to_resume(config.out) as files:
-                before, checkpoint = training.resumable_run(files)
-                # tyro would turn a flag that is on into --no-...
-                defaults = replace(before, resume=False, stateful=False)
-                config = replace(_parse(TrainConfig, arguments, prog="train.py", default=defaults), out=before.out,
-                                 resume=True, stateful=config.stateful or before.stateful)
-                return training.train(config, files, checkpoint)
+            if config.resume:
+                with training.folder_to_resume(config.out) as files:
+                    before, checkpoint = training.resumable_run(files)
+                    # tyro would turn a flag that is on into --no-...
+                    defaults = replace(before, resume=False, stateful=False)
+                    if "--epochs" in given:  # what is given now decides, not an earlier --steps
+                        defaults = replace(defaults, steps=None)
+                    config = replace(_parse(TrainConfig, arguments, prog="train.py", default=defaults), out=before.out,
+                                     resume=True, stateful=config.stateful or before.stateful)
+                    return training.train(config, files, checkpoint, schedule_given="--lr-schedule" in given)
+            checkpoint = None
+            if config.init_from is not None:
+                defaults, checkpoint = training.starting_point(config.init_from)
+                config = _parse(TrainConfig, arguments, prog="train.py", default=defaults)
+            return training.train(config, checkpoint=checkpoint)
         except training.Diverged as error:
             complain("train.py", f"training diverged: {error}")
             return DIVERGED
@@ -138,6 +144,12 @@ def _meant(said: str, arguments: list[str], known: set[str], prog: str) -> str:
     return f"did you mean {'--data' if prog == 'train.py' else '--prompt'} {strangers.replace(', ', ' ')}? "
 
 
+def _given(arguments: Sequence[str] | None) -> set[str]:
+    """Names of the options on a command line, with dashes."""
+    words = sys.argv[1:] if arguments is None else arguments
+    return {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+
+
 def _end_at_once(error: RuntimeError) -> None:
     """End the process, after a failure of the GPU: nothing on it can be freed any more, and CuPy would say so for each
     of its objects. Until then the error keeps them, by its traceback."""
@@ -203,5 +215,5 @@ def _print_texts(prompts: list[str], pieces: Iterator[list[str]]) -> int:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(shown(text))
+    sys.stdout.write(displayed(text))
     sys.stdout.flush()

@@ -30,7 +30,7 @@ def complain(prog: str, message: object) -> None:
     print(f"{prog}: {one_line(str(message))}", file=sys.stderr)
 
 
-def shown(text: str) -> str:
+def displayed(text: str) -> str:
     """A text of a model as stdout takes it: unchanged, or for a terminal with control characters but tab and newline
     as Python writes them. A checkpoint of a stranger may have learnt any character."""
     return _CONTROL.sub(lambda match: _escaped(match[0]), text) if sys.stdout.isatty() else text

@@ -1,18 +1,20 @@
-"""Characters and their ids: id 0 is `[UNK]`, ids 1.. are the sorted distinct characters of the training text."""
+"""Characters and their ids: id 0 is `[UNK]`, ids 1.. are the sorted distinct characters of the training text. Where a
+model that knows some characters learns another text, new ones follow, sorted among themselves."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from char_gru.rnn.config import UserError
 
 UNK = "[UNK]"
+MOST_SHOWN = 20
+"""Characters that a message shows at most."""
 _CODE_POINTS = 0x110000
 _CHUNK = 1 << 22
 """Characters converted at a time, so that a text of any length needs little memory beside its ids."""
-
-_SHOWN = 40
-"""Unknown characters that an error shows."""
 
 
 class Vocabulary:
@@ -23,20 +25,21 @@ class Vocabulary:
 
     def __init__(self, characters: str) -> None:
         codes = _code_points(characters)
-        if len(codes) == 0 or (np.diff(codes.astype(np.int64)) <= 0).any():
-            raise ValueError("characters must be at least one, sorted and distinct")
+        if len(codes) == 0 or len(np.unique(codes)) < len(codes):
+            raise ValueError("characters must be at least one, and distinct")
         self.characters = characters
         self._codes = np.concatenate([[0xFFFD], codes]).astype("<u4")
         self._ids = np.zeros(_CODE_POINTS, self.dtype)
         self._ids[codes] = np.arange(1, len(self), dtype=self.dtype)
 
     @staticmethod
-    def of(text: str) -> Vocabulary:
-        """The vocabulary of a text that is not empty."""
+    def of(text: str, known: str = "") -> Vocabulary:
+        """The vocabulary of a text that is not empty; known: characters that keep the first ids, in this order."""
         seen = np.zeros(_CODE_POINTS, bool)
         for start in range(0, len(text), _CHUNK):
             seen[_code_points(text[start:start + _CHUNK])] = True
-        return Vocabulary(_text(np.flatnonzero(seen).astype("<u4")))
+        seen[_code_points(known)] = False
+        return Vocabulary(known + _text(np.flatnonzero(seen).astype("<u4")))
 
     def __len__(self) -> int:
         """V, `[UNK]` included."""
@@ -69,10 +72,7 @@ class Vocabulary:
         ids = self.encode(text)
         if on_unknown == "error" and (ids == 0).any():
             unknown = sorted({character for character, known in zip(text, ids) if known == 0})
-            shown = " ".join(ascii(character) if not character.isprintable() else repr(character)
-                             for character in unknown[:_SHOWN])
-            more = f" and {len(unknown) - _SHOWN:,} more" if len(unknown) > _SHOWN else ""
-            raise UserError(f"the text has characters that the model has not learnt: {shown}{more}; "
+            raise UserError(f"the text has characters that the model has not learnt: {shown(unknown)}; "
                             "leave them out, or give --on-unknown skip or unk")
         return ids[ids != 0] if on_unknown == "skip" else ids
 
@@ -88,6 +88,13 @@ class Vocabulary:
         Shapes: ids (N,), any integer dtype, values in [0, V).
         """
         return _text(self._codes[np.asarray(ids, np.intp)])
+
+
+def shown(characters: Sequence[str]) -> str:
+    """The first characters of several in quotes, with escapes for those that cannot be printed."""
+    quoted = (repr(character) if character.isprintable() else ascii(character) for character in characters[:MOST_SHOWN])
+    more = len(characters) - MOST_SHOWN
+    return " ".join(quoted) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _code_points(text: str) -> np.ndarray:
