@@ -80,6 +80,8 @@ def text_pieces(name: str | Path, encoding: str = "utf-8", newline: str = "unix"
     if str(name) == STDIN:
         if sys.stdin is None:
             raise UserError("stdin is closed; give the text itself, or name a file")
+        if sys.stdin.isatty():
+            print("reading stdin; Ctrl-D on a line of its own ends it", file=sys.stderr)
         yield from _decoded(_chunks(sys.stdin.buffer, "stdin", limit), "stdin", encoding, newline, advice)
         return
     with open_file(Path(name), streams=True) as file:
@@ -91,9 +93,10 @@ def _chunks(file: io.BufferedReader, name: str | Path, limit: int | None) -> Ite
     packed = file.peek(2).startswith(b"\x1f\x8b")
     if limit is None and (packed or not stat.S_ISREG(os.fstat(file.fileno()).st_mode)):
         limit = UNSIZED_LIMIT
-    total, source = 0, gzip.GzipFile(fileobj=file) if packed else file
+    total, source, chunk = 0, gzip.GzipFile(fileobj=file) if packed else file, bytes(CHUNK)
     try:
-        while chunk := source.read(CHUNK):
+        while len(chunk) == CHUNK:  # a shorter one is the last: behind it, a terminal would wait for another Ctrl-D
+            chunk = source.read(CHUNK)
             total += len(chunk)
             if limit is not None and total > limit:
                 raise UserError(f"{name} has more than {limit >> 20:,} MiB; give less text"

@@ -273,6 +273,16 @@ def test_control_characters_of_a_text_reach_a_pipe_but_no_terminal(tmp_path):
     assert shown.startswith(r"\x1b]0;") and "\t" in shown
 
 
+def test_prompt_typed_at_a_terminal_ends_with_one_ctrl_d(folder):
+    terminal, end = os.openpty()
+    with running("generate.py", "run", "--prompt", "-", "--length", 5, "--seed", 1, cwd=folder, stdin=end) as process:
+        os.close(end)
+        assert process.stderr.readline().startswith(b"reading stdin; Ctrl-D")
+        os.write(terminal, b"the\n\x04")
+        assert process.stdout.read().startswith(b"the\n") and process.wait(DEADLINE) == 0
+    os.close(terminal)
+
+
 def test_error_line_has_a_bounded_length_and_no_control_characters(folder, refused):
     for name in ("x" * 80_000, "\x1b[2J\n" * 100, "\u202e\u2028\x9b" * 2000):
         said = refused("run", "--prompt-file", name) + refused("run", name)

@@ -712,15 +712,15 @@ def test_command_line_starts_without_loading_what_it_may_not_need():
     result = run(code, ROOT, cwd=ROOT)
     loaded = set(result.stdout.split())
     assert "char_gru.rnn.commands" in loaded
-    assert not loaded & {"matplotlib", "cupy", "numpy", "pooch", "requests", "safetensors", "char_gru.rnn.training",
-                         "char_gru.rnn.model"}
+    assert not loaded & {"matplotlib", "cupy", "numpy", "platformdirs", "requests", "safetensors",
+                         "char_gru.rnn.training", "char_gru.rnn.model"}
 
 
 def test_training_loads_no_plotting_and_no_gpu_library_before_it_needs_them():
     code = "import sys; sys.path.insert(0, sys.argv[1]); import char_gru.rnn.training; print(*sys.modules)"
     loaded = set(run(code, ROOT, cwd=ROOT).stdout.split())
     assert "char_gru.rnn.training" in loaded
-    assert not loaded & {"matplotlib", "cupy", "pooch", "requests"}
+    assert not loaded & {"matplotlib", "cupy", "platformdirs", "requests"}
 
 
 def test_help_names_every_option(tmp_path):

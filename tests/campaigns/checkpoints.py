@@ -107,17 +107,23 @@ def length_forged(rng: random.Random, raw: bytes) -> bytes:
 
 
 def header_flooded(rng: random.Random, raw: bytes) -> bytes:
-    """A header of up to 20 MB, in front of as many bytes of tensors as it may want."""
-    size = int(20e6 ** rng.uniform(0.2, 1))
-    item = rng.choice((b"[", b"[],", b"{},", b'{"a":', b'"ab",', b"1e9,", b"9", b" ", b"\xff", b'"\\u00e9",', b'"',
-                       b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},'))
-    flood = (b"".join(item % number for number in range(size // 50)) if b"%d" in item
-             else item * (size // len(item)))
-    header, data = parts(raw)
-    whole = json.dumps(header).encode()
-    place = rng.choice((b"", b'{"__metadata__":', b'{"__metadata__":{"char-gru":"', b'{"x":[', whole[:-1] + b',"x":['))
-    flooded = rng.choice((place + flood, place + flood + b"0]}", whole + flood))
-    return file_of(flooded, data + bytes(size * rng.randrange(2)))
+    """A header of up to 64 MB of JSON, mostly well-formed, often in front of as many bytes of tensors."""
+    size, (header, data) = int(64e6 ** rng.uniform(0.2, 1)), parts(raw)
+    item = rng.choice(("[]", "{}", '"ab"', "1e9", "9", '"\\u00e9"', '{"a":[]}', "null", "[" * 900 + "]" * 900))
+    many = "[" + f"{item}," * (size // len(item)) + item + "]"
+    named = ",".join(f'"{number}":{item}' for number in range(size // (len(item) + 9)))
+    empty = ",".join(f'"{number}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for number in range(size // 60))
+    whole, metadata = json.dumps(header)[:-1], header["__metadata__"]
+    place = rng.randrange(8)
+    if place < 5:
+        flooded = (f'{whole},"x":{many}}}', f'{whole},"x":{{{named}}}}}', f"{whole},{empty}}}", many,
+                   "[" * size)[place]
+    else:
+        text = metadata[METADATA_KEY]
+        metadata[METADATA_KEY] = (f'{text[:-1]},"x":{many}}}', f'{text[:-1]},"x":{{{named}}}}}',
+                                  text.replace('"vocabulary": "', '"vocabulary": "' + "z" * size))[place - 5]
+        flooded = json.dumps(header)
+    return file_of(flooded.encode(), data + bytes(size * rng.randrange(2)))
 
 
 def entry_forged(rng: random.Random, raw: bytes) -> bytes:
