@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,28 +29,24 @@ DOWNLOAD_TIMEOUT, DOWNLOAD_SECONDS = 10, 60
 
 _ADVICE = "convert it, or name its encoding with --encoding"
 
-_HASHED = 1 << 22
-"""Characters that are hashed at a time."""
-
 
 class Corpus(NamedTuple):
     """A text and where it came from.
 
-    name: a word for the text, good as a folder's name; source: the value of `--data` that gives this text; files: the
-    files that it is made of, in their order; sha256: of the text in UTF-8.
+    sha256: of the text in UTF-8; name: a word for the text, good as a folder's name; source: the value of `--data` that
+    gives this text; files: the files that it is made of, in their order.
     """
 
     text: str
+    sha256: str
     name: str
     source: tuple[str, ...]
     files: tuple[str, ...] = ()
 
-    @property
-    def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for start in range(0, len(self.text), _HASHED):
-            digest.update(self.text[start:start + _HASHED].encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
+    @staticmethod
+    def of(utf8: bytes | bytearray, name: str, source: tuple[str, ...], files: Sequence[str] = ()) -> Corpus:
+        """The corpus of a text in UTF-8."""
+        return Corpus(utf8.decode(), hashlib.sha256(utf8).hexdigest(), name, source, tuple(files))
 
 
 def load_corpus(data: tuple[str, ...] | str, encoding: str = "utf-8", newline: str = "unix",
@@ -73,9 +70,9 @@ def load_corpus(data: tuple[str, ...] | str, encoding: str = "utf-8", newline: s
                   file=sys.stderr)
             return load_corpus(("python-docs",))
     if data == ("shakespeare",):
-        return Corpus(_shakespeare().decode("utf-8"), "shakespeare", data)
+        return Corpus.of(_shakespeare(), "shakespeare", data)
     if data == ("python-docs",):
-        return Corpus(_python_docs(), "python-docs", data)
+        return Corpus.of(_python_docs().encode(), "python-docs", data)
     if data.count(STDIN) > 1:
         raise UserError("--data names standard input (-) twice, but it can be read only once")
     utf8, files = bytearray(), []  # UTF-8 of all texts takes less memory than their pieces, joined
@@ -94,7 +91,7 @@ def load_corpus(data: tuple[str, ...] | str, encoding: str = "utf-8", newline: s
                 del utf8[before:]
     if not files:
         raise UserError(f"{' '.join(data)}: no file with text is there; name files that hold text")
-    return Corpus(utf8.decode(), _name(data[0], files[0]), data, tuple(files))
+    return Corpus.of(utf8, _name(data[0], files[0]), data, files)
 
 
 def _files(name: str) -> list[str]:

@@ -524,7 +524,7 @@ def _with_mark(corpus: Corpus, checkpoint: Checkpoint) -> Corpus:
     """The text with a byte order mark in front if a run has learnt it so: marks were not dropped once."""
     if "\ufeff" not in checkpoint.vocabulary.characters:
         return corpus
-    marked = corpus._replace(text="\ufeff" + corpus.text)
+    marked = Corpus.of(("\ufeff" + corpus.text).encode(), corpus.name, corpus.source, corpus.files)
     return marked if marked.sha256 == checkpoint.resumable.progress["text_sha256"] else corpus
 
 
