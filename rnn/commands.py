@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import difflib
 import io
+import itertools
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import fields, replace
 
 import tyro
 
 from char_gru.rnn.config import GenerateConfig, TrainConfig, UserError
 from char_gru.rnn.process import DIVERGED, USAGE_ERROR, ended_at_once, status_after
+from char_gru.rnn.terminal import complain, displayed
 
-_TEXT_OPTIONS = ("--prompt", "--stop", "--temperature")
-"""Options whose value may begin with a dash."""
+_TEXT_OPTIONS = ("--prompt", "--stop", "--separator", "--temperature")
+"""Options whose value may begin with a dash, or be empty."""
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +51,7 @@ def train(arguments: Sequence[str] | None = None) -> int:
                 config = _parse(TrainConfig, arguments, prog="train.py", default=defaults)
             return training.train(config, checkpoint=checkpoint)
         except training.Diverged as error:
-            print(f"train.py: training diverged: {error}", file=sys.stderr)
+            complain("train.py", f"training diverged: {error}")
             return DIVERGED
 
     return _reporting("train.py", command)
@@ -63,16 +65,18 @@ def generate(arguments: Sequence[str] | None = None) -> int:
             raise UserError("stdout is closed, and what is written there would be lost; send it to a file or a program")
         with ended_at_once():
             from char_gru.rnn.sampler import Generator, new_seed
+        from char_gru.rnn.texts import read_text
 
         if config.score is not None:
-            text = _file_text(config.score)
-            score = Generator.load(config.run, config.device).score(text, config.on_unknown)
+            text, generator = read_text(config.score), Generator.load(config.run, config.device)
+            score = generator.score(generator.vocabulary.line_ends(text), config.on_unknown)
             print(json.dumps({"loss": score.loss, "bits_per_char": score.loss / math.log(2),
                               "characters": score.characters}))
             return 0
         prompts = _prompts(config)
         seed = new_seed() if config.seed is None else config.seed
         generator = Generator.load(config.run, config.device)
+        prompts = [generator.vocabulary.line_ends(prompt) for prompt in prompts]
         rows = [prompt for prompt in prompts for _ in range(config.num_samples)]
         pieces = generator.stream(
             rows, config.length, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
@@ -89,12 +93,9 @@ def _parse(config_type: type, arguments: Sequence[str] | None, prog: str, **opti
 
     Raises: UserError, one line, for a mistake in the command line.
     """
-    joined: list[str] = []
-    for argument in sys.argv[1:] if arguments is None else arguments:
-        if joined and joined[-1] in _TEXT_OPTIONS:
-            joined[-1] += "=" + argument
-        else:
-            joined.append(argument)
+    known = {"--help", *("--" + field.name.replace("_", "-") for field in fields(config_type)
+                         if "Positional" not in field.type)}
+    joined = _joined(sys.argv[1:] if arguments is None else arguments, known)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(sys.stdout or io.StringIO()):
@@ -102,8 +103,45 @@ def _parse(config_type: type, arguments: Sequence[str] | None, prog: str, **opti
     except SystemExit as stop:
         if stop.code != USAGE_ERROR:
             raise
-        said = [line.strip("│ ") for line in complaint.getvalue().splitlines() if line.startswith("│")]
-        raise UserError(f"{' '.join(said[:1]) or complaint.getvalue()}; see {prog} --help") from None
+        box = [line.strip("│ ") for line in complaint.getvalue().splitlines() if line.startswith("│")]
+        said = " ".join(itertools.takewhile(lambda line: not line.startswith("─"), box)) or complaint.getvalue()
+        said = said.partition("  Got errors")[0].rstrip(".")
+        raise UserError(f"{said}; {_meant(said, joined, known, prog)}see {prog} --help") from None
+
+
+def _joined(arguments: Sequence[str], known: set[str]) -> list[str]:
+    """The arguments, each text option in one piece with its value.
+
+    Raises: UserError for an option of `known` where a value is due, and for an empty value that is no text.
+    """
+    joined: list[str] = []
+    for argument in arguments:
+        option, last = argument.partition("=")[0], joined[-1] if joined else ""
+        if last in (*_TEXT_OPTIONS, "--data") and option in known:
+            raise UserError(f"{last} has no value before {argument}; if that is its value, write {last}={argument}")
+        if last in _TEXT_OPTIONS:
+            joined[-1] += "=" + argument
+        elif argument in ("", option + "=") and option not in _TEXT_OPTIONS:
+            named = option if option in known else last if last in known else "an argument"
+            raise UserError(f"{named} is empty; give it a value, or leave it out")
+        else:
+            joined.append(argument)
+    if joined[-1:] == ["--data"]:
+        raise UserError("--data has no value; name a text")
+    return joined
+
+
+def _meant(said: str, arguments: list[str], known: set[str], prog: str) -> str:
+    """A question about what a command line with unknown arguments may mean, or an empty string."""
+    strange, _, strangers = said.partition(": ")
+    options = [option for option in (argument.partition("=")[0] for argument in arguments)
+               if option.startswith("--") and option.replace("_", "-") not in known]
+    if not strange.startswith("Unrecognized"):
+        return ""
+    if options:
+        close = difflib.get_close_matches(options[0][2:], [option[2:] for option in known], 1)
+        return f"did you mean --{close[0]}? " if close else ""
+    return f"did you mean {'--data' if prog == 'train.py' else '--prompt'} {strangers.replace(', ', ' ')}? "
 
 
 def _given(arguments: Sequence[str] | None) -> set[str]:
@@ -126,15 +164,15 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
     try:
         return command()
     except UserError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        complain(prog, error)
     except RuntimeError as error:
         from char_gru.kernels.runtime import CompileError, DeviceError  # imports NumPy, which --help does without
 
         if isinstance(error, (DeviceError, CompileError)):
-            print(f"{prog}: {error}", file=sys.stderr)
+            complain(prog, error)
         elif type(error).__name__ in ("CUDARuntimeError", "CUDADriverError"):  # of CuPy, which a CPU does without
             atexit.register(_end_at_once, error)
-            print(f"{prog}: the GPU failed: {error}; what was saved before still stands", file=sys.stderr)
+            complain(prog, f"the GPU failed: {error}; what was saved before still stands")
         else:
             raise
     except BrokenPipeError:  # the reader of stdout has closed it
@@ -142,36 +180,19 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
         return 0
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        print(f"{prog}: cannot read or write{where}: {error.strerror or error}; what was saved before still stands",
-              file=sys.stderr)
+        complain(prog, f"cannot read or write{where}: {error.strerror or error}; what was saved before still stands")
     except MemoryError as error:
-        print(f"{prog}: not enough memory ({error}); lower --batch-size, --seq-length, --rnn-units or --num-samples",
-              file=sys.stderr)
+        complain(prog, f"not enough memory ({error}); lower --batch-size, --seq-length, --rnn-units or --num-samples")
     return USAGE_ERROR
 
 
 def _prompts(config: GenerateConfig) -> list[str]:
-    if sys.stdin is None and "-" in config.prompt:
-        raise UserError("--prompt - reads stdin, but stdin is closed; give the text itself, or --prompt-file")
-    prompts = [_decoded(sys.stdin.buffer.read(), "stdin") if prompt == "-" else prompt for prompt in config.prompt]
+    from char_gru.rnn.texts import PROMPT_LIMIT, STDIN, read_text
+
+    prompts = [read_text(STDIN, PROMPT_LIMIT) if prompt == STDIN else prompt for prompt in config.prompt]
     if config.prompt_file is not None:
-        prompts.append(_file_text(config.prompt_file))
+        prompts.append(read_text(config.prompt_file, PROMPT_LIMIT))
     return prompts or [""]
-
-
-def _file_text(path: Path) -> str:
-    try:
-        return _decoded(path.read_bytes(), str(path))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _decoded(raw: bytes, source: str) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"the text of {source} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}; "
-                        "convert it") from None
 
 
 def _print_texts(prompts: list[str], pieces: Iterator[list[str]]) -> int:
@@ -194,5 +215,5 @@ def _print_texts(prompts: list[str], pieces: Iterator[list[str]]) -> int:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(displayed(text))
     sys.stdout.flush()
