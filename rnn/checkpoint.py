@@ -54,7 +54,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """
     tensors = _tensors(checkpoint)
     description = {"format": FORMAT, "sizes": asdict(checkpoint.sizes),
-                   "vocabulary": checkpoint.vocabulary.characters,
+                   "vocabulary": checkpoint.vocabulary.characters, "beginning": checkpoint.vocabulary.beginning,
                    "progress": checkpoint.resumable.progress if checkpoint.resumable else None}
     description["sha256"] = _digest(description, tensors)
     write_atomically(path, safetensors_numpy.save(tensors, {METADATA_KEY: json.dumps(description)}))
@@ -159,7 +159,7 @@ def _checkpoint(description: dict, tensors: dict[str, np.ndarray]) -> Checkpoint
     sizes = Sizes(**description["sizes"])
     if not all(type(size) is int and size > 0 for size in asdict(sizes).values()) or sizes.layers > len(tensors):
         raise ValueError("sizes")
-    vocabulary = Vocabulary(description["vocabulary"])
+    vocabulary = Vocabulary(description["vocabulary"], description.get("beginning", "\n"))  # older files have none
     if len(vocabulary) != sizes.V:
         raise ValueError("vocabulary")
     shapes = parameter_shapes(sizes)

@@ -111,9 +111,10 @@ class Generator:
         """Continue all prompts together, piece by piece: each item has the next few characters of every text.
 
         A text ends after `length` characters (0: never), or as soon as it contains a string of `stop`, which is kept.
-        An empty prompt starts at the beginning of a line. The k-th character of row b is drawn with uniform number
-        (k, b) of the Philox stream of the seed, so the same seed writes the same texts, however they are cut into
-        pieces. While the caller works on a piece, a GPU writes the next one.
+        An empty prompt starts after the vocabulary's `beginning`, which a model of lines has learnt as a line's end. The
+        k-th character of row b is drawn with uniform number (k, b) of the Philox stream of the seed, so the same seed
+        writes the same texts, however they are cut into pieces. While the caller works on a piece, a GPU writes the
+        next one.
 
         Raises: UserError for unknown characters in a prompt (unless on_unknown is skip or unk) and for options out of
         range.
@@ -171,7 +172,7 @@ class Generator:
     def _prompt_ids(self, prompt: str, on_unknown: str) -> np.ndarray:
         ids = self.vocabulary.encode_prompt(prompt, on_unknown)
         if len(ids) == 0:
-            ids = self.vocabulary.encode("\n")
+            ids = self.vocabulary.encode(self.vocabulary.beginning)
         return ids.astype(np.int32)
 
 

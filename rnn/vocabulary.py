@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import numpy as np
 
 from char_gru.rnn.config import UserError
@@ -11,29 +13,36 @@ _CODE_POINTS = 0x110000
 _CHUNK = 1 << 22
 """Characters converted at a time, so that a text of any length needs little memory beside its ids."""
 
+LINE_ENDS, SEPARATORS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", ";|\t,"
+RARE = 10_000
+"""Once in so many characters, a separator is too rare for a model to learn from it how a text begins."""
+
 
 class Vocabulary:
     """The characters that a model knows.
 
     characters: the known characters in the order of their ids, which start at 1; `[UNK]` is not among them.
+    beginning: the character after which a text without a prompt begins.
     """
 
-    def __init__(self, characters: str) -> None:
+    def __init__(self, characters: str, beginning: str = "\n") -> None:
         codes = _code_points(characters)
         if len(codes) == 0 or (np.diff(codes.astype(np.int64)) <= 0).any():
             raise ValueError("characters must be at least one, sorted and distinct")
-        self.characters = characters
+        if not isinstance(beginning, str) or len(beginning) != 1:
+            raise ValueError(f"beginning must be one character, not {beginning!r:.20}")
+        self.characters, self.beginning = characters, beginning
         self._codes = np.concatenate([[0xFFFD], codes]).astype("<u4")
         self._ids = np.zeros(_CODE_POINTS, self.dtype)
         self._ids[codes] = np.arange(1, len(self), dtype=self.dtype)
 
     @staticmethod
     def of(text: str) -> Vocabulary:
-        """The vocabulary of a text that is not empty."""
+        """The vocabulary of a text that is not empty; `beginning_of` gives its beginning."""
         seen = np.zeros(_CODE_POINTS, bool)
         for start in range(0, len(text), _CHUNK):
             seen[_code_points(text[start:start + _CHUNK])] = True
-        return Vocabulary(_text(np.flatnonzero(seen).astype("<u4")))
+        return Vocabulary(_text(np.flatnonzero(seen).astype("<u4")), beginning_of(text))
 
     def __len__(self) -> int:
         """V, `[UNK]` included."""
@@ -78,6 +87,29 @@ class Vocabulary:
         Shapes: ids (N,), any integer dtype, values in [0, V).
         """
         return _text(self._codes[np.asarray(ids, np.intp)])
+
+
+def beginning_of(text: str) -> str:
+    """A character after which a text that is not empty often begins anew, judged by its first 4 million characters.
+
+    It is a line's end, where the text has one inside, not too rarely; else the first of `SEPARATORS` that stands there
+    not too rarely and mostly not before a space (after which a sentence would go on); else the space. Where there is
+    none of these, it is the most frequent character that is no letter or digit, and in a text of letters the most
+    frequent one.
+    """
+    text = text[:_CHUNK]
+    inside = text[:-1]  # nothing follows the last character
+    needed = max(1, len(text) // RARE)
+    for character in LINE_ENDS + SEPARATORS:
+        count = inside.count(character)
+        goes_on = character in SEPARATORS and 2 * text.count(character + " ") >= count
+        if count >= needed and not goes_on:
+            return character
+    if inside.count(" ") >= needed:
+        return " "
+    codes, counts = np.unique(_code_points(inside or text), return_counts=True)
+    frequent = _text(codes[np.argsort(-counts, kind="stable")])
+    return next((character for character in frequent if unicodedata.category(character)[0] not in "LMN"), frequent[0])
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -100,6 +100,18 @@ def test_empty_prompt_starts_at_the_beginning_of_a_line(write):
     assert write("--length", 40, "--seed", 2) == lone
 
 
+def test_empty_prompt_starts_after_the_separator_of_a_text_without_lines(tmp_path, capfd):
+    (tmp_path / "names.txt").write_text("anna;bo;cleo;dora;emil;" * 20, "utf-8")
+    with chdir(tmp_path):
+        assert commands.train(["--data", "names.txt", "--out", "names", *TINY, "--steps", "8"]) == 0
+        texts = []
+        for prompt in ("", ";"):
+            capfd.readouterr()
+            assert commands.generate(["names", "--prompt", prompt, "--length", "40", "--seed", "2"]) == 0
+            texts.append(capfd.readouterr().out)
+        assert ";" + texts[0] == texts[1]
+
+
 def test_texts_of_several_prompts_and_samples_follow_in_order(folder, write, tmp_path):
     (tmp_path / "prompt.txt").write_text("lazy", "utf-8")
     written = write("--prompt", "the fox", "--prompt-file", tmp_path / "prompt.txt", "--prompt", "a",
