@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import io
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -46,14 +45,10 @@ def generate(arguments: Sequence[str] | None = None) -> int:
     """`generate.py`: write texts, or score a text. Exit status 0, 2 for bad input, 130 after Ctrl-C."""
     def command() -> int:
         config = _parse(GenerateConfig, arguments, prog="generate.py")
+        if config.score is not None:
+            return _print_scores(config, config.score)
         from char_gru.rnn.sampler import Generator, new_seed
 
-        if config.score is not None:
-            text = _file_text(config.score)
-            score = Generator.load(config.run, config.device).score(text, config.on_unknown)
-            print(json.dumps({"loss": score.loss, "bits_per_char": score.loss / math.log(2),
-                              "characters": score.characters}))
-            return 0
         prompts = _prompts(config)
         seed = new_seed() if config.seed is None else config.seed
         generator = Generator.load(config.run, config.device)
@@ -63,7 +58,7 @@ def generate(arguments: Sequence[str] | None = None) -> int:
             min_p=config.min_p, stop=config.stop, seed=seed, on_unknown=config.on_unknown)
         if config.seed is None:
             print(f"--seed {seed}", file=sys.stderr)
-        return _print_texts(rows, pieces)
+        return (_print_json if config.format == "jsonl" else _print_texts)(rows, pieces, replace(config, seed=seed))
 
     return _reporting("generate.py", command)
 
@@ -111,7 +106,7 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
             print(f"{prog}: {error}", file=sys.stderr)
         elif type(error).__name__ in ("CUDARuntimeError", "CUDADriverError"):  # of CuPy, which a CPU does without
             atexit.register(_end_at_once, error)
-            print(f"{prog}: the GPU failed: {error}; what was saved before still stands", file=sys.stderr)
+            print(f"{prog}: the GPU failed: {error}{_kept(prog)}", file=sys.stderr)
         else:
             raise
     except BrokenPipeError:  # the reader of stdout has closed it
@@ -119,8 +114,7 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
         return 0
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        print(f"{prog}: cannot read or write{where}: {error.strerror or error}; what was saved before still stands",
-              file=sys.stderr)
+        print(f"{prog}: cannot read or write{where}: {error.strerror or error}{_kept(prog)}", file=sys.stderr)
     except MemoryError as error:
         print(f"{prog}: not enough memory ({error}); lower --batch-size, --seq-length, --rnn-units or --num-samples",
               file=sys.stderr)
@@ -130,11 +124,19 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
     return USAGE_ERROR
 
 
+def _kept(prog: str) -> str:
+    return "; what was saved before still stands" if prog == "train.py" else ""
+
+
 def _prompts(config: GenerateConfig) -> list[str]:
-    prompts = [_decoded(sys.stdin.buffer.read(), "stdin") if prompt == "-" else prompt for prompt in config.prompt]
+    prompts = [_stdin_text() if prompt == "-" else prompt for prompt in config.prompt]
     if config.prompt_file is not None:
         prompts.append(_file_text(config.prompt_file))
     return prompts or [""]
+
+
+def _stdin_text() -> str:
+    return _decoded(sys.stdin.buffer.read(), "stdin")
 
 
 def _file_text(path: Path) -> str:
@@ -152,23 +154,92 @@ def _decoded(raw: bytes, source: str) -> str:
                         "convert it") from None
 
 
-def _print_texts(prompts: list[str], pieces: Iterator[list[str]]) -> int:
-    """Write all texts to stdout, a line of dashes between two: the first text piece by piece, as it is made, the other
-    texts at the end. Ctrl-C ends all texts where they are. Returns the exit status.
+def _print_texts(prompts: list[str], pieces: Iterator[list[str]], config: GenerateConfig) -> int:
+    """Write all texts to stdout: the first text piece by piece, as it is made, the other texts at the end. Ctrl-C ends
+    all texts where they are. Returns the exit status.
     """
-    status, other_texts = 0, [[prompt] for prompt in prompts[1:]]
+    status, other_texts, last_piece = 0, [[prompt] for prompt in prompts[1:]], ""
     _write(prompts[0])
     try:
         for first_piece, *other_pieces in pieces:
             for text, piece in zip(other_texts, other_pieces):
                 text.append(piece)
+            last_piece = first_piece or last_piece
             _write(first_piece)  # last, since Ctrl-C most likely comes here
     except KeyboardInterrupt:
         status = 130
-    for text in other_texts:
-        _write("\n" + "-" * 10 + "\n" + "".join(text))
-    _write("\n")
+    ends_line = any(stop.endswith("\n") for stop in config.stop)
+    only_lines = "\n" in config.stop and not any("\n" in prompt for prompt in prompts)
+    for text in (*other_texts, None):
+        if config.separator is not None:
+            _write(config.separator)
+        else:
+            line_end = "" if ends_line and last_piece.endswith("\n") else "\n"
+            _write(line_end if only_lines or text is None else line_end + "-" * 10 + "\n")
+        if text is not None:
+            last_piece = "".join(text)
+            _write(last_piece)
     return status
+
+
+def _print_json(prompts: list[str], pieces: Iterator[list[str]], config: GenerateConfig) -> int:
+    """Write a line of JSON for each text, in their order, each as soon as it and those before it have ended. Ctrl-C
+    ends all texts where they are. Returns the exit status.
+    """
+    status, texts, written = 0, [""] * len(prompts), 0
+
+    def write_line(end: str) -> None:
+        _write(json.dumps({
+            "prompt": prompts[written], "sample": written % config.num_samples + 1, "text": texts[written], "end": end,
+            "seed": config.seed, "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p,
+            "min_p": config.min_p}) + "\n")
+
+    try:
+        for pieces_of_texts in pieces:
+            texts = [text + piece for text, piece in zip(texts, pieces_of_texts)]
+            while written < len(texts) and (end := _end(texts[written], config)):
+                write_line(end)
+                written += 1
+    except KeyboardInterrupt:
+        status = 130
+    while written < len(texts):
+        write_line("interrupt")
+        written += 1
+    return status
+
+
+def _end(text: str, config: GenerateConfig) -> str | None:
+    """Why a text has ended: `stop`, `length`, or None if it has not."""
+    if config.stop and text.endswith(config.stop):
+        return "stop"
+    return "length" if config.length and len(text) >= config.length else None
+
+
+def _print_scores(config: GenerateConfig, files: Sequence[str]) -> int:
+    """Write lines of JSON about the texts of all files; - is stdin. Returns the exit status."""
+    for file in files:
+        if Path(file).is_dir():
+            raise UserError(f"--score takes files, but {file} is a folder; name a run before --score, not after it")
+    texts = [_stdin_text() if file == "-" else _file_text(Path(file)) for file in files]
+    from tqdm import tqdm
+
+    from char_gru.rnn.sampler import Generator
+    from char_gru.rnn.scoring import json_lines
+
+    generator = Generator.load(config.run, config.device)
+    ids_of_texts = []
+    for file, text in zip(files, texts):
+        try:
+            ids_of_texts.append(generator.ids_to_score(text, config.on_unknown))
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+    with tqdm(total=sum(len(ids) - 1 for ids in ids_of_texts), unit=" characters", unit_scale=True, disable=None,
+              dynamic_ncols=True, leave=False) as bar:
+        parts = generator.score_parts(ids_of_texts, config.exact, config.per_character, bar.update)
+        for lines in json_lines(parts, generator.vocabulary, files if len(files) > 1 else None):
+            with bar.external_write_mode():
+                _write(lines)
+    return 0
 
 
 def _write(text: str) -> None:

@@ -70,8 +70,10 @@ class Vocabulary:
         """Ids (N,) of a text to read. on_unknown: whether unknown characters are refused (`error`), left out (`skip`),
         or read as `[UNK]` (`unk`).
 
-        Raises: UserError that shows the unknown characters, if they are refused.
+        Raises: UserError that shows the unknown characters, if they are refused, and for another on_unknown.
         """
+        if on_unknown not in ("error", "skip", "unk"):
+            raise UserError(f"--on-unknown is {on_unknown!r:.50}, but must be error, skip or unk")
         ids = self.encode(text)
         if on_unknown == "error" and (ids == 0).any():
             unknown = sorted({character for character, known in zip(text, ids) if known == 0})
@@ -85,8 +87,22 @@ class Vocabulary:
         """The text of ids; `[UNK]` becomes U+FFFD, the replacement character.
 
         Shapes: ids (N,), any integer dtype, values in [0, V).
+        Raises: ValueError for other ids.
         """
-        return _text(self._codes[np.asarray(ids, np.intp)])
+        return _text(self._codes[checked_ids("ids", ids, len(self)).astype(np.intp, copy=False)])
+
+
+def checked_ids(name: str, ids, V: int) -> np.ndarray:
+    """Ids as a NumPy array, checked before they select rows of a table.
+
+    Raises: ValueError that names the argument, if they are no integers in [0, V).
+    """
+    ids = np.asarray(ids)
+    if ids.size and ids.dtype.kind not in "iu":
+        raise ValueError(f"{name}: expected integers, got {ids.dtype}")
+    if ids.size and (ids.max() >= V or ids.dtype.kind == "i" and ids.min() < 0):
+        raise ValueError(f"{name}: expected ids in [0, {V}), got some from {ids.min()} to {ids.max()}")
+    return ids
 
 
 def beginning_of(text: str) -> str:

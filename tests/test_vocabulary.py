@@ -108,6 +108,13 @@ def test_error_shows_unknown_characters_once_and_readably(prompt, shown):
     assert "--on-unknown" in str(caught.value)
 
 
+@pytest.mark.parametrize("ids", [[3], [-1], [0, 1.5], [300]])
+def test_ids_of_no_character_are_refused(ids):
+    with pytest.raises(ValueError, match="^ids: expected "):
+        Vocabulary("ab").decode(np.array(ids))
+    assert Vocabulary("ab").decode(np.array([])) == ""
+
+
 # How a text begins
 
 @pytest.mark.parametrize(("text", "beginning"), [
