@@ -45,9 +45,9 @@ __device__ __forceinline__ float warp_reduce(float value, Combine combine)
     return value;
 }
 
-// The values of all threads of the block combined, in every thread, warp by warp in ascending order.
+// The values of all threads of a block of BLOCK_WARPS warps combined, in every thread, warp by warp in ascending order.
 // `scratch` is shared memory of at least one float per warp; the caller may use it again without a barrier.
-template <class Combine>
+template <int BLOCK_WARPS, class Combine>
 __device__ __forceinline__ float block_reduce(float value, float *scratch, Combine combine)
 {
     value = warp_reduce(value, combine);
@@ -56,22 +56,29 @@ __device__ __forceinline__ float block_reduce(float value, float *scratch, Combi
         scratch[warp()] = value;
     __syncthreads();
     value = scratch[0];
-    for (int w = 1; w < int(blockDim.x) / WARP; ++w)
+#pragma unroll
+    for (int w = 1; w < BLOCK_WARPS; ++w)
         value = combine(value, scratch[w]);
     return value;
 }
 
 __device__ __forceinline__ float warp_sum(float value) { return warp_reduce(value, Sum()); }
 __device__ __forceinline__ float warp_max(float value) { return warp_reduce(value, Maximum()); }
-__device__ __forceinline__ float block_sum(float value, float *scratch) { return block_reduce(value, scratch, Sum()); }
 
-// The sum of an array, computed by one block, in every thread of it.
+template <int BLOCK_WARPS>
+__device__ __forceinline__ float block_sum(float value, float *scratch)
+{
+    return block_reduce<BLOCK_WARPS>(value, scratch, Sum());
+}
+
+// The sum of an array, computed by one block of BLOCK_WARPS warps, in every thread of it.
+template <int BLOCK_WARPS>
 __device__ __forceinline__ float array_sum(const float *values, int count, float *scratch)
 {
     float sum = 0.0f;
-    for (int i = threadIdx.x; i < count; i += blockDim.x)
+    for (int i = threadIdx.x; i < count; i += BLOCK_WARPS * WARP)
         sum += values[i];
-    return block_sum(sum, scratch);
+    return block_sum<BLOCK_WARPS>(sum, scratch);
 }
 
 // bfloat16 is the upper half of a float, stored as an unsigned short; rounding is to nearest, ties to even.

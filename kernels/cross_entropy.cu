@@ -22,6 +22,8 @@
 #include "tile.cuh"
 
 constexpr int WARPS = TILE_THREADS / WARP, WARP_ROWS = TILE_M / WARPS;
+constexpr int LANE_COLUMNS = ceil_div(TILE_N, WARP);
+constexpr int MEAN_WARPS = 32;  // of the one block of mean_loss
 static_assert(TILE_M % WARPS == 0 && WARP_ROWS <= WARP, "a lane keeps maximum and sum of one row");
 
 // Row r of this warp, as a row of the block's tile.
@@ -47,7 +49,11 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS)
             float *row = dlogits + size_t(first + row_in_tile(r)) * V + v0;
             const float old_maximum = __shfl_sync(ALL_LANES, maximum, r), old_sum = __shfl_sync(ALL_LANES, sum, r);
             float new_maximum = old_maximum;
-            for (int n = lane(); n < columns; n += WARP) {
+#pragma unroll
+            for (int i = 0; i < LANE_COLUMNS; ++i) {
+                const int n = lane() + WARP * i;
+                if (n >= columns)
+                    break;
                 float &logit = tile_c(shared, row_in_tile(r), n);
                 logit += b_out[v0 + n];
                 if (!one_tile)
@@ -56,8 +62,10 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS)
             }
             new_maximum = warp_max(new_maximum);
             float new_sum = 0.0f;
-            for (int n = lane(); n < columns; n += WARP)
-                new_sum += expf(tile_c(shared, row_in_tile(r), n) - new_maximum);
+#pragma unroll
+            for (int i = 0; i < LANE_COLUMNS; ++i)
+                if (lane() + WARP * i < columns)
+                    new_sum += expf(tile_c(shared, row_in_tile(r), lane() + WARP * i) - new_maximum);
             new_sum = warp_sum(new_sum) + old_sum * expf(old_maximum - new_maximum);
             if (lane() == r) {
                 maximum = new_maximum;
@@ -80,11 +88,11 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(MEAN_WARPS * WARP)
     mean_loss(float *__restrict__ loss, const float *__restrict__ losses, int positions)
 {
-    __shared__ float scratch[WARP];
-    const float sum = array_sum(losses, positions, scratch);
+    __shared__ float scratch[MEAN_WARPS];
+    const float sum = array_sum<MEAN_WARPS>(losses, positions, scratch);
     if (threadIdx.x == 0)
         loss[0] = sum / float(positions);
 }

@@ -7,7 +7,7 @@ from char_gru.kernels.matmul import TILE_THREADS, column_sums, constants, matmul
 from char_gru.kernels.scratch import scratch
 from char_gru.kernels.sizes import ceil_div
 
-# TILE_N covers the tutorial's 66 characters in one sweep; TILE_K is large: each round over K waits for memory.
+# TILE_N covers the tutorial's 66 characters in one sweep; TILE_K is large: each iteration over K waits for memory.
 TILE = {"TILE_M": 64, "TILE_N": 80, "TILE_K": 32}
 MEAN_THREADS = 1024  # of the one block of mean_loss
 

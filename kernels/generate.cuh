@@ -11,7 +11,7 @@
 #endif
 
 constexpr int DIGIT_BITS = 3;
-static_assert(WARPS == 1 << DIGIT_BITS, "cut_by_digits needs a warp for each value of a digit");
+static_assert(WARPS == 1 << DIGIT_BITS, "threshold_by_digits needs a warp for each value of a digit");
 
 // A weight of W_hh, W_ih or W_out as the kernels multiply it. P is not rounded.
 __device__ __forceinline__ float rounded(float weight) { return BF16 ? from_bf16(to_bf16(weight)) : weight; }
@@ -63,43 +63,43 @@ __device__ __forceinline__ Key block_max(Key key, Key *scratch)
     return key;
 }
 
-// Sum of weight(v) over the characters v whose key is at least `cut`, by one warp. The order of the sum does not depend
-// on the cut, so a larger cut never has a larger sum, whatever the rounding.
+// Sum of weight(v) over the characters v whose key is at least `threshold`, by one warp. The order of the sum does not
+// depend on the threshold, so a larger threshold never has a larger sum, whatever the rounding.
 template <class Weight>
-__device__ __forceinline__ float weight_from(Key cut, const Row &row, Weight weight)
+__device__ __forceinline__ float weight_from(Key threshold, const Row &row, Weight weight)
 {
     float sum = 0.0f;
     for (int v = 1 + lane(); v < row.V; v += WARP)
-        if (row.key(v) >= cut)
+        if (row.key(v) >= threshold)
             sum += weight(v);
     return warp_sum(sum);
 }
 
-// The largest cut at which weight_from is at least `wanted`; 0 if all characters together weigh less. The cut is found
+// The largest threshold at which weight_from is at least `wanted`; 0 if all characters together weigh less. It is found
 // digit by digit, the highest digit first: each warp weighs one of the values that the digit may have.
 template <class Weight>
-__device__ __forceinline__ Key cut_by_digits(const Row &row, float wanted, Weight weight, float *scratch)
+__device__ __forceinline__ Key threshold_by_digits(const Row &row, float wanted, Weight weight, float *scratch)
 {
-    Key cut = 0;
+    Key threshold = 0;
     for (int digits = ceil_div(32 + row.id_bits, DIGIT_BITS); digits > 0; --digits) {
         const int shift = (digits - 1) * DIGIT_BITS;
-        const float sum = weight_from(cut | Key(warp()) << shift, row, weight);
+        const float sum = weight_from(threshold | Key(warp()) << shift, row, weight);
         if (lane() == 0)
             scratch[warp()] = sum;
         __syncthreads();
         int digit = WARPS - 1;
         while (digit > 0 && !(scratch[digit] >= wanted))
             --digit;
-        cut |= Key(digit) << shift;
+        threshold |= Key(digit) << shift;
         __syncthreads();  // the sums of the next digit go to the same scratch
     }
-    return cut;
+    return threshold;
 }
 
-// As find_cut, where each thread has at most one character. A character stays if few enough characters are more likely
-// than it, and if their probabilities add up to little enough. That sum has the same order for all characters, so it is
-// never smaller for a less likely character.
-__device__ __forceinline__ Key cut_by_ranks(const Row &row, const Options &options, Key *keys, float *sums)
+// As find_threshold, where each thread has at most one character. A character stays if few enough characters are more
+// likely than it, and if their probabilities add up to little enough. That sum has the same order for all characters,
+// so it is never smaller for a less likely character.
+__device__ __forceinline__ Key threshold_by_ranks(const Row &row, const Options &options, Key *keys, float *sums)
 {
     const int v = 1 + threadIdx.x;
     const Key key = v < row.V ? row.key(v) : 0;
@@ -118,28 +118,28 @@ __device__ __forceinline__ Key cut_by_ranks(const Row &row, const Options &optio
         }
     }
     bool stays = v < row.V && (options.top_k == 0 || rank < options.top_k);
-    const float p_of_top_k = block_sum(stays ? row.p(v) : 0.0f, sums);
+    const float p_of_top_k = block_sum<WARPS>(stays ? row.p(v) : 0.0f, sums);
     stays = stays && (options.top_p >= 1.0f || p_before < options.top_p * p_of_top_k);
     return ~block_max(stays ? ~key : 0, keys);
 }
 
 // The smallest key that top_k and top_p leave. Ranks take V steps and 3 barriers. Digits take 26 barriers or more for
 // top_k and as many for top_p, but far fewer steps where a thread has many characters.
-__device__ __forceinline__ Key find_cut(const Row &row, const Options &options, Key *keys, float *sums)
+__device__ __forceinline__ Key find_threshold(const Row &row, const Options &options, Key *keys, float *sums)
 {
     if (options.top_k == 0 && options.top_p >= 1.0f)
         return 0;
     if (row.V <= 1 + THREADS)
-        return cut_by_ranks(row, options, keys, sums);
-    Key cut = 0;
+        return threshold_by_ranks(row, options, keys, sums);
+    Key threshold = 0;
     if (options.top_k > 0)
-        cut = cut_by_digits(row, float(options.top_k), [](int) { return 1.0f; }, sums);
+        threshold = threshold_by_digits(row, float(options.top_k), [](int) { return 1.0f; }, sums);
     if (options.top_p < 1.0f) {
-        const auto p_of_top_k = [&](int v) { return row.key(v) >= cut ? row.p(v) : 0.0f; };
+        const auto p_of_top_k = [&](int v) { return row.key(v) >= threshold ? row.p(v) : 0.0f; };
         const float wanted = options.top_p * weight_from(0, row, p_of_top_k);
-        cut = cut_by_digits(row, wanted, p_of_top_k, sums);  // never smaller than that of top_k
+        threshold = threshold_by_digits(row, wanted, p_of_top_k, sums);  // never smaller than that of top_k
     }
-    return cut;
+    return threshold;
 }
 
 // The sum of the values of all threads before this one; `total` becomes the sum of the values of all threads.
@@ -181,10 +181,10 @@ __device__ __forceinline__ int draw_character(const float *__restrict__ logits, 
         return row.id(best);
     row.largest = logits[row.id(best)];
 
-    const Key cut = find_cut(row, options, keys, sums);
+    const Key threshold = find_threshold(row, options, keys, sums);
     const auto p_kept = [&](int v) {
         const float p = row.p(v);
-        return row.key(v) >= cut && p >= options.min_p ? p : 0.0f;
+        return row.key(v) >= threshold && p >= options.min_p ? p : 0.0f;
     };
 
     // Each thread takes neighbouring ids, so that a sum in the order of the threads is one in the order of the ids.

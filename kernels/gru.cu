@@ -38,6 +38,7 @@
 #include "tile.cuh"
 
 static_assert(TILE_N % 3 == 0, "a block owns the three gates of its units");
+static_assert(TILE_M * TILE_N % TILE_THREADS == 0, "backward, all threads compute as many cells");
 constexpr int UNITS = TILE_N / 3;
 
 // One time step, t. blockIdx.x counts UNITS hidden units, blockIdx.y TILE_M rows of the batch.
@@ -126,8 +127,9 @@ gru_backward_step(float *da_tb, unsigned short *__restrict__ da16_tb, float *__r
     if (!arrives_last(&arrived[blockIdx.y * gridDim.x + blockIdx.x], gridDim.z))
         return;
 
-    for (int element = threadIdx.x; element < TILE_M * TILE_N; element += TILE_THREADS) {
-        const int m = element / TILE_N, u = element % TILE_N, b = b0 + m, j = j0 + u;
+    for (int i = 0; i < TILE_M * TILE_N / TILE_THREADS; ++i) {
+        const int element = threadIdx.x + i * TILE_THREADS, m = element / TILE_N, u = element % TILE_N;
+        const int b = b0 + m, j = j0 + u;
         if (b >= B || j >= H)
             continue;
         const size_t offset_in_state = size_t(b) * H + j;

@@ -13,17 +13,17 @@
 //
 // Shared memory holds STAGES stages, each of TILE_K of k of both operands, which take turns. While one stage is
 // multiplied, the copies into the next stages are under way, 16 bytes each and past the registers. One barrier per
-// round says both that the next stage has arrived and that the stage of the round before may be overwritten. Operands
-// keep the orientation and the type that they have in memory.
+// iteration says both that the next stage has arrived and that the stage of the iteration before may be overwritten.
+// Operands keep the orientation and the type that they have in memory.
 //   fp32        FFMA, which needs rows along m (or n): an operand with neighbouring k is copied by 4 bytes
 //   tf32, bf16  a warp loads the fragments of the next k, across the barrier too, before it multiplies the present
 //               ones, and rounds each element once; ldmatrix loads fragments of bfloat16 operands, without rounding
 // A block takes most of the registers of a multiprocessor: each holds one block.
 // Bytes: 4 M K read for each column of tiles and 4 K N for each row of tiles (half of it for bfloat16), mostly from L2;
-// 4 M N written. A round of a tile of 192 x 128 reads 20 KiB for 786,432 operations in tf32, 38 a byte, and twice as
-// many with bfloat16 operands; a warp reads 28 words a lane from shared memory for 24 mma.
-// Why not naive.cu's way: see matmul.cu. Why not matmul.cu's: its loads pass through registers, one round ahead; here
-// two rounds are on their way without registers, and larger tiles load less.
+// 4 M N written. An iteration of a tile of 192 x 128 reads 20 KiB for 786,432 operations in tf32, 38 a byte, and twice
+// as many with bfloat16 operands; a warp reads 28 words a lane from shared memory for 24 mma.
+// Why not naive.cu's way: see matmul.cu. Why not matmul.cu's: its loads pass through registers, one iteration ahead;
+// here the loads of two iterations are on their way without registers, and larger tiles load less.
 // Variants: PRECISION and OPERAND_BYTES; tiles of 192 or 256 rows, whichever keep more multiprocessors busy; split-K,
 // whose partial sums add_partial_sums of matmul.cu adds.
 // Source: CUTLASS, "Efficient GEMM in CUDA", section "Pipelining".
@@ -59,8 +59,8 @@ struct StageOperand {
     static constexpr int COPIES = WIDTH * TILE_K / CHUNK / TILE_THREADS;
     static_assert(WIDTH * TILE_K % (CHUNK * TILE_THREADS) == 0, "all threads copy alike");
 
-    // Of each of this thread's copies: source, offset of its target in a stage, and the k0 of a round from which on it
-    // copies zeros.
+    // Of each of this thread's copies: source, offset of its target in a stage, and the k0 from which on it copies
+    // zeros.
     const Element *source[COPIES];
     int target[COPIES], k_limit[COPIES];
 
@@ -91,7 +91,7 @@ struct StageOperand {
         }
     }
 
-    // Starts the copies of the round that begins at k0, the next one at each call.
+    // Starts the copies of the iteration that begins at k0, the next one at each call.
     __device__ __forceinline__ void copy(Element *stage, int k0, int M)
     {
         const size_t step = K_CONTIGUOUS ? TILE_K : size_t(TILE_K) * M;
@@ -132,7 +132,7 @@ struct StageOperand {
 };
 
 #if PRECISION != 0
-constexpr int GROUP = 8 * PACK;  // k of one mma
+constexpr int MMA_K = 8 * PACK;  // k of one mma
 static_assert(TILE_N / 8 % TileSums::WARPS_N == 0 && TileSums::COLUMNS % 2 == 0, "all warps own pairs of columns");
 
 // The fragments of one group of k, for all rows and columns of C that a warp owns.
@@ -227,7 +227,7 @@ __device__ __forceinline__ void product(Element *shared, float *__restrict__ C, 
 #if PRECISION == 0
     for (int k0 = k_begin; k0 < k_end; k0 += TILE_K) {
         wait();
-        copy(spent, k0 + (STAGES - 1) * TILE_K);  // the stage of the round before, which all threads have multiplied
+        copy(spent, k0 + (STAGES - 1) * TILE_K);  // of the iteration before, which all threads have multiplied
         sums.add(stage);
         spent = stage, stage = after(stage);
     }
@@ -236,16 +236,16 @@ __device__ __forceinline__ void product(Element *shared, float *__restrict__ C, 
     wait();
     fragments.load(stage, 0);
     for (int k0 = k_begin; k0 < k_end; k0 += TILE_K) {
-        copy(spent, k0 + (STAGES - 1) * TILE_K);  // the stage of the round before, from which all warps have loaded
+        copy(spent, k0 + (STAGES - 1) * TILE_K);  // of the iteration before, from which all warps have loaded
 #pragma unroll
-        for (int k = GROUP; k < TILE_K; k += GROUP) {
+        for (int k = MMA_K; k < TILE_K; k += MMA_K) {
             next.load(stage, k);
             fragments.multiply(sums);
             fragments = next;
         }
         spent = stage, stage = after(stage);
         wait();
-        next.load(stage, 0);  // zeros after the last round
+        next.load(stage, 0);  // zeros after the last iteration
         fragments.multiply(sums);
         fragments = next;
     }

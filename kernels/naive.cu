@@ -17,7 +17,7 @@
 //
 // naive.py builds the ops from these kernels: input_table_forward is a matmul, input_table_backward two matmuls and
 // column_sums, gru_backward a matmul, T + 1 steps, a matmul, column_sums and sum_by_id. Dropout has no kernel here:
-// dropout.cu is plain already.
+// dropout.cu says why.
 //
 // Arguments: outputs, inputs, sizes, float32 but for int32 ids, ids_tb and targets.
 //   C (M, N); A (M, K) and B (K, N), A[m, k] at A + A_m m + A_k k, so that strides tell which of them is transposed;

@@ -84,7 +84,7 @@ VARIANTS = (
     _naive("sampling", ("sample",), "test_sample.py",
            "one thread per text", "sample"),
     Variant("sampling", "one block per text", ("generate.cu",), ("sample",), "test_sample.py", "",
-            "top-k and top-p by ranks up to 257 characters, above by digits of the cut", "sample", ""),
+            "top-k and top-p by ranks up to 257 characters, above by digits of the threshold", "sample", ""),
     Variant("generation", "persistent", ("generate_persistent.cu",), ("generate_persistent", "pack_weights"),
             "test_generate_kernels.py", _WEIGHTS,
             "all characters of a call in one launch, weights on chip, through L2 where they do not fit; the owner of a "

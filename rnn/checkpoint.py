@@ -7,7 +7,6 @@ noticed. A file without progress holds only parameters, and loads strictly into 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
 from char_gru.rnn.config import Sizes, UserError
+from char_gru.rnn.folder import write_atomically
 from char_gru.rnn.params import checkpoint_name, parameter_shapes
 from char_gru.rnn.vocabulary import Vocabulary
 
@@ -117,30 +117,6 @@ def newest_run(runs: Path = Path("runs")) -> Path:
     if not saved:
         raise UserError(f"there is no run under {runs}{os.sep}; train one with train.py, or name a folder")
     return max(saved, key=lambda path: path.stat().st_mtime_ns).parent
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file's content, durably and all at once.
-
-    Raises: OSError if the file cannot be written; its content is then unchanged.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(OSError):  # a folder cannot be opened, or synced, on every system
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:

@@ -26,14 +26,17 @@ def train(arguments: Sequence[str] | None = None) -> int:
     def command() -> int:
         from char_gru.rnn import training
 
-        config, checkpoint = _parse(TrainConfig, arguments, prog="train.py"), None
-        if config.resume:
-            before, checkpoint = training.resumable_run(config.out)
-            defaults = replace(before, resume=False, stateful=False)  # tyro would turn a flag that is on into --no-...
-            config = replace(_parse(TrainConfig, arguments, prog="train.py", default=defaults), out=before.out,
-                             resume=True, stateful=config.stateful or before.stateful)
+        config = _parse(TrainConfig, arguments, prog="train.py")
         try:
-            return training.train(config, checkpoint)
+            if not config.resume:
+                return training.train(config)
+            with training.folder_to_resume(config.out) as files:
+                before, checkpoint = training.resumable_run(files)
+                # tyro would turn a flag that is on into --no-...
+                defaults = replace(before, resume=False, stateful=False)
+                config = replace(_parse(TrainConfig, arguments, prog="train.py", default=defaults), out=before.out,
+                                 resume=True, stateful=config.stateful or before.stateful)
+                return training.train(config, files, checkpoint)
         except training.Diverged as error:
             print(f"train.py: training diverged: {error}", file=sys.stderr)
             return 1

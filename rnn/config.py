@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -35,6 +35,18 @@ class Sizes:
 def _require(condition: bool, option: str, value: object, wanted: str) -> None:
     if not condition:
         raise UserError(f"{option} is {value}, but must be {wanted}")
+
+
+def has_type(value: object, hint: object) -> bool:
+    """Whether a value that was read from JSON is of an option's type; a whole number is a float, too."""
+    arguments = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in arguments
+    if get_origin(hint) is tuple:
+        return type(value) is tuple and all(has_type(item, arguments[0]) for item in value)
+    if arguments:
+        return any(has_type(value, argument) for argument in arguments)
+    return type(value) is hint or (hint is float and type(value) is int and abs(value) < 2**53)
 
 
 @dataclass(frozen=True)
@@ -121,10 +133,16 @@ class TrainConfig:
 
     @staticmethod
     def from_saved(options: dict, **unsaved: object) -> TrainConfig:
-        """The inverse of `saved`; `unsaved` gives the options that `saved` leaves out."""
-        known = {field.name for field in fields(TrainConfig)}
-        return TrainConfig(**{name: options[name] for name in options if name in known}
-                           | {"data": tuple(options["data"])} | unsaved)
+        """The inverse of `saved`; `unsaved` gives the options that `saved` leaves out.
+
+        Raises: AttributeError, KeyError or TypeError for what `saved` never returns; UserError for values out of range.
+        """
+        hints = get_type_hints(TrainConfig)
+        known = {name: value for name, value in options.items() if name in hints} | {"data": tuple(options["data"])}
+        for name, value in known.items():
+            if not has_type(value, hints[name]):
+                raise TypeError(f"--{name.replace('_', '-')}")
+        return TrainConfig(**known | unsaved)
 
 
 CHANGEABLE_ON_RESUME = frozenset({

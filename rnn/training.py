@@ -7,7 +7,8 @@ lowest validation loss; `loss.png`; `samples.txt`.
 
 from __future__ import annotations
 
-import contextlib
+import io
+import itertools
 import json
 import math
 import os
@@ -16,22 +17,17 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 from tqdm import tqdm
 
 from char_gru.rnn.batches import ContiguousStreams, ShuffledWindows, validation_windows
-from char_gru.rnn.checkpoint import (
-    Checkpoint,
-    Resumable,
-    load_checkpoint,
-    newest_run,
-    save_checkpoint,
-    write_atomically,
-)
-from char_gru.rnn.config import CHANGEABLE_ON_RESUME, Sizes, TrainConfig, UserError
+from char_gru.rnn.checkpoint import Checkpoint, Resumable, load_checkpoint, newest_run, save_checkpoint
+from char_gru.rnn.config import CHANGEABLE_ON_RESUME, Sizes, TrainConfig, UserError, has_type
 from char_gru.rnn.corpus import Corpus, load_corpus
 from char_gru.rnn.devices import op_set, untested_gpu
+from char_gru.rnn.folder import RunFolder, is_metrics_line, read_metrics
 from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import initial_parameters, parameter_count, parameter_shapes
 from char_gru.rnn.sampler import Generator
@@ -67,6 +63,21 @@ class Progress:
     metrics_bytes: int = 0
     samples_bytes: int = 0
 
+    @staticmethod
+    def from_saved(saved: dict) -> Progress:
+        """The progress that a checkpoint holds.
+
+        Raises: KeyError, TypeError or ValueError for values that no run reaches.
+        """
+        hints = get_type_hints(Progress)
+        progress = Progress(**{name: saved[name] for name in hints})
+        for name, value in vars(progress).items():
+            if not has_type(value, hints[name]):
+                raise TypeError(name)
+            if value is not None and not (0 <= value < 2**63 if hints[name] is int else math.isfinite(value)):
+                raise ValueError(name)
+        return progress
+
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """The learning rate of step `step`, counted from 0, of total_steps: linear warm-up, then constant or cosine."""
@@ -79,29 +90,49 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
         LOWEST_RATE + (1 - LOWEST_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
 
 
-def resumable_run(out: Path | None) -> tuple[TrainConfig, Checkpoint]:
-    """The options of the run to resume, its folder among them, and its last checkpoint.
+def folder_to_resume(out: Path | None) -> RunFolder:
+    """The folder of the run to resume, held by this process.
 
     out: the folder of the run; None for the newest run under runs/.
 
-    Raises: UserError if there is no run to resume.
+    Raises: UserError if there is no run to resume, or if another process trains it.
     """
-    folder = newest_run() if out is None else out
-    if not (folder / "last.safetensors").exists():
-        raise UserError(f"{folder} holds no run to resume; leave --resume out to start one there")
-    checkpoint = load_checkpoint(folder / "last.safetensors")
+    path = newest_run() if out is None else out
+    if not (path / "last.safetensors").exists():
+        raise UserError(f"{path} holds no run to resume; leave --resume out to start one there")
+    return RunFolder(path)
+
+
+def resumable_run(files: RunFolder) -> tuple[TrainConfig, Checkpoint]:
+    """The options of the run to resume, its folder among them, and its last checkpoint.
+
+    Raises: UserError if there is nothing to resume from.
+    """
+    path = files.path / "last.safetensors"
+    checkpoint = load_checkpoint(path)
+    saved, sizes = checkpoint.resumable, checkpoint.sizes
+    if saved is None:
+        raise UserError(f"{path} has nothing to resume from; start a new run")
     try:
-        return TrainConfig.from_saved(checkpoint.resumable.progress["config"], out=folder, resume=True), checkpoint
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{folder / 'last.safetensors'} has nothing to resume from; start a new run") from None
+        config = TrainConfig.from_saved(saved.progress["config"], out=files.path, resume=True)
+        Progress.from_saved(saved.progress)
+        if not isinstance(saved.progress["text_sha256"], str):
+            raise TypeError("text_sha256")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} holds progress or options that no run has ({error}); start a new run") from None
+    options = (config.embedding_dim, config.rnn_units, config.layers, config.batch_size)
+    if options != (sizes.E, sizes.H, sizes.layers, saved.state.shape[1]):
+        raise UserError(f"{path} holds progress or options that do not fit its tensors; start a new run")
+    return config, checkpoint
 
 
-def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> int:
+def train(config: TrainConfig, files: RunFolder | None = None, checkpoint: Checkpoint | None = None) -> int:
     """Train as the options say; returns the exit status: 0, or 128 + the number of the signal that stopped the run.
 
-    checkpoint: the last one of a resumed run, from `resumable_run`; None for a new run.
+    files: the folder of a resumed run, and checkpoint: its last one, from `resumable_run`; None for a new run.
 
-    Raises: UserError for options or a text that cannot be used; Diverged; OSError if the run cannot be saved.
+    Raises: UserError for options or a text that cannot be used, and if another process trains in the folder; Diverged;
+    OSError if the run cannot be saved.
     """
     ops = op_set(config.device, config.precision)
     if warning := untested_gpu(ops):
@@ -109,14 +140,16 @@ def train(config: TrainConfig, checkpoint: Checkpoint | None = None) -> int:
     if checkpoint:
         _check_same_run(config, TrainConfig.from_saved(checkpoint.resumable.progress["config"]))
     corpus = load_corpus(config.data, config.encoding)
-    return Run(replace(config, data=corpus.source), corpus, ops, checkpoint).train()
+    with files or RunFolder.new(config.out, corpus.name) as held:
+        return Run(replace(config, data=corpus.source), corpus, ops, held, checkpoint).train()
 
 
 class Run:
     """One training run in its folder."""
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, ops, checkpoint: Checkpoint | None) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, corpus: Corpus, ops, files: RunFolder,
+                 checkpoint: Checkpoint | None) -> None:
+        self.config, self.files, self.folder = config, files, files.path
         self.text_sha256 = corpus.sha256
         if checkpoint and checkpoint.resumable.progress["text_sha256"] != self.text_sha256:
             raise UserError(f"the text of {' '.join(config.data)} is not the one that {config.out} was trained on; "
@@ -133,9 +166,6 @@ class Run:
         self.total_steps = config.epochs * self.batches.batches_per_epoch
         if config.steps is not None:
             self.total_steps = min(self.total_steps, config.steps)
-        self.folder = config.out if config.out is not None else _free_folder(Path("runs"), corpus.name)
-        if checkpoint is None and any((self.folder / name).exists() for name in ("last.safetensors", "config.json")):
-            raise UserError(f"{self.folder} holds another run; continue it with --resume, or give another --out")
         self.model = LanguageModel(
             self.sizes, T, B, initial_parameters(self.sizes, config.init, config.seed), dropout=config.dropout,
             clip_norm=config.clip_norm, carry_state=config.stateful, seed=config.seed, ops=ops,
@@ -147,8 +177,6 @@ class Run:
         self._timing: list[dict] = []
         if checkpoint:
             self._restore(checkpoint)
-        else:
-            _make_folder(self.folder)
 
     def train(self) -> int:
         """Train to the end, or to a signal; returns the exit status."""
@@ -171,11 +199,38 @@ class Run:
         if not self.config.resume:
             self._save()
         else:
-            self._truncate("metrics.jsonl", self.progress.metrics_bytes)
-            self._truncate("samples.txt", self.progress.samples_bytes)
+            self._recover()
         with np.errstate(all="ignore"):  # a loss that is not finite is reported once, by this loop
-            while not self._finished() and self._signal is None:
+            # A run that was killed after its last step has that step's epoch still to end.
+            while self._signal is None and (not self._finished()
+                                            or self.progress.batch == self.batches.batches_per_epoch):
                 self._train_epoch()
+
+    def _recover(self) -> None:
+        """Cut the files that grow back to what the checkpoint counts; if they have lost a part of that, say so."""
+        progress, metrics, samples = self.progress, self.folder / "metrics.jsonl", self.folder / "samples.txt"
+        sizes = (self.files.recover(metrics.name, progress.metrics_bytes, is_metrics_line),
+                 self.files.recover(samples.name, progress.samples_bytes, self._is_sample_line))
+        if sizes[0] < progress.metrics_bytes:
+            kept = {line["step"] for line in read_metrics(metrics) if {"step", "loss"} <= line.keys()}
+            count = progress.step - len(kept)
+            first = next(step for step in itertools.count(1) if step not in kept)
+            last = next(step for step in itertools.count(progress.step, -1) if step not in kept)
+            what = (f"the losses of {count:,} steps, from step {first:,} to step {last:,}" if count > 1
+                    else f"the loss of step {first:,}" if count else "a line about an epoch")
+            _say(f"train.py: {metrics} was cut short or damaged; lost is {what}; the run goes on without it")
+        if sizes[1] < progress.samples_bytes:
+            _say(f"train.py: {samples} was cut short or damaged; lost are {progress.samples_bytes - sizes[1]:,} bytes; "
+                 "the run goes on without them")
+        if sizes != (progress.metrics_bytes, progress.samples_bytes):
+            progress.metrics_bytes, progress.samples_bytes = sizes
+            self._save()  # so that no other count of bytes remains
+
+    def _is_sample_line(self, line: bytes) -> bool:
+        try:
+            return "\0" not in line.decode() or "\0" in self.vocabulary.characters
+        except UnicodeDecodeError:
+            return False
 
     def _finished(self) -> bool:
         patience = self.config.patience
@@ -204,7 +259,10 @@ class Run:
                              "seconds": round(time.perf_counter() - started, 3)})
         if progress.batch == count:
             self._end_epoch()
-        self._save()
+            self._save()
+            self._plot_losses()
+        else:
+            self._save()
 
     def _train_step(self) -> None:
         progress = self.progress
@@ -254,7 +312,6 @@ class Run:
         if self.config.save_every and epoch % self.config.save_every == 0:
             save_checkpoint(self.folder / f"epoch-{epoch:04d}.safetensors", self._checkpoint(resumable=False))
         progress.epoch, progress.batch, progress.loss_sum = epoch, 0, 0.0
-        self._plot_losses()
 
     def _write_sample(self, epoch: int) -> None:
         generator = Generator(self.sizes, self.vocabulary, self.model.params, self.model.ops)
@@ -264,29 +321,20 @@ class Run:
             print(text, flush=True)
         except BrokenPipeError:  # nobody reads the samples any more; the run goes on
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        self.progress.samples_bytes += self._append("samples.txt", f"--- epoch {epoch}\n{text}\n")
+        self.progress.samples_bytes += self.files.append("samples.txt", f"--- epoch {epoch}\n{text}\n")
 
     def _write_metrics(self, line: dict) -> None:
-        self.progress.metrics_bytes += self._append("metrics.jsonl", json.dumps(line) + "\n")
-
-    def _append(self, name: str, text: str) -> int:
-        with open(self.folder / name, "ab") as file:
-            return file.write(text.encode())
-
-    def _truncate(self, name: str, size: int) -> None:
-        """Cut off the lines of a file that were written after the checkpoint from which the run resumes."""
-        path = self.folder / name
-        if path.exists() and path.stat().st_size > size:
-            os.truncate(path, size)
+        self.progress.metrics_bytes += self.files.append("metrics.jsonl", json.dumps(line) + "\n")
 
     def _save(self) -> None:
         self._record_unread_loss()
         self._check_finite()
+        self.files.flush()
         save_checkpoint(self.folder / "last.safetensors", self._checkpoint(resumable=True))
         config = json.dumps(self.config.saved(), indent=2) + "\n"
-        write_atomically(self.folder / "config.json", config.encode())
+        self.files.write("config.json", config.encode())
         timing = {"epochs": self._timing, "peak_memory_mib": round(self.model.ops.peak_memory_mib(), 1)}
-        write_atomically(self.folder / "timing.json", (json.dumps(timing, indent=2) + "\n").encode())
+        self.files.write("timing.json", (json.dumps(timing, indent=2) + "\n").encode())
 
     def _check_finite(self, val_loss: float | None = None) -> None:
         finite = all(np.isfinite(self.model.ops.to_host(array)).all() for array in self.model.params.values())
@@ -311,10 +359,27 @@ class Run:
             for name in parameter_shapes(self.sizes):
                 ops.copy_in(arrays[name], source[name])
         ops.copy_in(self.model.state, saved.state)
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            self._timing = json.loads((self.folder / "timing.json").read_text())["epochs"]
-        self.progress = Progress(**{name: saved.progress[name] for name in vars(Progress())})
+        self._timing = self._saved_timing()
+        self.progress = progress = Progress.from_saved(saved.progress)
+        count = self.batches.batches_per_epoch
+        if progress.step != progress.epoch * count + progress.batch or progress.batch > count:
+            raise UserError(f"{self.folder / 'last.safetensors'} says that step {progress.step:,} is in epoch "
+                            f"{progress.epoch + 1:,}, but an epoch has {count:,} steps; start a new run")
         self.model.step = self.progress.step
+
+    def _saved_timing(self) -> list[dict]:
+        """What `timing.json` holds about epochs; nothing, with a word, if it is damaged."""
+        path = self.folder / "timing.json"
+        try:
+            epochs = json.loads(path.read_bytes())["epochs"]
+            if not all(type(value) in (int, float) for epoch in epochs for value in epoch.values()):
+                raise TypeError
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            _say(f"train.py: {path} is damaged; it begins anew")
+            return []
+        return epochs
 
     def _describe(self) -> None:
         shapes = parameter_shapes(self.sizes)
@@ -327,22 +392,25 @@ class Run:
              f"loss {trained} {loss:.4f}, of a uniform guess ln {self.sizes.V} = {math.log(self.sizes.V):.4f}")
 
     def _plot_losses(self) -> None:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        """Draw `loss.png`; if that fails, for whatever reason, a line says so."""
+        try:
+            from matplotlib.figure import Figure  # not pyplot: the backend that a notebook has set may not exist here
 
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        steps = [(line["step"], line["loss"]) for line in lines if "step" in line]
-        ends = [(line["epoch"] * self.batches.batches_per_epoch, line["val_loss"]) for line in lines
-                if "step" not in line and line["val_loss"] is not None]
-        figure, axes = pyplot.subplots(figsize=(8, 5))
-        axes.plot(*zip(*steps), linewidth=0.8, label="training")
-        if ends:
-            axes.plot(*zip(*ends), marker="o", label="validation")
-        axes.set(xlabel="step", ylabel="loss (nats per character)")
-        axes.legend()
-        figure.savefig(self.folder / "loss.png")
-        pyplot.close(figure)
+            lines = read_metrics(self.folder / "metrics.jsonl")
+            steps = [(line["step"], line["loss"]) for line in lines if "step" in line]
+            ends = [(line["epoch"] * self.batches.batches_per_epoch, line["val_loss"]) for line in lines
+                    if "step" not in line and line["val_loss"] is not None]
+            axes = Figure(figsize=(8, 5)).subplots()
+            axes.plot(*zip(*steps), linewidth=0.8, label="training")
+            if ends:
+                axes.plot(*zip(*ends), marker="o", label="validation")
+            axes.set(xlabel="step", ylabel="loss (nats per character)")
+            axes.legend()
+            image = io.BytesIO()
+            axes.figure.savefig(image)
+            self.files.write("loss.png", image.getvalue())
+        except Exception as error:  # noqa: BLE001 whatever fails in drawing, the run goes on
+            _say(f"train.py: cannot draw {self.folder / 'loss.png'} ({error}); the run goes on without it")
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signal = number
@@ -355,20 +423,6 @@ def _check_same_run(config: TrainConfig, before: TrainConfig) -> None:
         if option not in CHANGEABLE_ON_RESUME and value != then[option]:
             raise UserError(f"--{option.replace('_', '-')} is {value}, but {config.out} was trained with "
                             f"{then[option]}; leave the option out, or start a new run with another --out")
-
-
-def _free_folder(runs: Path, name: str) -> Path:
-    number = 1
-    while (folder := runs / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return folder
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}; give another --out") from None
 
 
 def _say(line: str) -> None:

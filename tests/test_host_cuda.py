@@ -320,7 +320,7 @@ def test_stencil_reads_thrice_and_only_global_memory_counts():
         for (int i = 0; i < 3; ++i)
             near[i] = in[threadIdx.x + i];
         tile[threadIdx.x] = near[0] + near[1] + near[2];
-        const float sum = block_sum(tile[threadIdx.x], sums);
+        const float sum = block_sum<2>(tile[threadIdx.x], sums);
         out[threadIdx.x] = tile[63 - threadIdx.x] / sum;
     }
     """
@@ -480,8 +480,8 @@ def test_common_helpers_equal_numpy():
         const float x = min(max(in[threadIdx.x], -80.0f), 80.0f);
         out[threadIdx.x] = sigmoid(in[threadIdx.x]);
         out[128 + threadIdx.x] = warp_sum(x);
-        out[256 + threadIdx.x] = block_sum(x, scratch);
-        out[384 + threadIdx.x] = block_reduce(x, scratch, Maximum());
+        out[256 + threadIdx.x] = block_sum<4>(x, scratch);
+        out[384 + threadIdx.x] = block_reduce<4>(x, scratch, Maximum());
         out[512 + thread_in_grid()] = ceil_div(int(threadIdx.x), 10);
     }
     """

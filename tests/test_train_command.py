@@ -1,12 +1,14 @@
 """`train.py` as its users run it: the files that a run leaves, how it ends, and that a resumed run is the same run."""
 
 import json
+import math
 import random
 import resource
 import shutil
 import signal
 import sys
 from contextlib import chdir
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ import pytest
 
 from char_gru.kernels.runtime import DeviceError
 from char_gru.rnn import commands, training
-from char_gru.rnn.checkpoint import load_checkpoint
+from char_gru.rnn.checkpoint import load_checkpoint, save_checkpoint
+from char_gru.rnn.model import LanguageModel
 from tests.helpers.commands import (
     REPRODUCIBLE,
     ROOT,
@@ -321,6 +324,160 @@ def test_infinite_first_step_leaves_the_initial_checkpoint(folder):
     start_of_run = load_checkpoint(run_folder / "last.safetensors")
     assert start_of_run.resumable.progress["step"] == 0
     assert all(np.isfinite(array).all() for array in start_of_run.params.values())
+
+
+# Damaged files of a run
+
+def stopped_run(folder: Path) -> Path:
+    """A run that stopped inside its second epoch."""
+    return train_here(*FINISHED, "--steps", 11, cwd=folder)
+
+
+@pytest.mark.parametrize(("name", "damage", "said"), [
+    ("metrics.jsonl", lambda raw: raw[:-5], "the loss of step 11"),
+    ("metrics.jsonl", lambda raw: raw[:raw.index(b'{"step": 9')], "the losses of 3 steps, from step 9 to step 11"),
+    ("metrics.jsonl", lambda raw: b"", "the losses of 11 steps, from step 1 to step 11"),
+    ("metrics.jsonl", lambda raw: None, "the losses of 11 steps"),
+    ("metrics.jsonl", lambda raw: raw.replace(b'{"step": 3', b"\0" * 10), "the loss of step 3"),
+    ("metrics.jsonl", lambda raw: raw.replace(b'{"step": 3', b'["step": 3'), "the loss of step 3"),
+    ("metrics.jsonl", lambda raw: raw.replace(b'{"epoch"', b'<"epoch"'), "a line about an epoch"),
+    ("metrics.jsonl", lambda raw: raw.replace(b'{"step": 5', b"[" * 100_000 + b'{"step": 5'), "from step 5 to step 11"),
+    ("samples.txt", lambda raw: raw[:-3], "samples"), ("samples.txt", lambda raw: None, "samples"),
+    ("samples.txt", lambda raw: raw[:-20] + b"\0" * 20, "samples"),
+    ("samples.txt", lambda raw: raw[:20] + b"\xff" + raw[21:], "samples"),
+])
+def test_file_that_lost_lines_is_repaired_and_said_and_the_run_goes_on(finished, folder, capfd, name, damage, said):
+    run_folder = stopped_run(folder)
+    raw, path = (run_folder / name).read_bytes(), run_folder / name
+    damaged = damage(raw)
+    if damaged is None:
+        path.unlink()
+    else:
+        path.write_bytes(damaged)
+    capfd.readouterr()
+    train_here("--resume", "--steps", 11, cwd=folder)
+    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert name in line and said in line
+    train_here("--resume", "--steps", 20, cwd=folder)
+    assert not [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    whole = (finished / name).read_bytes()
+    kept = set(whole.splitlines())
+    assert all(line in kept for line in path.read_bytes().splitlines())
+    assert path.read_bytes().endswith(whole[len(raw):])
+    for other in set(REPRODUCIBLE) - {name, "last.safetensors"}:
+        assert (run_folder / other).read_bytes() == (finished / other).read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"{}", b'{"epochs": 3}', b'{"epochs": [3]}', b"\xff", b"",
+                                     b"[" * 100_000, b'{"epochs": [' + b"[" * 100_000, None])
+def test_unusable_timing_is_begun_anew_with_a_word(folder, capfd, content):
+    run_folder = stopped_run(folder)
+    (run_folder / "timing.json").unlink()
+    if content is None:
+        (run_folder / "timing.json").symlink_to("timing.json")
+    else:
+        (run_folder / "timing.json").write_bytes(content)
+    capfd.readouterr()
+    train_here("--resume", "--steps", 12, cwd=folder)
+    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert "timing.json" in line
+    [timed] = json.loads((run_folder / "timing.json").read_text())["epochs"]
+    assert timed["steps"] == 1
+
+
+def forge(path: Path, **changes: object) -> None:
+    """Change the progress of a checkpoint, or with ... leave a part of it out, and make its checksum right again."""
+    checkpoint = load_checkpoint(path)
+    progress = {**checkpoint.resumable.progress, **changes}
+    kept = {name: value for name, value in progress.items() if value is not ...}
+    save_checkpoint(path, replace(checkpoint, resumable=replace(checkpoint.resumable, progress=kept)))
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    *[(name, value) for name in ("step", "epoch", "batch", "metrics_bytes", "samples_bytes", "epochs_without_best")
+      for value in (..., math.nan, -1, -10**30, 1.5, 2.0, True, None, "3", [])],
+    *[(name, value) for name in ("step", "epoch", "batch") for value in (0, 12, 10**6, 10**30)],
+    *[(name, value) for name in ("loss_sum", "best_loss") for value in (..., math.nan, math.inf, "3", [], 10**400)],
+    ("loss_sum", None), ("text_sha256", ...), ("text_sha256", 3),
+    *[("config", value) for value in (..., None, [], {}, "x")],
+])
+def test_checkpoint_with_impossible_progress_is_refused(stopped, tmp_path, capfd, name, value):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    forge(tmp_path / "run" / "last.safetensors", **{name: value})
+    refused_here(tmp_path, capfd, "--resume", "--out", "run")
+
+
+@pytest.mark.parametrize(("option", "value"), [
+    ("epochs", 1e300), ("epochs", "3"), ("epochs", None), ("steps", 2.5), ("batch_size", 4.0), ("batch_size", 5),
+    ("seq_length", True), ("learning_rate", "1"), ("stateful", 0), ("data", "text.txt"), ("data", [3]), ("data", None),
+    ("init", "zeros"), ("lr_schedule", 3), ("encoding", None), ("rnn_units", 17), ("layers", 2), ("device", "tpu"),
+])
+def test_checkpoint_with_impossible_options_is_refused(stopped, tmp_path, capfd, option, value):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    last = tmp_path / "run" / "last.safetensors"
+    config = load_checkpoint(last).resumable.progress["config"]
+    forge(last, config={**config, option: value})
+    refused_here(tmp_path, capfd, "--resume", "--out", "run")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """A folder with a text and a run that stopped inside its second epoch; copy it, do not change it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    make_text(folder / "text.txt")
+    stopped_run(folder)
+    return folder
+
+
+# The loss curve
+
+def test_backend_of_a_notebook_does_not_keep_the_loss_curve_from_being_drawn(folder):
+    run_folder = train(*TEXT, "--epochs", 1, cwd=folder, environ={"MPLBACKEND": "module://no_such_notebook.backend"})
+    assert (run_folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_loss_curve_that_cannot_be_drawn_is_a_warning_and_costs_nothing(finished, folder, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run_folder = train_here(*FINISHED, cwd=folder)
+    assert "loss.png" in capfd.readouterr().err
+    assert not (run_folder / "loss.png").exists()
+    assert_equal_runs(run_folder, finished)
+
+
+# The end of a run
+
+@pytest.mark.parametrize("steps", [8, 16, 24])
+def test_run_killed_between_its_last_step_and_the_end_of_its_epoch_is_evaluated_when_it_resumes(
+        tmp_path, monkeypatch, steps):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    for path in (whole, parts):
+        path.mkdir()
+        make_text(path / "text.txt")
+    options = (*TEXT, "--epochs", 3, "--steps", steps)
+    expected = train_here(*options, cwd=whole)
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(LanguageModel, "evaluate", killed_after(steps, LanguageModel.evaluate, Killed))
+        train_here(*options, cwd=parts)
+    assert load_checkpoint(parts / "run" / "last.safetensors").resumable.progress["step"] == steps
+    train_here("--resume", cwd=parts)
+    assert_equal_runs(parts / "run", expected)
+
+
+def killed_after(steps: int, evaluate, error: type[BaseException]):
+    """`LanguageModel.evaluate` that raises an error when the model has taken so many steps."""
+    def evaluated(model, windows):
+        if model.step == steps:
+            raise error
+        return evaluate(model, windows)
+
+    return evaluated
 
 
 # Bad input
