@@ -1,6 +1,10 @@
 """Write text with a trained model: `python generate.py --help`."""
 
-from char_gru.rnn.commands import generate
-
 if __name__ == "__main__":
-    raise SystemExit(generate())
+    try:
+        from char_gru.rnn.process import generate
+
+        status = generate()
+    except KeyboardInterrupt:
+        status = 130
+    raise SystemExit(status)

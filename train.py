@@ -1,6 +1,10 @@
 """Train a character-level GRU on text: `python train.py --help`."""
 
-from char_gru.rnn.commands import train
-
 if __name__ == "__main__":
-    raise SystemExit(train())
+    try:
+        from char_gru.rnn.process import train
+
+        status = train()
+    except KeyboardInterrupt:
+        status = 130
+    raise SystemExit(status)

@@ -31,19 +31,22 @@ def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, *, p
     runtime.launch("cross_entropy", "mean_loss", 1, MEAN_THREADS, [loss, losses, np.int32(T * B)], constants=module)
 
 
-def cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out, *, precision="fp32") -> None:
-    """Gradients of the output layer's parameters. The gradient of h_tb, dlogits_tb W_out, is computed by
-    `gru_backward`.
+def cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out, W_out=None, dh_tb=None, *, precision="fp32") -> None:
+    """Gradients of the output layer's parameters and, where W_out is given, of h_tb: dlogits_tb W_out. Else
+    `gru_backward` computes that product, fused, unless dropout lies between the two.
 
-    Shapes: dlogits_tb (T, B, V); h_tb (T, B, H); results dW_out (V, H), db_out (V,); all float32.
+    Shapes: dlogits_tb (T, B, V); h_tb (T, B, H); W_out (V, H); results dW_out (V, H), db_out (V,), and with W_out
+    dh_tb (T, B, H); all float32.
     Raises: ValueError.
-    Equals: dlogits^T h and dlogits, summed over positions.
+    Equals: dlogits^T h and dlogits, summed over positions, and dlogits W_out.
     """
-    check_cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out)
+    check_cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out, W_out, dh_tb)
     (T, B, V), H = dlogits_tb.shape, h_tb.shape[2]
     dlogits = dlogits_tb.reshape(T * B, V)
     matmul(dlogits, h_tb.reshape(T * B, H), dW_out, transpose_a=True, precision=precision)
     column_sums(dlogits, db_out)
+    if W_out is not None:
+        matmul(dlogits, W_out, dh_tb.reshape(T * B, H), precision=precision)
 
 
 def check_cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb) -> None:
@@ -57,10 +60,13 @@ def check_cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb
     runtime.check("dlogits_tb", dlogits_tb, np.float32, (T, B, V))
 
 
-def check_cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out) -> None:
+def check_cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out, W_out, dh_tb) -> None:
     """Check the arrays of `cross_entropy_backward`. Raises: ValueError."""
     (T, B, V), H = dlogits_tb.shape, h_tb.shape[2]
     runtime.check("dlogits_tb", dlogits_tb, np.float32, (T, B, V))
     runtime.check("h_tb", h_tb, np.float32, (T, B, H))
     runtime.check("dW_out", dW_out, np.float32, (V, H))
     runtime.check("db_out", db_out, np.float32, (V,))
+    if W_out is not None:
+        runtime.check("W_out", W_out, np.float32, (V, H))
+        runtime.check("dh_tb", dh_tb, np.float32, (T, B, H))

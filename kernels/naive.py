@@ -104,12 +104,14 @@ def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, *, p
     _launch_one_thread("mean_loss", [loss, losses, np.int32(positions)])
 
 
-def cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out, *, precision="fp32") -> None:
+def cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out, W_out=None, dh_tb=None, *, precision="fp32") -> None:
     """As `kernels.cross_entropy_backward`, by one thread per element of each gradient."""
-    check_cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out)
+    check_cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out, W_out, dh_tb)
     V, H = dW_out.shape
     matmul(dlogits_tb.reshape(-1, V), h_tb.reshape(-1, H), dW_out, transpose_a=True, precision=precision)
     column_sums(dlogits_tb.reshape(-1, V), db_out)
+    if W_out is not None:
+        matmul(dlogits_tb.reshape(-1, V), W_out, dh_tb.reshape(-1, H), precision=precision)
 
 
 def global_norm(grads, norm) -> None:

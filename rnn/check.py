@@ -254,9 +254,10 @@ def _output_layer(ops, arrays: _Arrays, window: Window) -> dict:
     T, B, _, H, V, _ = window
     h_tb, W_out, b_out = arrays.normal(T, B, H), arrays.normal(V, H, scale=H**-0.5), arrays.normal(V)
     results = {"loss": arrays.empty(1), "dlogits_tb": arrays.empty(T, B, V), "dW_out": arrays.empty(V, H),
-               "db_out": arrays.empty(V)}
+               "db_out": arrays.empty(V), "dh_tb": arrays.empty(T, B, H)}
     ops.cross_entropy_forward(h_tb, W_out, b_out, arrays.ids(V, T, B), results["loss"], results["dlogits_tb"])
-    ops.cross_entropy_backward(results["dlogits_tb"], h_tb, results["dW_out"], results["db_out"])
+    dlogits_tb, dW_out, db_out, dh_tb = (results[name] for name in ("dlogits_tb", "dW_out", "db_out", "dh_tb"))
+    ops.cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out, W_out, dh_tb)
     return results
 
 

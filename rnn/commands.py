@@ -1,4 +1,7 @@
-"""The two command lines: options in, exit status out; every error a user can cause is one line on stderr."""
+"""The two command lines: options in, exit status out; every error a user can cause is one line on stderr.
+
+`char_gru.rnn.process` runs them as programs, with what that means for streams and signals.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,17 @@ from pathlib import Path
 import tyro
 
 from char_gru.rnn.config import GenerateConfig, TrainConfig, UserError
+from char_gru.rnn.process import DIVERGED, USAGE_ERROR, ended_at_once, status_after
 
-USAGE_ERROR = 2
 _TEXT_OPTIONS = ("--prompt", "--stop", "--temperature")
 """Options whose value may begin with a dash."""
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
-    """`train.py`: train a model. Exit status 0, 1 if training diverged, 2 for bad input, 130 or 143 after a signal."""
+    """`train.py`: train a model. Exit status 0, 1 if it diverged, 2 for bad input, 128 + the number of a signal."""
     def command() -> int:
-        from char_gru.rnn import training
+        with ended_at_once():
+            from char_gru.rnn import training
 
         config = _parse(TrainConfig, arguments, prog="train.py")
         try:
@@ -39,18 +43,21 @@ def train(arguments: Sequence[str] | None = None) -> int:
                 return training.train(config, files, checkpoint)
         except training.Diverged as error:
             print(f"train.py: training diverged: {error}", file=sys.stderr)
-            return 1
+            return DIVERGED
 
     return _reporting("train.py", command)
 
 
 def generate(arguments: Sequence[str] | None = None) -> int:
-    """`generate.py`: write texts, or score a text. Exit status 0, 2 for bad input, 130 after Ctrl-C."""
+    """`generate.py`: write texts, or score a text. Exit status 0, 2 for bad input, 128 + the number of a signal."""
     def command() -> int:
         config = _parse(GenerateConfig, arguments, prog="generate.py")
+        if sys.stdout is None:
+            raise UserError("stdout is closed, and what is written there would be lost; send it to a file or a program")
         if config.score is not None:
             return _print_scores(config, config.score)
-        from char_gru.rnn.sampler import Generator, new_seed
+        with ended_at_once():
+            from char_gru.rnn.sampler import Generator, new_seed
 
         prompts = _prompts(config)
         seed = new_seed() if config.seed is None else config.seed
@@ -79,7 +86,7 @@ def _parse(config_type: type, arguments: Sequence[str] | None, prog: str, **opti
             joined.append(argument)
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(sys.stdout or io.StringIO()):
             return tyro.cli(config_type, args=joined, prog=prog, config=(tyro.conf.FlagCreatePairsOff,), **options)
     except SystemExit as stop:
         if stop.code != USAGE_ERROR:
@@ -91,7 +98,8 @@ def _parse(config_type: type, arguments: Sequence[str] | None, prog: str, **opti
 def _end_at_once(error: RuntimeError) -> None:
     """End the process, after a failure of the GPU: nothing on it can be freed any more, and CuPy would say so for each
     of its objects. Until then the error keeps them, by its traceback."""
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.flush()
     os._exit(USAGE_ERROR)
 
 
@@ -121,9 +129,6 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
     except MemoryError as error:
         print(f"{prog}: not enough memory ({error}); lower --batch-size, --seq-length, --rnn-units or --num-samples",
               file=sys.stderr)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
     return USAGE_ERROR
 
 
@@ -132,13 +137,16 @@ def _kept(prog: str) -> str:
 
 
 def _prompts(config: GenerateConfig) -> list[str]:
-    prompts = [_stdin_text() if prompt == "-" else prompt for prompt in config.prompt]
+    prompts = [_stdin_text("--prompt -", "the text itself, or --prompt-file") if prompt == "-" else prompt
+               for prompt in config.prompt]
     if config.prompt_file is not None:
         prompts.append(_file_text(config.prompt_file))
     return prompts or [""]
 
 
-def _stdin_text() -> str:
+def _stdin_text(option: str, instead: str) -> str:
+    if sys.stdin is None:
+        raise UserError(f"{option} reads stdin, but stdin is closed; give {instead}")
     return _decoded(sys.stdin.buffer.read(), "stdin")
 
 
@@ -158,8 +166,8 @@ def _decoded(raw: bytes, source: str) -> str:
 
 
 def _print_texts(prompts: list[str], pieces: Iterator[list[str]], config: GenerateConfig) -> int:
-    """Write all texts to stdout: the first text piece by piece, as it is made, the other texts at the end. Ctrl-C ends
-    all texts where they are. Returns the exit status.
+    """Write all texts to stdout: the first text piece by piece, as it is made, the other texts at the end. Ctrl-C and
+    SIGTERM end all texts where they are. Returns the exit status.
     """
     status, other_texts, last_piece = 0, [[prompt] for prompt in prompts[1:]], ""
     _write(prompts[0])
@@ -169,9 +177,9 @@ def _print_texts(prompts: list[str], pieces: Iterator[list[str]], config: Genera
                 text.append(piece)
             last_piece = first_piece or last_piece
             _write(first_piece)  # last, since Ctrl-C most likely comes here
-    except KeyboardInterrupt:
-        status = 130
-    ends_line = any(stop.endswith("\n") for stop in config.stop)
+    except KeyboardInterrupt as stop:
+        status = status_after(stop)
+    ends_line = any(wanted.endswith("\n") for wanted in config.stop)
     only_lines = "\n" in config.stop and not any("\n" in prompt for prompt in prompts)
     for text in (*other_texts, None):
         if config.separator is not None:
@@ -187,7 +195,7 @@ def _print_texts(prompts: list[str], pieces: Iterator[list[str]], config: Genera
 
 def _print_json(prompts: list[str], pieces: Iterator[list[str]], config: GenerateConfig) -> int:
     """Write a line of JSON for each text, in their order, each as soon as it and those before it have ended. Ctrl-C
-    ends all texts where they are. Returns the exit status.
+    and SIGTERM end all texts where they are. Returns the exit status.
     """
     status, texts, written = 0, [""] * len(prompts), 0
 
@@ -203,8 +211,8 @@ def _print_json(prompts: list[str], pieces: Iterator[list[str]], config: Generat
             while written < len(texts) and (end := _end(texts[written], config)):
                 write_line(end)
                 written += 1
-    except KeyboardInterrupt:
-        status = 130
+    except KeyboardInterrupt as stop:
+        status = status_after(stop)
     while written < len(texts):
         write_line("interrupt")
         written += 1
@@ -223,11 +231,12 @@ def _print_scores(config: GenerateConfig, files: Sequence[str]) -> int:
     for file in files:
         if Path(file).is_dir():
             raise UserError(f"--score takes files, but {file} is a folder; name a run before --score, not after it")
-    texts = [_stdin_text() if file == "-" else _file_text(Path(file)) for file in files]
-    from tqdm import tqdm
+    texts = [_stdin_text("--score -", "a file") if file == "-" else _file_text(Path(file)) for file in files]
+    with ended_at_once():
+        from tqdm import tqdm
 
-    from char_gru.rnn.sampler import Generator
-    from char_gru.rnn.scoring import json_lines
+        from char_gru.rnn.sampler import Generator
+        from char_gru.rnn.scoring import json_lines
 
     generator = Generator.load(config.run, config.device)
     ids_of_texts = []

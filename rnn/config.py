@@ -75,7 +75,7 @@ class TrainConfig:
     layers: int = 1
     """GRU layers"""
     dropout: float = 0.0
-    """share of activations dropped between GRU layers"""
+    """share of every GRU layer's outputs that is dropped in training"""
     init: Literal["keras", "pytorch"] = "pytorch"
     """initial values: as Keras chooses them (the tutorial's) or as PyTorch does"""
     learning_rate: float = 1e-3

@@ -291,15 +291,19 @@ def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb) -> N
     logits /= T * B
 
 
-def cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out) -> None:
-    """Gradients of the output layer's parameters; `gru_backward` computes the gradient of h_tb, dlogits_tb W_out.
+def cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out, W_out=None, dh_tb=None) -> None:
+    """Gradients of the output layer's parameters and, where W_out is given, of h_tb: dlogits_tb W_out. Else
+    `gru_backward` computes that product, unless dropout lies between the two.
 
-    Shapes: dlogits_tb (T, B, V); h_tb (T, B, H); results dW_out (V, H), db_out (V,).
+    Shapes: dlogits_tb (T, B, V); h_tb (T, B, H); W_out (V, H); results dW_out (V, H), db_out (V,), and with W_out
+    dh_tb (T, B, H).
     """
     (T, B, V), H = dlogits_tb.shape, h_tb.shape[2]
     dlogits = dlogits_tb.reshape(T * B, V)
     np.matmul(dlogits.T, h_tb.reshape(T * B, H), out=dW_out)
     np.sum(dlogits, axis=0, out=db_out)
+    if W_out is not None:
+        dh_tb[...] = (W_out.T @ dlogits.T).T.reshape(T, B, H)  # in the memory order of activations
 
 
 # Optimiser

@@ -31,7 +31,7 @@ _LEFTOVER = re.compile(r"((last|best|epoch-\d+)\.safetensors|(config|timing)\.js
 """Names of the temporary files that a killed run leaves behind."""
 
 PAUSE_SECONDS = 0.1
-"""Enough for a process that has just locked a folder to write its id."""
+"""Enough for a process that has just locked a folder to write its id, or to find another run there and give it back."""
 
 
 class InUse(UserError):
@@ -215,21 +215,28 @@ def _lock(folder: Path) -> int:
     """
     while True:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _try_lock(lock, folder):
             time.sleep(PAUSE_SECONDS)
-            process = os.pread(lock, 20, 0).decode(errors="replace").strip()
-            os.close(lock)
-            raise InUse(f"another run trains in {folder}, in process {process}; wait until it has ended, stop it, "
-                        "or give another --out") from None
-        except OSError as error:
-            print(f"train.py: {folder} cannot be locked ({error.strerror}); start no other run in it", file=sys.stderr)
+            if not _try_lock(lock, folder):
+                process = os.pread(lock, 20, 0).decode(errors="replace").strip()
+                os.close(lock)
+                raise InUse(f"another run trains in {folder}, in process {process}; wait until it has ended, stop it, "
+                            "or give another --out")
         if _is_same_file(lock, folder / LOCK):  # not one that its process has removed in the meantime
             os.ftruncate(lock, 0)
             os.write(lock, f"{os.getpid()}\n".encode())
             return lock
         os.close(lock)
+
+
+def _try_lock(lock: int, folder: Path) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(f"train.py: {folder} cannot be locked ({error.strerror}); start no other run in it", file=sys.stderr)
+    return True
 
 
 def _is_same_file(descriptor: int, path: Path) -> bool:

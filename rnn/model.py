@@ -27,7 +27,8 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
 
 class _Layer(NamedTuple):
     """Buffers of one GRU layer: P (V, 3H), above layer 0 (T*B, 3H), its input table; saved, the arrays of its forward
-    and backward pass; keep_tb and dropped_tb (T, B, H), mask and output of the dropout behind it, or None.
+    and backward pass; keep_tb and dropped_tb (T, B, H), mask and output of the dropout behind it, or None where the
+    model has no dropout.
     """
 
     P: object
@@ -43,11 +44,11 @@ class LanguageModel:
     `state` may be read and written between steps, the arrays in place with `ops.copy_in`.
 
     Arguments: sizes; T, B, the window; flat_params (flat_size,) float, initial values in the layout of `rnn.params`
-    (default: drawn from `seed`); dropout, the share of activations dropped between layers; clip_norm, the largest
-    global norm of a gradient (0: any); carry_state, whether a step starts from the state in which the step before
-    ended; seed, of initial values and dropout; dtype, of all floating arrays (the kernels take float32 only); ops, the
-    op set; graph, whether a GPU records a step's launches once and replays them as one CUDA graph, with the same
-    results.
+    (default: drawn from `seed`); dropout, the share of every layer's outputs dropped in training; clip_norm,
+    the largest global norm of a gradient (0: any); carry_state, whether a step starts from the state in which the step
+    before ended; seed, of initial values and dropout; dtype, of all floating arrays (the kernels take float32 only);
+    ops, the op set; graph, whether a GPU records a step's launches once and replays them as one CUDA graph, with the
+    same results.
     Raises: ValueError for other arguments.
     """
 
@@ -84,12 +85,12 @@ class LanguageModel:
         self._layers = [
             _Layer(P=ops.empty_activations((V if layer == 0 else T * B, 3 * H), dtype),
                    saved=ops.gru_saved(T, B, H, dtype),
-                   keep_tb=ops.empty_activations((T, B, H), bool) if self._drops(layer) else None,
-                   dropped_tb=ops.empty_activations((T, B, H), dtype) if self._drops(layer) else None)
+                   keep_tb=ops.empty_activations((T, B, H), bool) if dropout else None,
+                   dropped_tb=ops.empty_activations((T, B, H), dtype) if dropout else None)
             for layer in range(layers)]
         self._dP = ops.empty((V, 3 * H), dtype)
         self._dP_upper = ops.empty((T * B, 3 * H), dtype) if layers > 1 else None
-        self._dy_tb = ops.empty_activations((T, B, H), dtype) if layers > 1 else None
+        self._dy_tb = ops.empty_activations((T, B, H), dtype) if layers > 1 or dropout else None
         self._dlogits_tb = ops.empty_activations((T, B, V), dtype)
         self._loss, self._norm, self._step_size = (filled((1,), 0) for _ in range(3))
         self._step_number = filled((1,), 0, np.uint64)
@@ -222,7 +223,7 @@ class LanguageModel:
             ops.input_table_forward(x, params[f"W_ih.{layer}"], params[f"b_ih.{layer}"], P)
             ops.gru_forward(P, ids_tb, params[f"W_hh.{layer}"], params[f"b_hh.{layer}"], state[layer], buffers.saved)
             y_tb = buffers.saved.h_tb[1:T + 1]
-            if training and self._drops(layer):
+            if training and self.dropout:
                 ops.dropout_forward(y_tb, self.dropout, self.seed, layer, self._step_number, buffers.keep_tb,
                                     buffers.dropped_tb)
                 y_tb = buffers.dropped_tb
@@ -232,15 +233,19 @@ class LanguageModel:
 
     def _backward(self) -> None:
         ops, params, grads = self.ops, self.params, self.grads
-        dy_tb, W_y = self._dlogits_tb, params["W_out"]
-        ops.cross_entropy_backward(dy_tb, self._layers[-1].saved.h_tb[1:], grads["W_out"], grads["b_out"])
+        y_tb, gradients = self._output_of(self._layers[-1]), (grads["W_out"], grads["b_out"])
+        if self.dropout:
+            dy_tb, W_y = self._dy_tb, None
+            ops.cross_entropy_backward(self._dlogits_tb, y_tb, *gradients, params["W_out"], dy_tb)
+        else:
+            dy_tb, W_y = self._dlogits_tb, params["W_out"]
+            ops.cross_entropy_backward(self._dlogits_tb, y_tb, *gradients)
         for layer in reversed(range(self.sizes.layers)):
             buffers = self._layers[layer]
-            if self._drops(layer):
+            if self.dropout:
                 ops.dropout_backward(dy_tb, self.dropout, buffers.keep_tb, dy_tb)
             if layer > 0:
-                below = self._layers[layer - 1]
-                y_tb = below.dropped_tb if self._drops(layer - 1) else below.saved.h_tb[1:]
+                y_tb = self._output_of(self._layers[layer - 1])
                 ids_tb, dP, x, dx = self._positions_tb, self._dP_upper, self._rows(y_tb), self._rows(self._dy_tb)
             else:
                 ids_tb, dP, x, dx = self._ids_tb, self._dP, params["W_emb"], grads["W_emb"]
@@ -254,8 +259,9 @@ class LanguageModel:
         for layer, buffers in enumerate(self._layers):
             self.ops.copy(state[layer], buffers.saved.h_tb[T])
 
-    def _drops(self, layer: int) -> bool:
-        return self.dropout > 0 and layer + 1 < self.sizes.layers
+    def _output_of(self, layer: _Layer):
+        """What the layer or the output layer above it has read in training."""
+        return layer.dropped_tb if self.dropout else layer.saved.h_tb[1:]
 
     def _rows(self, x_tb):
         return x_tb.reshape(self.T * self.B, -1)

@@ -163,13 +163,16 @@ def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, precision="fp32"):
     return loss, (exp_tb / sum_tb - onehot_tb) / targets_tb.size
 
 
-def cross_entropy_backward(dlogits_tb, h_tb, precision="fp32"):
-    """Gradients of the output layer's parameters; `gru_backward` computes the gradient of h_tb, dlogits_tb W_out.
+def cross_entropy_backward(dlogits_tb, h_tb, W_out=None, precision="fp32"):
+    """Gradients of the output layer's parameters and, where W_out is given, of h_tb: dlogits_tb W_out. Else
+    `gru_backward` computes that product, unless dropout lies between the two.
 
-    Shapes: dlogits_tb (T, B, V); h_tb (T, B, H); results dW_out (V, H), db_out (V,).
+    Shapes: dlogits_tb (T, B, V); h_tb (T, B, H); W_out (V, H); results dW_out (V, H), db_out (V,), and with W_out
+    dh_tb (T, B, H).
     """
     dlogits = _rows(dlogits_tb)
-    return product(dlogits.T, _rows(h_tb), precision), dlogits.sum(axis=0)
+    gradients = product(dlogits.T, _rows(h_tb), precision), dlogits.sum(axis=0)
+    return gradients if W_out is None else (*gradients, product(dlogits_tb, W_out, precision))
 
 
 def global_norm(grads):

@@ -64,8 +64,10 @@ def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, *, p
     loss[0], dlogits_tb[...] = reference.cross_entropy_forward(h_tb, W_out, b_out, targets_tb, precision)
 
 
-def cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out, *, precision="fp32") -> None:
-    dW_out[...], db_out[...] = reference.cross_entropy_backward(dlogits_tb, h_tb, precision)
+def cross_entropy_backward(dlogits_tb, h_tb, dW_out, db_out, W_out=None, dh_tb=None, *, precision="fp32") -> None:
+    dW_out[...], db_out[...], *dh = reference.cross_entropy_backward(dlogits_tb, h_tb, W_out, precision)
+    if dh:
+        [dh_tb[...]] = dh
 
 
 def global_norm(grads, norm) -> None:

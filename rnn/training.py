@@ -7,11 +7,11 @@ lowest validation loss; `loss.png`; `samples.txt`.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -30,6 +30,7 @@ from char_gru.rnn.devices import op_set, untested_gpu
 from char_gru.rnn.folder import RunFolder, is_metrics_line, read_metrics
 from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import initial_parameters, parameter_count, parameter_shapes
+from char_gru.rnn.process import Lossy, handled, stop_numbers
 from char_gru.rnn.sampler import Generator
 from char_gru.rnn.vocabulary import Vocabulary
 
@@ -140,7 +141,7 @@ def train(config: TrainConfig, files: RunFolder | None = None, checkpoint: Check
     if checkpoint:
         _check_same_run(config, TrainConfig.from_saved(checkpoint.resumable.progress["config"]))
     corpus = load_corpus(config.data, config.encoding)
-    with files or RunFolder.new(config.out, corpus.name) as held:
+    with contextlib.redirect_stdout(Lossy(sys.stdout)), files or RunFolder.new(config.out, corpus.name) as held:
         return Run(replace(config, data=corpus.source), corpus, ops, held, checkpoint).train()
 
 
@@ -181,12 +182,8 @@ class Run:
     def train(self) -> int:
         """Train to the end, or to a signal; returns the exit status."""
         self._describe()
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with handled(self._on_signal, stop_numbers()):
             self._train()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
         if self._signal is not None:
             _say(f"stopped by {signal.Signals(self._signal).name} after step {self.progress.step:,}; "
                  f"continue with --resume --out {self.folder}")
@@ -200,6 +197,8 @@ class Run:
             self._save()
         else:
             self._recover()
+            if self.progress.batch == 0 and self.progress.step:  # it may have been killed before it drew
+                self._plot_losses()
         with np.errstate(all="ignore"):  # a loss that is not finite is reported once, by this loop
             # A run that was killed after its last step has that step's epoch still to end.
             while self._signal is None and (not self._finished()
@@ -317,10 +316,7 @@ class Run:
         generator = Generator(self.sizes, self.vocabulary, self.model.params, self.model.ops)
         [text] = generator.generate(length=SAMPLE_LENGTH, temperature=SAMPLE_TEMPERATURE,
                                     seed=self.config.seed + epoch)
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:  # nobody reads the samples any more; the run goes on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(text, flush=True)
         self.progress.samples_bytes += self.files.append("samples.txt", f"--- epoch {epoch}\n{text}\n")
 
     def _write_metrics(self, line: dict) -> None:

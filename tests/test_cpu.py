@@ -134,14 +134,15 @@ def test_cross_entropy_matches_reference(order, scale, dtype):
     upstream_tb = normal(rng, T, B, V)
     targets_tb = rng.integers(0, V, (T, B))
     loss, dlogits_tb = np.empty(1, dtype), order(np.zeros((T, B, V)), dtype)
-    dW_out, db_out = np.empty((V, H), dtype), np.empty(V, dtype)
+    dW_out, db_out, dh_tb = np.empty((V, H), dtype), np.empty(V, dtype), order(np.zeros((T, B, H)), dtype)
     cpu.cross_entropy_forward(order(h_tb, dtype), W_out.astype(dtype), b_out.astype(dtype), targets_tb, loss,
                               dlogits_tb)
     assert_matches("loss dlogits_tb", [loss[0], dlogits_tb],
                    *by_specification(reference.cross_entropy_forward, h_tb, W_out, b_out, targets_tb), dtype)
-    cpu.cross_entropy_backward(order(upstream_tb, dtype), order(h_tb, dtype), dW_out, db_out)
-    assert_matches("dW_out db_out", [dW_out, db_out],
-                   *by_specification(reference.cross_entropy_backward, upstream_tb, h_tb), dtype)
+    cpu.cross_entropy_backward(order(upstream_tb, dtype), order(h_tb, dtype), dW_out, db_out, W_out.astype(dtype),
+                               dh_tb)
+    assert_matches("dW_out db_out dh_tb", [dW_out, db_out, dh_tb],
+                   *by_specification(reference.cross_entropy_backward, upstream_tb, h_tb, W_out), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

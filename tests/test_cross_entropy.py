@@ -109,13 +109,15 @@ def test_sanitizer_finds_nothing_in_cross_entropy_forward(ops, sanitizer):
 @each_variant_and_precision(launchers)
 @pytest.mark.parametrize("T, B, H, V", [(1, 1, 1, 2), (3, 2, 5, 7), (5, 13, 17, 66)])
 def test_cross_entropy_backward_matches_reference(executor, T, B, H, V, ops, precision):
-    h_tb, *_ = layer(T, B, H, V)
+    h_tb, W_out, *_ = layer(T, B, H, V)
     dlogits_tb = np.random.default_rng(9).standard_normal((T, B, V)).astype(np.float32)
-    shapes = {"dW_out": (V, H), "db_out": (V,)}
+    shapes = {"dW_out": (V, H), "db_out": (V,), "dh_tb": (T, B, H)}
     actual = [runtime.empty(shape, np.float32) for shape in shapes.values()]
-    ops.cross_entropy_backward(*map(runtime.to_device, (dlogits_tb, h_tb)), *actual, precision=precision)
-    exact, plain = (reference.cross_entropy_backward(dlogits_tb.astype(dtype), h_tb.astype(dtype), precision)
-                    for dtype in (np.float64, np.float32))
+    dW_out, db_out, dh_tb = actual
+    ops.cross_entropy_backward(*map(runtime.to_device, (dlogits_tb, h_tb)), dW_out, db_out, runtime.to_device(W_out),
+                               dh_tb, precision=precision)
+    exact, plain = (reference.cross_entropy_backward(*(array.astype(dtype) for array in (dlogits_tb, h_tb, W_out)),
+                                                     precision) for dtype in (np.float64, np.float32))
     for name, result, *expected in zip(shapes, actual, exact, plain):
         assert_close(name, runtime.to_host(result), *expected)
 
@@ -133,3 +135,5 @@ def test_cross_entropy_names_the_argument_that_does_not_fit(executor, ops):
         ops.cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, precision="fp16")
     with pytest.raises(ValueError, match="^dW_out: expected"):
         ops.cross_entropy_backward(dlogits_tb, h_tb, b_out, b_out)
+    with pytest.raises(ValueError, match="^dh_tb: expected"):
+        ops.cross_entropy_backward(dlogits_tb, h_tb, W_out, b_out, W_out, dlogits_tb)

@@ -87,6 +87,13 @@ def test_lock_that_its_process_removes_between_opening_and_locking_is_not_taken(
             RunFolder(tmp_path)
 
 
+def test_lock_that_another_process_gives_back_at_once_is_taken(tmp_path, monkeypatch):
+    first = RunFolder(tmp_path)
+    monkeypatch.setattr("time.sleep", lambda seconds: first.close())
+    with RunFolder(tmp_path):
+        assert names(tmp_path) == [LOCK]
+
+
 def test_run_whose_folder_was_taken_away_writes_nothing_more(tmp_path):
     with RunFolder.new(tmp_path / "run", "text") as old:
         (tmp_path / "run").rename(tmp_path / "moved")

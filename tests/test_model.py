@@ -75,8 +75,9 @@ def test_equal_runs_give_equal_bits(ops, dropout):
     assert results[0] == results[1]
 
 
-def test_dropout_is_for_training_only_and_differs_between_steps(ops):
-    case = random_case(T=5, B=4, H=16, layers=2)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_dropout_is_for_training_only_and_differs_between_steps(ops, layers):
+    case = random_case(T=5, B=4, H=16, layers=layers)
     with_dropout, without = (case.model(ops, dropout=rate) for rate in (0.5, 0.0))
     batches = [Batch(case.inputs_tb, case.targets_tb)]
     assert with_dropout.evaluate(batches) == without.evaluate(batches)

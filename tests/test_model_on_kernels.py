@@ -47,7 +47,7 @@ def assert_all_close(actual: dict, exact: dict, rounded: dict) -> None:
         assert_close(name, np.asarray(actual[name], np.float32), value, rounded[name])
 
 
-@pytest.mark.parametrize("layers, dropout", [(1, 0.0), (2, 0.0), (3, 0.4)])
+@pytest.mark.parametrize("layers, dropout", [(1, 0.0), (1, 0.4), (2, 0.0), (3, 0.4)])
 def test_loss_and_gradients_match_reference(ops, layers, dropout):
     case = random_case(T=6, B=3, E=5, H=17, V=11, layers=layers)
     assert_all_close(*results(case, gradients_of(case), ops, dropout=dropout))

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from char_gru.rnn import reference, reference_ops
 from char_gru.rnn.batches import Batch
 from tests.helpers.cases import MODELS, random_case
-from tests.helpers.golden import GOLDEN_DIR, KERAS_FILES, TORCH_FILES, load
+from tests.helpers.golden import DROPOUT_FILE, GOLDEN_DIR, KERAS_FILES, TORCH_FILES, load
 
 DTYPES = [np.float32, np.float64]
 DIFFERENCE = 1e-5
@@ -134,6 +134,19 @@ def test_reference_matches_golden(path):
     softmax /= softmax.sum(-1, keepdims=True)
     dlogits = (softmax - np.eye(case.sizes.V)[case.targets_tb]) / case.inputs_tb.size
     np.testing.assert_allclose(model._dlogits_tb, dlogits, **TOLERANCE)
+
+
+def test_reference_with_dropout_behind_every_layer_matches_pytorch(monkeypatch):
+    """With the elements that PyTorch kept; that ours are another draw is all that differs."""
+    def dropout_forward(x_tb, rate, seed, layer, step, keep_tb, y_tb):
+        keep_tb[...] = data["keep_ltbh"][layer]
+        reference_ops.dropout_backward(x_tb, rate, keep_tb, y_tb)
+
+    monkeypatch.setattr(reference_ops, "dropout_forward", dropout_forward)
+    case, gradients, data = load(DROPOUT_FILE)
+    actual = case.model(dropout=float(data["dropout"])).gradients(case.inputs_tb, case.targets_tb)
+    for name, expected in (gradients | {"loss": data["loss"]}).items():
+        np.testing.assert_allclose(actual[name], expected, **TOLERANCE, err_msg=name)
 
 
 @pytest.mark.parametrize("path", TORCH_FILES + KERAS_FILES, ids=lambda path: path.stem)

@@ -148,6 +148,20 @@ def test_run_without_a_name_takes_the_next_free_one_under_runs(folder):
     assert [len(metrics(folder / "runs" / name)) for name in ("text", "text-2", "text-3")] == [1, 1, 2]
 
 
+def test_folder_in_which_a_process_trains_is_refused_with_its_id(folder):
+    with running("train.py", *TEXT, "--epochs", 10**6, "--out", "run", cwd=folder) as process:
+        wait_until(has_a_step(folder / "run"), process)
+        for arguments in (("--resume", "--out", "run"), (*TEXT, "--out", "run")):
+            result = run("train.py", *arguments, cwd=folder)
+            assert_refused(result.returncode, result.stdout, result.stderr, "run", f"process {process.pid};")
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+    assert (folder / "run" / ".lock").exists()
+    train_here("--resume", "--epochs", 1, cwd=folder)
+    assert not (folder / "run" / ".lock").exists()
+
+
 # Equal runs
 
 def test_equal_runs_give_equal_bytes(finished, folder):

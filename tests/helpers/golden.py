@@ -12,6 +12,7 @@ from char_gru.rnn.params import checkpoint_name, flat_size, named_views, paramet
 from tests.helpers.cases import Case
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
+DROPOUT_FILE = GOLDEN_DIR / "dropout_torch.npz"
 TORCH_FILES = sorted(GOLDEN_DIR.glob("torch_*.npz"))
 KERAS_FILES = sorted(GOLDEN_DIR.glob("keras_*.npz"))
 
