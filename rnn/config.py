@@ -206,7 +206,7 @@ class GenerateConfig:
         check_length(self.length)
         _require(1 <= self.num_samples < 2**16, "--num-samples", self.num_samples, "from 1 to 65,535")
         if self.seed is not None:
-            check_seed(self.seed)
+            check_seed(self.seed, 63)
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         if "" in self.stop:
             raise UserError("--stop is empty; give the text at which to stop, or leave the option out")
@@ -228,12 +228,12 @@ def check_length(length: int) -> None:
     _require(_is_integer(length) and 0 <= length < 2**31, "--length", length, "from 0 to 2^31 - 1")
 
 
-def check_seed(seed: int) -> None:
-    """Check the seed of random numbers.
+def check_seed(seed: int, bits: int = 64) -> None:
+    """Check the seed of random numbers; a run adds the numbers of its epochs to one of 63 bits.
 
     Raises: UserError.
     """
-    _require(_is_integer(seed) and 0 <= seed < 2**63, "--seed", seed, "in [0, 2^63)")
+    _require(_is_integer(seed) and 0 <= seed < 2**bits, "--seed", seed, f"in [0, 2^{bits})")
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None:

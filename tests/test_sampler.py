@@ -251,7 +251,7 @@ def test_a_string_is_one_prompt_and_one_stop_string(generator):
     (["a", 3], {}, "got 3"), (b"ab", {}, "got 97"),
     ("a", {"stop": ""}, "stop has an empty string"), ("a", {"stop": ["b", ""]}, "stop has an empty string"),
     ("a", {"stop": [None]}, "stop: expected a string or several, got None"),
-    ("a", {"seed": -1}, "seed is -1, but must be"), ("a", {"seed": 2**63}, "must be"), ("a", {"seed": 1.5}, "must be"),
+    ("a", {"seed": -1}, "seed is -1, but must be"), ("a", {"seed": 2**64}, "must be"), ("a", {"seed": 1.5}, "must be"),
     ("a", {"seed": "1"}, "must be"), ("a", {"length": 2.5}, "must be"), ("a", {"length": "5"}, "must be"),
     ("a", {"top_k": 1.5}, "must be"), ("a", {"temperature": "1"}, "must be"), ("a", {"top_p": None}, "must be"),
     ("a", {"on_unknown": "guess"}, "must be error, skip or unk"),
