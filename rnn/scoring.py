@@ -42,6 +42,9 @@ PART = 1 << 21
 LIKELIEST = 5
 """Characters that are listed for each position."""
 
+LINES = 1 << 12
+"""Lines of characters that are written at a time."""
+
 
 class Score(NamedTuple):
     """How likely a model finds a text: `loss`, in nats per character, the mean over `characters`.
@@ -239,15 +242,17 @@ def score_of(parts: Iterable[Part]) -> Score:
 
 
 def json_lines(parts: Iterable[Part], vocabulary: Vocabulary, names: Sequence[str] | None) -> Iterator[str]:
-    """A line of JSON for each text, after the lines of its characters where the parts have details; an item has the
-    lines of a part or of a text. names: those of the texts, to be told in each line; None tells none.
+    """A line of JSON for each text, after the lines of its characters where the parts have details; an item has
+    many lines of characters, or the one of a text. names: those of the texts, to be told in each line; None tells none.
     """
     of_text: list[Part] = []
     characters = [json.dumps(character) for character in (UNK, *vocabulary.characters)]
     for part in parts:
         file = {} if names is None else {"file": names[part.text]}
         if part.characters.ranks is not None:
-            yield _lines_of_characters(part.characters, characters, json.dumps(file)[1:-1] + ", " if file else "")
+            for start in range(0, len(part.characters.ids), LINES):
+                yield _lines_of_characters(_sliced(part.characters, start, start + LINES), characters,
+                                           json.dumps(file)[1:-1] + ", " if file else "")
         of_text.append(part._replace(characters=Characters(*part.characters[:2])))
         if part.last:
             score = score_of(of_text)

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from char_gru import kernels
+from char_gru.kernels import runtime
 from char_gru.rnn import cpu, reference, reference_ops, scoring
 from char_gru.rnn.batches import validation_windows
 from char_gru.rnn.config import Sizes, UserError
@@ -17,6 +19,7 @@ from char_gru.rnn.params import initial_parameters, named_views
 from char_gru.rnn.sampler import Generator
 from char_gru.rnn.scoring import LARGEST_EFFECT, STEPS, Characters, Scorer, json_lines, score_of
 from char_gru.rnn.vocabulary import Vocabulary
+from tests import host_cuda
 
 CHARACTERS = "\n abcdefgh"
 V = len(CHARACTERS) + 1
@@ -180,6 +183,28 @@ def test_loss_of_a_diverged_model_is_no_number(small):
     with np.errstate(invalid="ignore"):
         [parts] = scored(sizes, params, [random_ids(300)])
     assert math.isnan(score_of(parts).loss)
+
+
+class Unlaunched(host_cuda.HostExecutor):
+    """The arrays of every launch are checked, but no kernel runs."""
+
+    def launch(self, source, kernel, *arguments):
+        pass
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_arrays_are_such_as_the_kernels_take(small, layers):
+    sizes, params = model(0, layers)
+    with runtime.use(Unlaunched()), np.errstate(all="ignore"):
+        ops, on_device = kernels.op_set("fp32"), {}
+        for name, array in params.items():
+            on_device[name] = ops.empty(array.shape)
+            ops.copy_in(on_device[name], array)
+        [parts] = scored(sizes, on_device, [random_ids(900)], ops, details=True)
+        assert sum(len(part.characters.ids) for part in parts) == 899
+        generator = generator_of(sizes, on_device, ops)
+        p, state = generator.next(["a", "b"])
+        assert p.shape == generator.next(["a", "b"], state)[0].shape == (2, V)
 
 
 # Characters
