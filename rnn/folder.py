@@ -165,7 +165,8 @@ def _metrics_line(line: bytes) -> dict | None:
         value = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    whole = isinstance(value, dict) and all(type(item) in (int, float, type(None)) for item in value.values())
+    return value if whole else None
 
 
 def write_atomically(path: Path, data: bytes) -> None:

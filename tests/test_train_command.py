@@ -354,6 +354,7 @@ def stopped_run(folder: Path) -> Path:
     ("metrics.jsonl", lambda raw: None, "the losses of 11 steps"),
     ("metrics.jsonl", lambda raw: raw.replace(b'{"step": 3', b"\0" * 10), "the loss of step 3"),
     ("metrics.jsonl", lambda raw: raw.replace(b'{"step": 3', b'["step": 3'), "the loss of step 3"),
+    ("metrics.jsonl", lambda raw: raw.replace(b'"loss": 3', b'"loss": [], "x": 3', 1), "from step 1 to step 11"),
     ("metrics.jsonl", lambda raw: raw.replace(b'{"epoch"', b'<"epoch"'), "a line about an epoch"),
     ("metrics.jsonl", lambda raw: raw.replace(b'{"step": 5', b"[" * 100_000 + b'{"step": 5'), "from step 5 to step 11"),
     ("samples.txt", lambda raw: raw[:-3], "samples"), ("samples.txt", lambda raw: None, "samples"),
