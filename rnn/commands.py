@@ -20,7 +20,7 @@ import tyro
 from char_gru.rnn.config import GenerateConfig, TrainConfig, UserError
 from char_gru.rnn.process import DIVERGED, USAGE_ERROR, ended_at_once, status_after
 
-_TEXT_OPTIONS = ("--prompt", "--stop", "--temperature")
+_TEXT_OPTIONS = ("--prompt", "--stop", "--separator", "--temperature")
 """Options whose value may begin with a dash."""
 
 
@@ -54,8 +54,8 @@ def generate(arguments: Sequence[str] | None = None) -> int:
         config = _parse(GenerateConfig, arguments, prog="generate.py")
         if sys.stdout is None:
             raise UserError("stdout is closed, and what is written there would be lost; send it to a file or a program")
-        if config.score is not None:
-            return _print_scores(config, config.score)
+        if config.score:
+            return _print_scores(config)
         with ended_at_once():
             from char_gru.rnn.sampler import Generator, new_seed
 
@@ -226,8 +226,9 @@ def _end(text: str, config: GenerateConfig) -> str | None:
     return "length" if config.length and len(text) >= config.length else None
 
 
-def _print_scores(config: GenerateConfig, files: Sequence[str]) -> int:
+def _print_scores(config: GenerateConfig) -> int:
     """Write lines of JSON about the texts of all files; - is stdin. Returns the exit status."""
+    files = [file for files in config.score for file in files]
     for file in files:
         if Path(file).is_dir():
             raise UserError(f"--score takes files, but {file} is a folder; name a run before --score, not after it")

@@ -189,7 +189,7 @@ class GenerateConfig:
     separator: str | None = None
     """follow each text with this, and write nothing else (default: a line of dashes between two texts, or nothing but
     line ends where each text is a line)"""
-    score: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="FILE...")] = None
+    score: Annotated[tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]], tyro.conf.arg(metavar="FILE...")] = ()
     """write no text; print how likely the model finds the text of each file (- is stdin), as a line of JSON on stdout:
     the mean loss in nats per character, the same in bits, and the number of characters scored, which are all but the
     first; for a text that was cut into rows, also their number, the characters that each reads before those it scores,
@@ -210,13 +210,13 @@ class GenerateConfig:
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         if "" in self.stop:
             raise UserError("--stop is empty; give the text at which to stop, or leave the option out")
-        if self.score is not None and (self.prompt or self.prompt_file is not None):
+        if self.score and (self.prompt or self.prompt_file is not None):
             raise UserError("--score writes no text; leave --prompt and --prompt-file out")
-        if self.score == ():
+        if () in self.score:
             raise UserError("--score names no file; give one or several, or - for stdin")
-        if self.score is None and (self.per_character or self.exact):
+        if not self.score and (self.per_character or self.exact):
             raise UserError("--per-character and --exact are for --score; give --score FILE as well")
-        if self.separator is not None and (self.score is not None or self.format == "jsonl"):
+        if self.separator is not None and (self.score or self.format == "jsonl"):
             raise UserError("--separator stands after texts; leave it out with --score and with --format jsonl")
 
 

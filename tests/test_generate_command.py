@@ -149,7 +149,7 @@ def test_no_blank_line_follows_texts_that_stop_at_one(write):
     assert all(text.endswith("\n") and not text.endswith("\n\n") for text in [first, *others])
 
 
-@pytest.mark.parametrize("separator", ["\0", "\n", "", "=== \n"])
+@pytest.mark.parametrize("separator", ["\0", "\n", "", "---\n"])
 def test_separator_follows_each_text(write, separator):
     options = ("--prompt", "the ", "--num-samples", 3, "--length", 30, "--seed", 1)
     texts = write(*options).removesuffix("\n").split(RULE)
@@ -344,6 +344,14 @@ def test_texts_of_several_files_and_of_stdin_are_scored_in_one_process(folder, t
     for score, text in zip(scores, texts.values()):
         alone = Generator.load(folder / "run", "cpu").score(text)
         assert score["loss"] == pytest.approx(alone.loss, rel=1e-6) and score["characters"] == len(text) - 1
+
+
+def test_scores_of_files_given_one_by_one_and_together_are_all_told(write, tmp_path):
+    for name in "abc":
+        (tmp_path / name).write_text("the fox " + name, "utf-8")
+    a, b, c = (tmp_path / name for name in "abc")
+    lines = [json.loads(line) for line in write("--score", a, b, "--score", c).splitlines()]
+    assert [line["file"] for line in lines] == [str(a), str(b), str(c)]
 
 
 def test_score_of_a_long_text_tells_its_rows_and_is_that_of_one_row(write, tmp_path):
