@@ -187,8 +187,8 @@ class GenerateConfig:
     """how texts are written: as they are, prompts included; or as a line of JSON each (prompt, sample, text, end, seed
     and what shaped the drawing), in their order, as soon as each has ended"""
     separator: str | None = None
-    """follow each text with this, and write nothing else (default: a line of dashes between two texts, or nothing but
-    line ends where each text is a line)"""
+    """what to write after each text (default: a line of dashes between two texts, or, where each text is one line, its
+    line end alone)"""
     score: Annotated[tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]], tyro.conf.arg(metavar="FILE...")] = ()
     """write no text; print how likely the model finds the text of each file (- is stdin), as a line of JSON on stdout:
     the mean loss in nats per character, the same in bits, and the number of characters scored, which are all but the
