@@ -130,7 +130,7 @@ def init_table(results: Path) -> str:
     for path in sorted(results.glob("*.metrics.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         rows.append([path.name.removesuffix(".metrics.jsonl"),
-                     *(f"{line['train_loss']:.4f} / {line['val_loss']:.4f}" for line in lines if "train_loss" in line)])
+                     *(f"{line['train_loss']:.4f} / {line['val_loss']:.4f}" for line in lines if "step" not in line)])
     if not rows:
         return ""
     epochs = max(map(len, rows)) - 1

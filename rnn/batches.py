@@ -88,6 +88,20 @@ def validation_windows(ids: np.ndarray, B: int, T: int) -> list[Batch]:
             for start in range(0, length, T)]
 
 
+def sizes_that_fit(N: int, B: int, T: int, val_fraction: float) -> str:
+    """Options, none larger than B, T and val_fraction, with which a text of N characters makes a few batches."""
+    validation = int(N * val_fraction)
+    if 0 < val_fraction and validation < 2:
+        validation = val_fraction = 0
+    if validation:
+        B = min(B, validation - 1)
+    while B * (T + 1) > (N - validation) // 4 and B * T > 1:
+        B, T = (B, T // 2) if T > 4 * B or B == 1 else (B // 2, T)
+    if N - validation < B * (T + 1):
+        return "no sizes fit so short a text"
+    return (f"--batch-size {B} --seq-length {T}" + ("" if val_fraction else " --val-fraction 0")) + " would fit"
+
+
 def _check_length(ids: np.ndarray, needed: int, B: int, T: int) -> None:
     if len(ids) < needed:
         raise UserError(f"the training text has {len(ids):,} characters, but one batch takes {needed:,} "

@@ -30,17 +30,23 @@ def train(arguments: Sequence[str] | None = None) -> int:
         with ended_at_once():
             from char_gru.rnn import training
 
-        config = _parse(TrainConfig, arguments, prog="train.py")
+        config, given = _parse(TrainConfig, arguments, prog="train.py"), _given(arguments)
         try:
-            if not config.resume:
-                return training.train(config)
-            with training.folder_to_resume(config.out) as files:
-                before, checkpoint = training.resumable_run(files)
-                # tyro would turn a flag that is on into --no-...
-                defaults = replace(before, resume=False, stateful=False)
-                config = replace(_parse(TrainConfig, arguments, prog="train.py", default=defaults), out=before.out,
-                                 resume=True, stateful=config.stateful or before.stateful)
-                return training.train(config, files, checkpoint)
+            if config.resume:
+                with training.folder_to_resume(config.out) as files:
+                    before, checkpoint = training.resumable_run(files)
+                    # tyro would turn a flag that is on into --no-...
+                    defaults = replace(before, resume=False, stateful=False)
+                    if "--epochs" in given:  # what is given now decides, not an earlier --steps
+                        defaults = replace(defaults, steps=None)
+                    config = replace(_parse(TrainConfig, arguments, prog="train.py", default=defaults), out=before.out,
+                                     resume=True, stateful=config.stateful or before.stateful)
+                    return training.train(config, files, checkpoint, schedule_given="--lr-schedule" in given)
+            checkpoint = None
+            if config.init_from is not None:
+                defaults, checkpoint = training.starting_point(config.init_from)
+                config = _parse(TrainConfig, arguments, prog="train.py", default=defaults)
+            return training.train(config, checkpoint=checkpoint)
         except training.Diverged as error:
             print(f"train.py: training diverged: {error}", file=sys.stderr)
             return DIVERGED
@@ -93,6 +99,12 @@ def _parse(config_type: type, arguments: Sequence[str] | None, prog: str, **opti
             raise
         said = [line.strip("│ ") for line in complaint.getvalue().splitlines() if line.startswith("│")]
         raise UserError(f"{' '.join(said[:1]) or complaint.getvalue()}; see {prog} --help") from None
+
+
+def _given(arguments: Sequence[str] | None) -> set[str]:
+    """Names of the options on a command line, with dashes."""
+    words = sys.argv[1:] if arguments is None else arguments
+    return {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
 
 
 def _end_at_once(error: RuntimeError) -> None:

@@ -61,9 +61,9 @@ class TrainConfig:
     out: Path | None = None
     """folder of the run (default: a new one under runs/)"""
     epochs: int = 10
-    """passes over the training text"""
+    """passes over the training text; with --steps, they do not count"""
     steps: int | None = None
-    """stop after this many training steps in all, even inside an epoch"""
+    """stop after this many training steps in all, be it inside an epoch, whatever --epochs is"""
     batch_size: int = 64
     """sequences in a batch"""
     seq_length: int = 100
@@ -78,10 +78,14 @@ class TrainConfig:
     """share of every GRU layer's outputs that is dropped in training"""
     init: Literal["keras", "pytorch"] = "pytorch"
     """initial values: as Keras chooses them (the tutorial's) or as PyTorch does"""
+    init_from: str | None = None
+    """start from the weights of this checkpoint or run: sizes come from it, characters that it does not know get new
+    rows, everything else is free"""
     learning_rate: float = 1e-3
     """Adam's learning rate (its peak, with a schedule)"""
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    """learning rate after the warm-up: constant, or falling along a cosine to a tenth"""
+    """learning rate after the warm-up: constant, or falling along a cosine to a tenth at the run's end; given to a
+    resumed run that has another schedule or another end than before, it begins anew, with its warm-up"""
     warmup_steps: int = 0
     """steps over which the learning rate rises linearly from 0"""
     clip_norm: float = 0.0
@@ -92,6 +96,9 @@ class TrainConfig:
     """read the text as contiguous streams and carry the state from batch to batch"""
     patience: int = 0
     """stop after this many epochs without a lower validation loss; 0 never does"""
+    eval_every: int = 0
+    """also evaluate, write a sample and draw the losses after every so many steps; 0 does so after every epoch, and in
+    epochs of more than 5,000 steps after equal parts of them"""
     save_every: int = 0
     """also keep a numbered checkpoint every so many epochs; 0 keeps none"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -103,16 +110,19 @@ class TrainConfig:
     the same results"""
     seed: int = 0
     """seed of initial values, order of sequences, dropout and samples"""
+    tensorboard: bool = False
+    """also write losses and learning rates as events for TensorBoard, in the run's folder"""
     encoding: str = "utf-8"
     """encoding of the files"""
     resume: bool = False
-    """continue the run in --out (default: the newest under runs/) where it stopped, with its options"""
+    """continue the run in --out (default: the newest under runs/) exactly where it stopped, with its options; its text
+    may lie elsewhere now (--data)"""
 
     def __post_init__(self) -> None:
         for option in ("epochs", "batch_size", "seq_length", "embedding_dim", "rnn_units", "layers"):
             value = getattr(self, option)
             _require(value >= 1, _flag(option), value, "at least 1")
-        for option in ("warmup_steps", "patience", "save_every", "seed"):
+        for option in ("warmup_steps", "patience", "eval_every", "save_every", "seed"):
             value = getattr(self, option)
             _require(value >= 0, _flag(option), value, "at least 0")
         _require(self.seed < 2**63, "--seed", self.seed, "below 2^63")
@@ -125,10 +135,10 @@ class TrainConfig:
             raise UserError("--patience watches the validation loss; give --val-fraction above 0 as well")
 
     def saved(self) -> dict:
-        """The options that belong to a run, as JSON values: all options but its folder, whether it was resumed, and
-        how a GPU launches its steps."""
+        """The options that belong to a run, as JSON values: all options but its folder, whether it was resumed, whether
+        it writes events, and how a GPU launches its steps."""
         options = asdict(self)
-        del options["out"], options["resume"], options["no_graph"]
+        del options["out"], options["resume"], options["tensorboard"], options["no_graph"]
         return options | {"data": list(self.data)}
 
     @staticmethod
@@ -146,10 +156,11 @@ class TrainConfig:
 
 
 CHANGEABLE_ON_RESUME = frozenset({
-    "epochs", "steps", "dropout", "learning_rate", "lr_schedule", "warmup_steps", "clip_norm",
-    "patience", "save_every", "device", "precision",
+    "data", "encoding", "epochs", "steps", "dropout", "learning_rate", "lr_schedule", "warmup_steps", "clip_norm",
+    "patience", "eval_every", "save_every", "device", "precision",
 })
-"""Options that a resumed run may change; every other option fixes the parameters or the order of the text."""
+"""Options that a resumed run may change, as long as its text stays the same; every other option fixes the parameters or
+the order of the text."""
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,20 @@
 """A training run: the loop over epochs and steps, its folder, signals, and exact resuming.
 
-The folder of a run holds `config.json`; `metrics.jsonl`, a line per step and a line per epoch, without clock times;
-`timing.json`; `last.safetensors`, from which the run resumes bit for bit; `best.safetensors`, the parameters with the
-lowest validation loss; `loss.png`; `samples.txt`.
+The folder of a run holds `config.json`; `metrics.jsonl`, a line per step and a line per evaluation, without clock
+times; `timing.json`; `last.safetensors`, from which the run resumes bit for bit; `best.safetensors`, the parameters
+with the lowest validation loss; `loss.png`; `samples.txt`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import json
 import math
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_type_hints
@@ -22,37 +22,54 @@ from typing import get_type_hints
 import numpy as np
 from tqdm import tqdm
 
-from char_gru.rnn.batches import ContiguousStreams, ShuffledWindows, validation_windows
-from char_gru.rnn.checkpoint import Checkpoint, Resumable, load_checkpoint, newest_run, save_checkpoint
+from char_gru.rnn import schedule
+from char_gru.rnn.batches import Batch, ContiguousStreams, ShuffledWindows, sizes_that_fit, validation_windows
+from char_gru.rnn.checkpoint import (
+    Checkpoint,
+    Resumable,
+    find_checkpoint,
+    load_checkpoint,
+    newest_run,
+    save_checkpoint,
+)
 from char_gru.rnn.config import CHANGEABLE_ON_RESUME, Sizes, TrainConfig, UserError, has_type
 from char_gru.rnn.corpus import Corpus, load_corpus
 from char_gru.rnn.devices import op_set, untested_gpu
+from char_gru.rnn.feedback import Events, ProgressReport, check_tensorboard, picture_of_losses
 from char_gru.rnn.folder import RunFolder, is_metrics_line, read_metrics
 from char_gru.rnn.model import LanguageModel
-from char_gru.rnn.params import initial_parameters, parameter_count, parameter_shapes
+from char_gru.rnn.params import initial_parameters, named_views, parameter_count, parameter_shapes
 from char_gru.rnn.process import Lossy, handled, stop_numbers
 from char_gru.rnn.sampler import Generator
-from char_gru.rnn.vocabulary import Vocabulary
+from char_gru.rnn.vocabulary import Vocabulary, shown
 
 SAVE_SECONDS = 300
 """Inside an epoch, the longest time between two checkpoints."""
 
-LOWEST_RATE = 0.1
-"""Learning rate at the end of the cosine schedule, as a share of its peak."""
-
 SAMPLE_LENGTH, SAMPLE_TEMPERATURE = 200, 0.8
+
+HOPELESS, LARGEST_PARAMETER = 1000, 1e6
+"""A loss of more than so many times that of a uniform guess, or a larger parameter, counts as diverged: every gate is
+saturated by then."""
+
+WORSE, WORSE_STEPS = 1.0, 200
+"""A loss that lies so far above that of a uniform guess, in nats, for so many steps on end, is worth a word."""
 
 
 class Diverged(Exception):
-    """The loss, a gradient or a parameter is no longer finite. The last good checkpoint is kept."""
+    """The loss, a gradient or a parameter is not finite, or so large that nothing can be learnt any more. The last good
+    checkpoint is kept."""
 
 
 @dataclass
 class Progress:
     """The point that a run has reached: all that a resumed run must know beside parameters, moments and state.
 
-    step, epoch and batch, counted from 0, name the next step; loss_sum adds up this epoch's losses; metrics_bytes and
-    samples_bytes are the sizes of the two files that grow.
+    step, epoch and batch, counted from 0, name the next step; loss_sum adds up this epoch's losses; best_loss is the
+    lowest one of an evaluation, best_step the step after which it was; epochs_without_best counts the epochs that ended
+    after the one with that step; evaluated_step is the step after which the model was last evaluated; schedule_start,
+    the step at which the learning rate's schedule began; metrics_bytes and samples_bytes are the sizes of the two files
+    that grow.
     """
 
     step: int = 0
@@ -63,32 +80,29 @@ class Progress:
     epochs_without_best: int = 0
     metrics_bytes: int = 0
     samples_bytes: int = 0
+    best_step: int = 0
+    evaluated_step: int = 0
+    schedule_start: int = 0
 
     @staticmethod
     def from_saved(saved: dict) -> Progress:
-        """The progress that a checkpoint holds.
+        """The progress that a checkpoint holds. One of an earlier version does not name the last three steps: there,
+        models were evaluated after each epoch, and schedules began with the run.
 
         Raises: KeyError, TypeError or ValueError for values that no run reaches.
         """
         hints = get_type_hints(Progress)
+        evaluated_step = 0 if saved["batch"] else saved["step"]
+        saved = {"best_step": 0, "evaluated_step": evaluated_step, "schedule_start": 0} | saved
         progress = Progress(**{name: saved[name] for name in hints})
         for name, value in vars(progress).items():
             if not has_type(value, hints[name]):
                 raise TypeError(name)
             if value is not None and not (0 <= value < 2**63 if hints[name] is int else math.isfinite(value)):
                 raise ValueError(name)
+        if max(progress.best_step, progress.evaluated_step, progress.schedule_start) > progress.step:
+            raise ValueError("step")
         return progress
-
-
-def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """The learning rate of step `step`, counted from 0, of total_steps: linear warm-up, then constant or cosine."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.lr_schedule == "constant":
-        return config.learning_rate
-    share = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    return config.learning_rate * (
-        LOWEST_RATE + (1 - LOWEST_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
 
 
 def folder_to_resume(out: Path | None) -> RunFolder:
@@ -127,10 +141,25 @@ def resumable_run(files: RunFolder) -> tuple[TrainConfig, Checkpoint]:
     return config, checkpoint
 
 
-def train(config: TrainConfig, files: RunFolder | None = None, checkpoint: Checkpoint | None = None) -> int:
+def starting_point(path: str) -> tuple[TrainConfig, Checkpoint]:
+    """The options that --init-from takes from a checkpoint, its sizes, and that checkpoint.
+
+    path: a checkpoint file or the folder of a run.
+
+    Raises: UserError if there is no checkpoint that can be used.
+    """
+    checkpoint = load_checkpoint(find_checkpoint(Path(path)))
+    sizes = checkpoint.sizes
+    return TrainConfig(embedding_dim=sizes.E, rnn_units=sizes.H, layers=sizes.layers), checkpoint
+
+
+def train(config: TrainConfig, files: RunFolder | None = None, checkpoint: Checkpoint | None = None,
+          schedule_given: bool = False) -> int:
     """Train as the options say; returns the exit status: 0, or 128 + the number of the signal that stopped the run.
 
-    files: the folder of a resumed run, and checkpoint: its last one, from `resumable_run`; None for a new run.
+    files: the folder of a resumed run; None for a new run. checkpoint: of a resumed run its last one, from
+    `resumable_run`; with --init-from the one that it names; otherwise None. schedule_given: whether the command line
+    names --lr-schedule, which begins a resumed run's schedule anew where it differs from what it was.
 
     Raises: UserError for options or a text that cannot be used, and if another process trains in the folder; Diverged;
     OSError if the run cannot be saved.
@@ -138,72 +167,111 @@ def train(config: TrainConfig, files: RunFolder | None = None, checkpoint: Check
     ops = op_set(config.device, config.precision)
     if warning := untested_gpu(ops):
         _say(f"train.py: {warning}")
-    if checkpoint:
+    if config.resume:
         _check_same_run(config, TrainConfig.from_saved(checkpoint.resumable.progress["config"]))
-    corpus = load_corpus(config.data, config.encoding)
+    elif config.init_from is not None:
+        _check_sizes(config, checkpoint.sizes)
+    if config.tensorboard:
+        check_tensorboard()
+    try:
+        corpus = load_corpus(config.data, config.encoding)
+    except UserError as error:
+        raise UserError(f"{error}; --resume needs the text that {config.out} was trained on: give --data the place "
+                        "where it is now" if config.resume else str(error)) from None
     with contextlib.redirect_stdout(Lossy(sys.stdout)), files or RunFolder.new(config.out, corpus.name) as held:
-        return Run(replace(config, data=corpus.source), corpus, ops, held, checkpoint).train()
+        return Run(replace(config, data=corpus.source), corpus, ops, held, checkpoint, schedule_given).train()
 
 
 class Run:
     """One training run in its folder."""
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, ops, files: RunFolder,
-                 checkpoint: Checkpoint | None) -> None:
+    def __init__(self, config: TrainConfig, corpus: Corpus, ops, files: RunFolder, checkpoint: Checkpoint | None,
+                 schedule_given: bool) -> None:
         self.config, self.files, self.folder = config, files, files.path
         self.text_sha256 = corpus.sha256
-        if checkpoint and checkpoint.resumable.progress["text_sha256"] != self.text_sha256:
+        if config.resume and checkpoint.resumable.progress["text_sha256"] != self.text_sha256:
             raise UserError(f"the text of {' '.join(config.data)} is not the one that {config.out} was trained on; "
-                            "bring it back, or start a new run with another --out")
-        self.vocabulary = Vocabulary.of(corpus.text)
+                            "give --data the place of that text, or start a new run from the weights of this one with "
+                            f"--init-from {config.out} instead of --resume")
+        known = checkpoint.vocabulary.characters if checkpoint else ""
+        self.vocabulary = Vocabulary.of(corpus.text, known)
+        if known and (new := self.vocabulary.characters[len(known):]):
+            _say(f"the model gets {len(new)} new characters: {shown(new)}")
         self.sizes = Sizes(len(self.vocabulary), config.embedding_dim, config.rnn_units, config.layers)
         T, B = config.seq_length, config.batch_size
         ids = self.vocabulary.encode(corpus.text)
         val_length = int(len(ids) * config.val_fraction)
         train_ids, val_ids = ids[:len(ids) - val_length], ids[len(ids) - val_length:]
-        self.batches = (ContiguousStreams(train_ids, B, T) if config.stateful
-                        else ShuffledWindows(train_ids, B, T, config.seed))
-        self.val_windows = validation_windows(val_ids, B, T) if config.val_fraction else []
-        self.total_steps = config.epochs * self.batches.batches_per_epoch
-        if config.steps is not None:
-            self.total_steps = min(self.total_steps, config.steps)
+        try:
+            self.batches = (ContiguousStreams(train_ids, B, T) if config.stateful
+                            else ShuffledWindows(train_ids, B, T, config.seed))
+            self.val_windows = validation_windows(val_ids, B, T) if config.val_fraction else []
+        except UserError as error:
+            raise UserError(f"{error}; {sizes_that_fit(len(ids), B, T, config.val_fraction)}") from None
+        self.total_steps = schedule.total_steps(config, self.batches.batches_per_epoch)
+        flat = initial_parameters(self.sizes, config.init, config.seed)
+        if checkpoint and not config.resume:
+            for name, view in named_views(flat, self.sizes).items():  # rows of new characters follow the old ones
+                view[:len(checkpoint.params[name])] = checkpoint.params[name]
         self.model = LanguageModel(
-            self.sizes, T, B, initial_parameters(self.sizes, config.init, config.seed), dropout=config.dropout,
-            clip_norm=config.clip_norm, carry_state=config.stateful, seed=config.seed, ops=ops,
-            graph=not config.no_graph)
+            self.sizes, T, B, flat, dropout=config.dropout, clip_norm=config.clip_norm, carry_state=config.stateful,
+            seed=config.seed, ops=ops, graph=not config.no_graph)
         self.progress = Progress()
         self._signal: int | None = None
         self._unread: tuple[int, dict] | None = None
-        self._loss = math.nan
+        self._loss, self._worse_steps, self._worse_said = math.nan, 0, False
         self._timing: list[dict] = []
-        if checkpoint:
-            self._restore(checkpoint)
+        self._before: TrainConfig | None = None
+        if config.resume:
+            self._restore(checkpoint, schedule_given)
 
     def train(self) -> int:
         """Train to the end, or to a signal; returns the exit status."""
         self._describe()
+        begun = self.progress.step
         with handled(self._on_signal, stop_numbers()):
             self._train()
         if self._signal is not None:
             _say(f"stopped by {signal.Signals(self._signal).name} after step {self.progress.step:,}; "
                  f"continue with --resume --out {self.folder}")
             return 128 + self._signal
+        end = self._ending()
+        _say(f"the run has ended: {end.reason}" if self.progress.step > begun else
+             f"nothing left to do: {end.reason}; to go on, give a larger {end.option}")
         _say(f"{self.folder} holds the run after step {self.progress.step:,}, which took "
              f"{self.model.ops.peak_memory_mib():,.0f} MiB at most; write text with: python generate.py {self.folder}")
         return 0
 
     def _train(self) -> None:
+        progress, begun = self.progress, self.progress.step
         if not self.config.resume:
             self._save()
         else:
             self._recover()
-            if self.progress.batch == 0 and self.progress.step:  # it may have been killed before it drew
-                self._plot_losses()
-        with np.errstate(all="ignore"):  # a loss that is not finite is reported once, by this loop
-            # A run that was killed after its last step has that step's epoch still to end.
-            while self._signal is None and (not self._finished()
-                                            or self.progress.batch == self.batches.batches_per_epoch):
-                self._train_epoch()
+            if progress.evaluated_step == progress.step > 0:  # it may have been killed before it drew
+                self._draw_losses()
+        saved_at = time.perf_counter()
+        self._timed = saved_at, progress.batch
+        characters = self.config.batch_size * self.config.seq_length
+        with (np.errstate(all="ignore"),  # a loss that is not finite is reported once, by this loop
+              Events(self.folder, begun) if self.config.tensorboard else contextlib.nullcontext() as self._events,
+              ProgressReport(begun, self.total_steps, characters, _say) as report):
+            while self._signal is None:
+                end = self._ending()
+                if progress.evaluated_step < progress.step and (end or self._is_evaluated()):
+                    self._evaluate()
+                    saved_at = time.perf_counter()
+                elif end:
+                    break
+                else:
+                    self._train_step()
+                    report.after_step(progress.step, progress.epoch + 1, self._loss)
+                    if time.perf_counter() - saved_at > SAVE_SECONDS:
+                        self._save()
+                        saved_at = time.perf_counter()
+            if self._signal is not None:
+                self._note_time()
+                self._save()
 
     def _recover(self) -> None:
         """Cut the files that grow back to what the checkpoint counts; if they have lost a part of that, say so."""
@@ -216,7 +284,7 @@ class Run:
             first = next(step for step in itertools.count(1) if step not in kept)
             last = next(step for step in itertools.count(progress.step, -1) if step not in kept)
             what = (f"the losses of {count:,} steps, from step {first:,} to step {last:,}" if count > 1
-                    else f"the loss of step {first:,}" if count else "a line about an epoch")
+                    else f"the loss of step {first:,}" if count else "a line about an evaluation")
             _say(f"train.py: {metrics} was cut short or damaged; lost is {what}; the run goes on without it")
         if sizes[1] < progress.samples_bytes:
             _say(f"train.py: {samples} was cut short or damaged; lost are {progress.samples_bytes - sizes[1]:,} bytes; "
@@ -231,43 +299,30 @@ class Run:
         except UnicodeDecodeError:
             return False
 
-    def _finished(self) -> bool:
-        patience = self.config.patience
-        return (self.progress.step >= self.total_steps
-                or bool(patience) and self.progress.epochs_without_best >= patience)
+    def _learning_rate(self, step: int) -> float:
+        return schedule.learning_rate(self.config, step, self.total_steps, self.progress.schedule_start)
 
-    def _train_epoch(self) -> None:
-        progress, count = self.progress, self.batches.batches_per_epoch
-        first_batch, started = progress.batch, time.perf_counter()
-        saved_at = started
-        characters = self.config.batch_size * self.config.seq_length
-        with tqdm(total=count, initial=first_batch, desc=f"epoch {progress.epoch + 1}/{self.config.epochs}",
-                  unit="step", disable=None, dynamic_ncols=True) as bar:
-            while progress.batch < count and progress.step < self.total_steps and self._signal is None:
-                if progress.batch == 0:
-                    self.model.reset_state()
-                self._train_step()
-                now = time.perf_counter()
-                rate = (progress.batch - first_batch) * characters / (now - started)
-                bar.set_postfix_str(f"loss {self._loss:.4f}, {rate:,.0f} characters/s", refresh=False)
-                bar.update()
-                if now - saved_at > SAVE_SECONDS:
-                    self._save()
-                    saved_at = now
-        self._timing.append({"epoch": progress.epoch + 1, "steps": progress.batch - first_batch,
-                             "seconds": round(time.perf_counter() - started, 3)})
-        if progress.batch == count:
-            self._end_epoch()
-            self._save()
-            self._plot_losses()
-        else:
-            self._save()
+    def _ending(self) -> schedule.Ending | None:
+        return schedule.ending(self.config, self.progress.step, self.progress.epochs_without_best,
+                               self.batches.batches_per_epoch)
+
+    def _is_evaluated(self) -> bool:
+        return schedule.is_evaluated(self.config, self.progress.step, self.progress.batch,
+                                     self.batches.batches_per_epoch)
+
+    def _note_time(self) -> None:
+        """Note for `timing.json` how long the steps since the last evaluation took, all of them in one epoch."""
+        (started, batch), progress = self._timed, self.progress
+        if progress.batch > batch:
+            self._timing.append({"epoch": progress.epoch + 1, "steps": progress.batch - batch,
+                                 "seconds": round(time.perf_counter() - started, 3)})
 
     def _train_step(self) -> None:
         progress = self.progress
+        if progress.batch == 0:
+            self.model.reset_state()
         batch = self.batches.batch(progress.epoch, progress.batch)
-        result = self.model.train_step(batch.inputs_tb, batch.targets_tb,
-                                       learning_rate(self.config, progress.step, self.total_steps))
+        result = self.model.train_step(batch.inputs_tb, batch.targets_tb, self._learning_rate(progress.step))
         progress.step += 1
         progress.batch += 1
         # Of the step before: reading this step's loss would wait until the device has computed it.
@@ -277,47 +332,76 @@ class Run:
     def _record_unread_loss(self) -> None:
         """Read and record the loss of the last step that was launched, if it is still unread.
 
-        Raises: Diverged if the loss or the gradient's norm is not finite.
+        Raises: Diverged if the loss or the gradient's norm is not finite, or the loss hopelessly large.
         """
         if self._unread is None:
             return
         (step, result), self._unread = self._unread, None
         self._loss, norm = float(result["loss"]), float(result["grad_norm"])
-        if not (math.isfinite(self._loss) and math.isfinite(norm)):
+        guess = math.log(self.sizes.V)
+        if not (self._loss <= HOPELESS * guess and math.isfinite(norm)):
             raise Diverged(f"step {step:,} has loss {self._loss} and gradient norm {norm}; "
                            f"{self.folder} keeps its last good checkpoint; lower --learning-rate or give --clip-norm")
         self.progress.loss_sum += self._loss
         self._write_metrics({"step": step, "epoch": self.progress.epoch + 1, "loss": self._loss})
+        self._worse_steps = self._worse_steps + 1 if self._loss > guess + WORSE else 0
+        if self._worse_steps == WORSE_STEPS and not self._worse_said:
+            self._worse_said = True
+            _say(f"step {step:,}: for {WORSE_STEPS} steps the loss has been far above ln {self.sizes.V} = {guess:.4f}, "
+                 f"that of a uniform guess (now {self._loss:.4g}); a lower --learning-rate, or --clip-norm, may help")
+        if self._events:
+            self._events.add(step, **{"loss/training": self._loss, "learning_rate": self._learning_rate(step - 1)})
 
-    def _end_epoch(self) -> None:
+    def _evaluate(self) -> None:
+        """Measure the validation loss, write a sample, and keep the best parameters: at the end of an epoch, where the
+        schedule says so inside one, and at the end of the run. A signal ends it at once, with nothing written; the
+        resumed run does it then."""
         self._record_unread_loss()
-        progress = self.progress
-        train_loss = progress.loss_sum / self.batches.batches_per_epoch
-        val_loss = self.model.evaluate(self.val_windows) if self.val_windows else None
-        self._check_finite(val_loss)
+        self._note_time()
+        self._timed = time.perf_counter(), self.progress.batch
+        progress, ends_epoch = self.progress, self.progress.batch == self.batches.batches_per_epoch
         epoch = progress.epoch + 1
+        train_loss = progress.loss_sum / progress.batch
+        val_loss = self.model.evaluate(self._windows_before_a_signal()) if self.val_windows else None
+        if self._signal is not None:
+            return
+        self._check_finite(val_loss)
         bits = None if val_loss is None else val_loss / math.log(2)
-        self._write_metrics({"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss,
-                             "val_bits_per_char": bits})
+        self._write_metrics({"epoch": epoch} | ({} if ends_epoch else {"step": progress.step})
+                            | {"train_loss": train_loss, "val_loss": val_loss, "val_bits_per_char": bits})
+        place = f"epoch {epoch}" if ends_epoch else f"epoch {epoch}, step {progress.step}"
         validation = "" if val_loss is None else f", validation loss {val_loss:.4f}, {bits:.4f} bits per character"
-        _say(f"epoch {epoch}: training loss {train_loss:.4f}{validation}")
-        self._write_sample(epoch)
+        _say(f"{place}: training loss {train_loss:.4f}{validation}")
+        if self._events and val_loss is not None:
+            self._events.add(progress.step, **{"loss/validation": val_loss, "bits_per_char/validation": bits})
+        self._write_sample(place, epoch if ends_epoch else progress.step)
         judged = train_loss if val_loss is None else val_loss
         if progress.best_loss is None or judged < progress.best_loss:
-            progress.best_loss, progress.epochs_without_best = judged, 0
+            progress.best_loss, progress.best_step = judged, progress.step
             save_checkpoint(self.folder / "best.safetensors", self._checkpoint(resumable=False))
-        else:
-            progress.epochs_without_best += 1
-        if self.config.save_every and epoch % self.config.save_every == 0:
-            save_checkpoint(self.folder / f"epoch-{epoch:04d}.safetensors", self._checkpoint(resumable=False))
-        progress.epoch, progress.batch, progress.loss_sum = epoch, 0, 0.0
+        if ends_epoch:
+            if self.config.save_every and epoch % self.config.save_every == 0:
+                save_checkpoint(self.folder / f"epoch-{epoch:04d}.safetensors", self._checkpoint(resumable=False))
+            is_best = progress.best_step > progress.step - progress.batch
+            progress.epochs_without_best = 0 if is_best else progress.epochs_without_best + 1
+            progress.epoch, progress.batch, progress.loss_sum = epoch, 0, 0.0
+        progress.evaluated_step = progress.step
+        self._save()
+        self._draw_losses()
+        self._timed = time.perf_counter(), progress.batch
 
-    def _write_sample(self, epoch: int) -> None:
+    def _windows_before_a_signal(self) -> Iterator[Batch]:
+        for window in self.val_windows:
+            yield window
+            if self._signal is not None:
+                return
+
+    def _write_sample(self, place: str, number: int) -> None:
         generator = Generator(self.sizes, self.vocabulary, self.model.params, self.model.ops)
         [text] = generator.generate(length=SAMPLE_LENGTH, temperature=SAMPLE_TEMPERATURE,
-                                    seed=self.config.seed + epoch)
+                                    seed=self.config.seed + number)
         print(text, flush=True)
-        self.progress.samples_bytes += self.files.append("samples.txt", f"--- epoch {epoch}\n{text}\n")
+        self.progress.samples_bytes += self.files.append("samples.txt", f"--- {place}\n{text}\n")
 
     def _write_metrics(self, line: dict) -> None:
         self.progress.metrics_bytes += self.files.append("metrics.jsonl", json.dumps(line) + "\n")
@@ -333,8 +417,9 @@ class Run:
         self.files.write("timing.json", (json.dumps(timing, indent=2) + "\n").encode())
 
     def _check_finite(self, val_loss: float | None = None) -> None:
-        finite = all(np.isfinite(self.model.ops.to_host(array)).all() for array in self.model.params.values())
-        if not finite or (val_loss is not None and not math.isfinite(val_loss)):
+        usable = all((np.abs(self.model.ops.to_host(array)) <= LARGEST_PARAMETER).all()  # false for NaN, too
+                     for array in self.model.params.values())
+        if not usable or (val_loss is not None and not val_loss <= HOPELESS * math.log(self.sizes.V)):
             raise Diverged(f"after step {self.progress.step:,} the parameters are no longer usable; {self.folder} "
                            "keeps its last good checkpoint; lower --learning-rate or give --clip-norm")
 
@@ -348,7 +433,7 @@ class Run:
             saved = Resumable(host(model.m), host(model.v), model.ops.to_host(model.state), progress)
         return Checkpoint(self.sizes, self.vocabulary, host(model.params), saved)
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def _restore(self, checkpoint: Checkpoint, schedule_given: bool) -> None:
         saved, ops = checkpoint.resumable, self.model.ops
         model = self.model
         for arrays, source in ((model.params, checkpoint.params), (model.m, saved.m), (model.v, saved.v)):
@@ -362,6 +447,9 @@ class Run:
             raise UserError(f"{self.folder / 'last.safetensors'} says that step {progress.step:,} is in epoch "
                             f"{progress.epoch + 1:,}, but an epoch has {count:,} steps; start a new run")
         self.model.step = self.progress.step
+        self._before = TrainConfig.from_saved(saved.progress["config"])
+        if schedule_given and schedule.differs(self.config, self._before, self.batches.batches_per_epoch):
+            self.progress.schedule_start = self.progress.step
 
     def _saved_timing(self) -> list[dict]:
         """What `timing.json` holds about epochs; nothing, with a word, if it is damaged."""
@@ -383,30 +471,22 @@ class Run:
             _say(f"{name:10} {shape!s:16} {math.prod(shape):>12,}")
         batch = self.batches.batch(self.progress.epoch, 0)
         loss = self.model.evaluate([batch])
-        trained = f"after step {self.progress.step:,}" if self.progress.step else "untrained"
+        trained = (f"after step {self.progress.step:,}" if self.progress.step
+                   else "untrained" if self.config.init_from is None else f"of {self.config.init_from}")
         _say(f"{parameter_count(self.sizes):,} parameters, {self.batches.batches_per_epoch:,} steps per epoch; "
              f"loss {trained} {loss:.4f}, of a uniform guess ln {self.sizes.V} = {math.log(self.sizes.V):.4f}")
+        for remark in schedule.remarks(self.config, self._before, self.progress.step, self.progress.schedule_start,
+                                       self.batches.batches_per_epoch):
+            _say(f"train.py: {remark}")
 
-    def _plot_losses(self) -> None:
+    def _draw_losses(self) -> None:
         """Draw `loss.png`; if that fails, for whatever reason, a line says so."""
+        path = self.folder / "loss.png"
         try:
-            from matplotlib.figure import Figure  # not pyplot: the backend that a notebook has set may not exist here
-
             lines = read_metrics(self.folder / "metrics.jsonl")
-            steps = [(line["step"], line["loss"]) for line in lines if "step" in line]
-            ends = [(line["epoch"] * self.batches.batches_per_epoch, line["val_loss"]) for line in lines
-                    if "step" not in line and line["val_loss"] is not None]
-            axes = Figure(figsize=(8, 5)).subplots()
-            axes.plot(*zip(*steps), linewidth=0.8, label="training")
-            if ends:
-                axes.plot(*zip(*ends), marker="o", label="validation")
-            axes.set(xlabel="step", ylabel="loss (nats per character)")
-            axes.legend()
-            image = io.BytesIO()
-            axes.figure.savefig(image)
-            self.files.write("loss.png", image.getvalue())
+            self.files.write(path.name, picture_of_losses(lines, self.batches.batches_per_epoch))
         except Exception as error:  # noqa: BLE001 whatever fails in drawing, the run goes on
-            _say(f"train.py: cannot draw {self.folder / 'loss.png'} ({error}); the run goes on without it")
+            _say(f"train.py: cannot draw {path} ({error}); the run goes on without it")
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signal = number
@@ -414,11 +494,23 @@ class Run:
 
 
 def _check_same_run(config: TrainConfig, before: TrainConfig) -> None:
+    if config.init_from != before.init_from:
+        raise UserError("--init-from starts a new run from a checkpoint's weights, --resume continues a run exactly; "
+                        "leave one of them out")
     now, then = config.saved(), before.saved()
     for option, value in now.items():
         if option not in CHANGEABLE_ON_RESUME and value != then[option]:
             raise UserError(f"--{option.replace('_', '-')} is {value}, but {config.out} was trained with "
-                            f"{then[option]}; leave the option out, or start a new run with another --out")
+                            f"{then[option]}, and --resume continues it exactly; leave the option out, or start a new "
+                            f"run, which --init-from {config.out} gives the weights of this one")
+
+
+def _check_sizes(config: TrainConfig, sizes: Sizes) -> None:
+    for option, value, wanted in (("embedding-dim", config.embedding_dim, sizes.E),
+                                  ("rnn-units", config.rnn_units, sizes.H), ("layers", config.layers, sizes.layers)):
+        if value != wanted:
+            raise UserError(f"--{option} is {value}, but the model of --init-from {config.init_from} has {wanted}; "
+                            "leave the option out, or start from no checkpoint")
 
 
 def _say(line: str) -> None:

@@ -1,19 +1,25 @@
-"""Characters and their ids: id 0 is `[UNK]`, ids 1.. are the sorted distinct characters of the training text."""
+"""Characters and their ids: id 0 is `[UNK]`, ids 1.. are the sorted distinct characters of the training text. Where a
+model that knows some characters learns another text, new ones follow, sorted among themselves."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
 import numpy as np
 
 from char_gru.rnn.config import UserError
 
 UNK = "[UNK]"
+MOST_SHOWN = 20
+"""Characters that a message shows at most."""
 _CODE_POINTS = 0x110000
 _CHUNK = 1 << 22
 """Characters converted at a time, so that a text of any length needs little memory beside its ids."""
 
 LINE_ENDS, SEPARATORS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", ";|\t,"
+"""Characters after which a text begins anew, in the order in which they are looked for."""
+
 RARE = 10_000
 """Once in so many characters, a separator is too rare for a model to learn from it how a text begins."""
 
@@ -27,8 +33,8 @@ class Vocabulary:
 
     def __init__(self, characters: str, beginning: str = "\n") -> None:
         codes = _code_points(characters)
-        if len(codes) == 0 or (np.diff(codes.astype(np.int64)) <= 0).any():
-            raise ValueError("characters must be at least one, sorted and distinct")
+        if len(codes) == 0 or len(np.unique(codes)) < len(codes):
+            raise ValueError("characters must be at least one, and distinct")
         if not isinstance(beginning, str) or len(beginning) != 1:
             raise ValueError(f"beginning must be one character, not {beginning!r:.20}")
         self.characters, self.beginning = characters, beginning
@@ -37,12 +43,14 @@ class Vocabulary:
         self._ids[codes] = np.arange(1, len(self), dtype=self.dtype)
 
     @staticmethod
-    def of(text: str) -> Vocabulary:
-        """The vocabulary of a text that is not empty; `beginning_of` gives its beginning."""
+    def of(text: str, known: str = "") -> Vocabulary:
+        """The vocabulary of a text that is not empty, with the beginning that `beginning_of` gives; known: characters
+        that keep the first ids, in this order."""
         seen = np.zeros(_CODE_POINTS, bool)
         for start in range(0, len(text), _CHUNK):
             seen[_code_points(text[start:start + _CHUNK])] = True
-        return Vocabulary(_text(np.flatnonzero(seen).astype("<u4")), beginning_of(text))
+        seen[_code_points(known)] = False
+        return Vocabulary(known + _text(np.flatnonzero(seen).astype("<u4")), beginning_of(text))
 
     def __len__(self) -> int:
         """V, `[UNK]` included."""
@@ -77,9 +85,7 @@ class Vocabulary:
         ids = self.encode(text)
         if on_unknown == "error" and (ids == 0).any():
             unknown = sorted({character for character, known in zip(text, ids) if known == 0})
-            shown = " ".join(ascii(character) if not character.isprintable() else repr(character)
-                             for character in unknown)
-            raise UserError(f"the text has characters that the model has not learnt: {shown}; "
+            raise UserError(f"the text has characters that the model has not learnt: {shown(unknown)}; "
                             "leave them out, or give --on-unknown skip or unk")
         return ids[ids != 0] if on_unknown == "skip" else ids
 
@@ -126,6 +132,13 @@ def beginning_of(text: str) -> str:
     codes, counts = np.unique(_code_points(inside or text), return_counts=True)
     frequent = _text(codes[np.argsort(-counts, kind="stable")])
     return next((character for character in frequent if unicodedata.category(character)[0] not in "LMN"), frequent[0])
+
+
+def shown(characters: Sequence[str]) -> str:
+    """The first characters of several in quotes, with escapes for those that cannot be printed."""
+    quoted = (repr(character) if character.isprintable() else ascii(character) for character in characters[:MOST_SHOWN])
+    more = len(characters) - MOST_SHOWN
+    return " ".join(quoted) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -26,6 +26,7 @@ from tests.helpers.commands import (
     finish,
     make_text,
     running,
+    stop_here,
     train,
     train_here,
     wait_until,
@@ -117,15 +118,15 @@ def test_run_does_not_depend_on_the_graph(finished, folder):
 
 
 def test_resumed_run_equals_uninterrupted_run(finished, folder):
-    train_here(*FINISHED, *ON_CUDA, "--steps", 3, cwd=folder)
-    train_here("--resume", "--steps", 20, cwd=folder)
+    stop_here(3, *FINISHED, *ON_CUDA, cwd=folder)
+    train_here("--resume", cwd=folder)
     assert_equal_runs(folder / "run", finished)
 
 
 def test_run_goes_on_on_another_device(on_cpu, folder):
-    train_here(*FINISHED, "--device", "cpu", "--steps", 3, cwd=folder)
-    train_here("--resume", *ON_CUDA, "--steps", 12, cwd=folder)
-    train_here("--resume", "--device", "cpu", "--precision", "auto", "--steps", 20, cwd=folder)
+    stop_here(3, *FINISHED, "--device", "cpu", cwd=folder)
+    stop_here(12, "--resume", *ON_CUDA, cwd=folder)
+    train_here("--resume", "--device", "cpu", "--precision", "auto", cwd=folder)
     assert_equal_but_for_rounding(folder / "run", on_cpu)
 
 
@@ -159,7 +160,7 @@ def test_run_stopped_by_ctrl_c_is_saved_and_resumes_to_the_same_end(folder, tmp_
         result = finish(process)
     assert result.returncode == 130, result.stderr
     assert "--resume --out run" in result.stderr and "Traceback" not in result.stderr
-    steps = sum("step" in line for line in metrics(folder / "run"))
+    steps = sum("loss" in line for line in metrics(folder / "run"))
     assert 1 <= steps < 60
     assert load_checkpoint(folder / "run" / "last.safetensors").resumable.progress["step"] == steps
     train_here("--resume", cwd=folder)
@@ -189,36 +190,36 @@ def test_gpu_without_enough_memory_is_said_in_one_line(folder, device, capfd):
 def test_memory_that_ends_during_a_run_leaves_its_last_checkpoint(finished, folder, device, capfd, monkeypatch):
     import cupy
 
-    run_folder = train_here(*FINISHED, *ON_CUDA, "--steps", 3, cwd=folder)
+    run_folder = stop_here(3, *FINISHED, *ON_CUDA, cwd=folder)
     before = contents(run_folder)["last.safetensors"]
     write_sample = training.Run._write_sample
 
-    def without_memory(run, epoch):
+    def without_memory(run, *arguments):
         cupy.get_default_memory_pool().free_all_blocks()
         device.limit_memory(device.used_memory())
-        write_sample(run, epoch)
+        write_sample(run, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(training.Run, "_write_sample", without_memory)
-        assert "not enough memory" in failed_here(capfd, "train", "--resume", "--out", "run", "--steps", 20, cwd=folder)
+        assert "not enough memory" in failed_here(capfd, "train", "--resume", "--out", "run", cwd=folder)
     assert contents(run_folder)["last.safetensors"] == before
     device.limit_memory(2**32)
-    train_here("--resume", "--steps", 20, cwd=folder)
+    train_here("--resume", cwd=folder)
     assert_equal_runs(run_folder, finished)
 
 
 @pytest.mark.parametrize("kernel, options", [("any", ("--no-graph",)), ("adam", ())], ids=["first", "in a graph"])
 def test_launch_that_fails_is_said_in_one_line_and_leaves_the_last_checkpoint(finished, folder, device, capfd, kernel,
                                                                               options):
-    run_folder = train_here(*FINISHED, *ON_CUDA, "--steps", 3, cwd=folder)
+    run_folder = stop_here(3, *FINISHED, *ON_CUDA, cwd=folder)
     before = contents(run_folder)["last.safetensors"]
     device.fail_launch(kernel, 5)
-    line = failed_here(capfd, "train", "--resume", "--out", "run", "--steps", 20, *options, cwd=folder)
+    line = failed_here(capfd, "train", "--resume", "--out", "run", *options, cwd=folder)
     assert len(device.reports()) == 1
     assert "unspecified launch failure" in line and "what was saved before still stands" in line
     assert contents(run_folder)["last.safetensors"] == before
     device.reset()
-    train_here("--resume", "--steps", 20, cwd=folder)
+    train_here("--resume", cwd=folder)
     assert_equal_runs(run_folder, finished)
 
 

@@ -19,7 +19,7 @@ from char_gru.rnn.sampler import Generator
 from char_gru.rnn.vocabulary import Vocabulary
 from tests import host_cuda
 from tests.helpers.cases import Case, random_case
-from tests.helpers.commands import TINY, assert_equal_runs, make_text, train_here
+from tests.helpers.commands import TINY, assert_equal_runs, make_text, stop_here, train_here
 from tests.helpers.compare import assert_close, assert_within
 from tests.helpers.golden import KERAS_FILES, TORCH_FILES, load
 from tests.helpers.texts import assert_samples_drawn, assert_texts_drawn
@@ -228,8 +228,8 @@ def test_run_on_the_kernels_resumes_on_the_cpu(ops, tmp_path, monkeypatch, optio
     make_text(moved / "text.txt")
     with monkeypatch.context() as patched:
         patched.setattr(training, "op_set", lambda device, precision: ops)
-        train_here(*arguments, "--steps", 3, cwd=moved)
-    train_here("--resume", "--steps", 100, cwd=moved)
+        stop_here(3, *arguments, cwd=moved)
+    train_here("--resume", cwd=moved)
     lines, wanted = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
                      for folder in (moved / "run", expected))
     assert [line.keys() for line in lines] == [line.keys() for line in wanted]
@@ -250,13 +250,13 @@ def test_run_without_graphs_writes_the_same_files(ops, tmp_path, monkeypatch):
     for folder in folders:
         folder.mkdir()
         make_text(folder / "text.txt")
-    arguments = ("--data", "text.txt", *TINY, "--stateful", "--epochs", 1, "--steps", 100)
+    arguments = ("--data", "text.txt", *TINY, "--stateful", "--epochs", 1)
     expected = train_here(*arguments, cwd=folders[0])
     assert len(captured) == 1
-    train_here(*arguments, "--no-graph", "--steps", 3, cwd=folders[1])
-    train_here("--resume", "--no-graph", "--steps", 5, cwd=folders[1])
+    stop_here(3, *arguments, "--no-graph", cwd=folders[1])
+    stop_here(5, "--resume", "--no-graph", cwd=folders[1])
     assert len(captured) == 1
-    train_here("--resume", "--steps", 100, cwd=folders[1])
+    train_here("--resume", cwd=folders[1])
     assert len(captured) == 2
     assert_equal_runs(folders[1] / "run", expected)
 

@@ -31,6 +31,7 @@ from tests.helpers.commands import (
     run,
     running,
     start,
+    stop_here,
     train,
     train_here,
     wait_until,
@@ -75,15 +76,17 @@ def test_run_folder_holds_the_promised_files_and_no_others(finished):
     assert (config["rnn_units"], config["steps"], config["seed"]) == (16, 20, 0)
 
 
-def test_metrics_have_a_line_for_every_step_and_every_epoch(finished):
+def test_metrics_have_a_line_for_every_step_and_every_epoch_and_for_the_end_inside_one(finished):
     lines = metrics(finished)
-    steps = [line for line in lines if "step" in line]
-    epochs = [line for line in lines if "step" not in line]
+    steps = [line for line in lines if "loss" in line]
+    epochs = [line for line in lines if "loss" not in line]
     assert all(line.keys() == {"step", "epoch", "loss"} for line in steps)
-    assert all(line.keys() == {"epoch", "train_loss", "val_loss", "val_bits_per_char"} for line in epochs)
+    keys = {"epoch", "train_loss", "val_loss", "val_bits_per_char"}
+    assert [line.keys() for line in epochs] == [keys, keys, {*keys, "step"}]
     assert [line["step"] for line in steps] == list(range(1, 21))
     assert [line["epoch"] for line in steps] == [1] * 8 + [2] * 8 + [3] * 4
-    assert [lines.index(line) for line in epochs] == [STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH + 1]
+    assert [lines.index(line) for line in epochs] == [STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH + 1, 22]
+    assert epochs[2]["step"] == 20
     for line in epochs:
         losses = [step["loss"] for step in steps if step["epoch"] == line["epoch"]]
         assert line["train_loss"] == pytest.approx(np.mean(losses), rel=1e-12)
@@ -93,7 +96,7 @@ def test_metrics_have_a_line_for_every_step_and_every_epoch(finished):
 
 def test_best_checkpoint_has_the_parameters_of_the_epoch_with_the_lowest_validation_loss(folder):
     run_folder = train_here(*TEXT, "--epochs", 3, "--save-every", 1, "--learning-rate", 1, cwd=folder)
-    losses = [line["val_loss"] for line in metrics(run_folder) if "step" not in line]
+    losses = [line["val_loss"] for line in metrics(run_folder) if "loss" not in line]
     best = int(np.argmin(losses)) + 1
     assert best < 3, "the last epoch is the best one: the test shows nothing"
     assert ((run_folder / "best.safetensors").read_bytes()
@@ -145,7 +148,7 @@ def test_run_without_a_name_takes_the_next_free_one_under_runs(folder):
             assert (folder / "runs" / expected / "last.safetensors").exists()
         assert sorted(path.name for path in (folder / "runs").iterdir()) == ["text", "text-2", "text-3"]
         assert commands.train(["--resume", "--steps", "2"]) == 0
-    assert [len(metrics(folder / "runs" / name)) for name in ("text", "text-2", "text-3")] == [1, 1, 2]
+    assert [len(metrics(folder / "runs" / name)) for name in ("text", "text-2", "text-3")] == [2, 2, 4]
 
 
 def test_folder_in_which_a_process_trains_is_refused_with_its_id(folder):
@@ -177,11 +180,12 @@ def test_another_seed_gives_another_run(finished, folder):
 
 @pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_run(finished, folder):
-    """Stopped inside an epoch, in the next process one step before its end, then at its end."""
-    train(*FINISHED, "--steps", 3, cwd=folder)
-    for steps in (7, 8, 20):
+    """Stopped inside an epoch, in the next process one step before its end, then at its end, and before the last."""
+    stop_here(3, *FINISHED, cwd=folder)
+    for step in (7, 8, 20):
         assert_part_of(folder / "run", finished)
-        train("--resume", "--steps", steps, cwd=folder)
+        stop_here(step, "--resume", cwd=folder)
+    train("--resume", cwd=folder)
     assert_equal_runs(folder / "run", finished)
 
 
@@ -197,10 +201,11 @@ def test_resumed_run_with_options_equals_uninterrupted_run(tmp_path, options, st
         path.mkdir()
         make_text(path / "text.txt")
     expected = train_here(*FINISHED, *options, cwd=whole)
-    train_here(*FINISHED, *options, "--steps", stops[0], cwd=parts)
-    for steps in (*stops[1:], 20):
+    stop_here(stops[0], *FINISHED, *options, cwd=parts)
+    for step in stops[1:]:
         assert_part_of(parts / "run", expected)
-        train_here("--resume", "--steps", steps, cwd=parts)
+        stop_here(step, "--resume", cwd=parts)
+    train_here("--resume", cwd=parts)
     assert_equal_runs(parts / "run", expected)
 
 
@@ -216,7 +221,7 @@ def test_options_of_the_run_may_be_given_again_when_it_resumes(folder):
     options = ("--stateful", *TEXT, "--epochs", 3)
     train_here(*options, "--steps", 3, cwd=folder)
     train_here("--resume", *options, "--steps", 6, cwd=folder)
-    assert [line["step"] for line in metrics(folder / "run")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in metrics(folder / "run") if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
 def test_resuming_a_finished_run_changes_nothing(finished, folder):
@@ -298,7 +303,7 @@ def test_full_disk_ends_the_run_and_leaves_one_that_resumes(tmp_path, name, shar
         path.mkdir()
         make_text(path / "text.txt")
     expected = train_here(*TEXT, "--steps", 7, cwd=whole)
-    last = train_here(*TEXT, "--steps", 3, cwd=parts) / "last.safetensors"
+    last = stop_here(3, *TEXT, "--steps", 7, cwd=parts) / "last.safetensors"
     before = last.read_bytes()
     limit = int((parts / "run" / name).stat().st_size * share)
 
@@ -344,7 +349,7 @@ def test_infinite_first_step_leaves_the_initial_checkpoint(folder):
 
 def stopped_run(folder: Path) -> Path:
     """A run that stopped inside its second epoch."""
-    return train_here(*FINISHED, "--steps", 11, cwd=folder)
+    return stop_here(11, *FINISHED, cwd=folder)
 
 
 @pytest.mark.parametrize(("name", "damage", "said"), [
@@ -355,7 +360,7 @@ def stopped_run(folder: Path) -> Path:
     ("metrics.jsonl", lambda raw: raw.replace(b'{"step": 3', b"\0" * 10), "the loss of step 3"),
     ("metrics.jsonl", lambda raw: raw.replace(b'{"step": 3', b'["step": 3'), "the loss of step 3"),
     ("metrics.jsonl", lambda raw: raw.replace(b'"loss": 3', b'"loss": [], "x": 3', 1), "from step 1 to step 11"),
-    ("metrics.jsonl", lambda raw: raw.replace(b'{"epoch"', b'<"epoch"'), "a line about an epoch"),
+    ("metrics.jsonl", lambda raw: raw.replace(b'{"epoch"', b'<"epoch"'), "a line about an evaluation"),
     ("metrics.jsonl", lambda raw: raw.replace(b'{"step": 5', b"[" * 100_000 + b'{"step": 5'), "from step 5 to step 11"),
     ("samples.txt", lambda raw: raw[:-3], "samples"), ("samples.txt", lambda raw: None, "samples"),
     ("samples.txt", lambda raw: raw[:-20] + b"\0" * 20, "samples"),
@@ -370,10 +375,10 @@ def test_file_that_lost_lines_is_repaired_and_said_and_the_run_goes_on(finished,
     else:
         path.write_bytes(damaged)
     capfd.readouterr()
-    train_here("--resume", "--steps", 11, cwd=folder)
+    stop_here(12, "--resume", cwd=folder)
     [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py: ")]
     assert name in line and said in line
-    train_here("--resume", "--steps", 20, cwd=folder)
+    train_here("--resume", cwd=folder)
     assert not [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py: ")]
     whole = (finished / name).read_bytes()
     kept = set(whole.splitlines())
@@ -412,6 +417,8 @@ def forge(path: Path, **changes: object) -> None:
     *[(name, value) for name in ("step", "epoch", "batch", "metrics_bytes", "samples_bytes", "epochs_without_best")
       for value in (..., math.nan, -1, -10**30, 1.5, 2.0, True, None, "3", [])],
     *[(name, value) for name in ("step", "epoch", "batch") for value in (0, 12, 10**6, 10**30)],
+    *[(name, value) for name in ("evaluated_step", "best_step", "schedule_start")
+      for value in (math.nan, -1, 1.5, None, 12, 10**30)],
     *[(name, value) for name in ("loss_sum", "best_loss") for value in (..., math.nan, math.inf, "3", [], 10**400)],
     ("loss_sum", None), ("text_sha256", ...), ("text_sha256", 3),
     *[("config", value) for value in (..., None, [], {}, "x")],
@@ -592,7 +599,6 @@ def test_out_that_is_a_file_is_refused(folder, capfd):
     (("--seq-length", 20), ("--seq-length is 20", "10")),
     (("--seed", 1), ("--seed is 1", "0")),
     (("--stateful",), ("--stateful is True", "False")),
-    (("--data", "other.txt"), ("--data", "other.txt", "text.txt")),
 ])
 def test_resuming_with_what_fixes_the_run_changed_is_refused(finished, capfd, arguments, parts):
     before = contents(finished)

@@ -26,8 +26,8 @@ from tests.helpers.commands import make_text
 
 OPTIONS = (
     ("--epochs", 3, "--save-every", 1),
-    ("--epochs", 3, "--steps", 16),
-    ("--epochs", 3, "--steps", 21, "--stateful", "--clip-norm", 0.5),
+    ("--steps", 16),
+    ("--steps", 21, "--stateful", "--clip-norm", 0.5, "--eval-every", 5),
     ("--epochs", 2, "--val-fraction", 0, "--lr-schedule", "cosine", "--warmup-steps", 3),
     ("--epochs", 9, "--patience", 1, "--learning-rate", 1),
     ("--epochs", 2, "--layers", 2, "--dropout", 0.3),

@@ -15,8 +15,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
-from char_gru.rnn import commands
+from char_gru.rnn import commands, training
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--rnn-units", "16", "--embedding-dim", "8", "--batch-size", "4", "--seq-length", "10")
@@ -111,6 +112,19 @@ def train_here(*arguments: object, cwd: Path, status: int = 0) -> Path:
     with contextlib.chdir(cwd):
         assert commands.train(["--out", "run", *map(str, arguments)]) == status
     return cwd / "run"
+
+
+def stop_here(step: int, *arguments: object, cwd: Path) -> Path:
+    """As `train_here`, but SIGTERM comes during this step of the run."""
+    train_step = training.Run._train_step
+
+    def signalled(self) -> None:
+        if self.progress.step + 1 == step:
+            signal.raise_signal(signal.SIGTERM)
+        train_step(self)
+
+    with mock.patch.object(training.Run, "_train_step", signalled):
+        return train_here(*arguments, cwd=cwd, status=128 + signal.SIGTERM)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -127,12 +127,17 @@ def assert_texts_drawn(params, vocabulary, prompts, texts, seed: int, **options)
 
 
 def assert_samples_drawn(run: Path) -> None:
-    """Assert that the samples of a run with `--save-every 1` are drawn from the models that it saved."""
+    """Assert that the samples of a run with `--save-every 1` are drawn from the models that it saved: one after each
+    epoch, and one at the end of the run where that lies inside an epoch."""
     seed, samples = json.loads((run / "config.json").read_text())["seed"], (run / "samples.txt").read_bytes().decode()
-    paths = sorted(run.glob("epoch-*.safetensors"))
-    texts = re.findall(f"--- epoch \\d+\n(.{{{SAMPLE_LENGTH}}})\n", samples, re.DOTALL)
-    assert paths and samples == "".join(f"--- epoch {epoch}\n{text}\n" for epoch, text in enumerate(texts, 1))
-    for epoch, (path, text) in enumerate(zip(paths, texts, strict=True), 1):
-        checkpoint = load_checkpoint(path)
-        assert_texts_drawn(checkpoint.params, checkpoint.vocabulary, [""], [text], seed + epoch,
+    last = load_checkpoint(run / "last.safetensors")
+    models = [(f"epoch {number}", load_checkpoint(path), number)
+              for number, path in enumerate(sorted(run.glob("epoch-*.safetensors")), 1)]
+    if last.resumable.progress["batch"]:
+        step = last.resumable.progress["step"]
+        models.append((f"epoch {len(models) + 1}, step {step}", last, step))
+    texts = re.findall(f"--- epoch [^\n]+\n(.{{{SAMPLE_LENGTH}}})\n", samples, re.DOTALL)
+    assert models and samples == "".join(f"--- {place}\n{text}\n" for (place, *_), text in zip(models, texts))
+    for (_, checkpoint, number), text in zip(models, texts, strict=True):
+        assert_texts_drawn(checkpoint.params, checkpoint.vocabulary, [""], [text], seed + number,
                            temperature=SAMPLE_TEMPERATURE)
