@@ -9,21 +9,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
 from char_gru.rnn.config import Sizes, UserError
 from char_gru.rnn.folder import write_atomically
 from char_gru.rnn.params import checkpoint_name, parameter_shapes
+from char_gru.rnn.texts import open_file
 from char_gru.rnn.vocabulary import Vocabulary
 
 METADATA_KEY = "char-gru"
 FORMAT = 1
+
+HEADER_LIMIT, SMALL_HEADER = 16 << 20, 4 << 20
+"""Bytes of the longest header, with every character there is, and of the longest with few characters and layers, but
+with the names of very many files that a command line gave."""
+
+HEADER_PARTS = 400_000
+"""The most brackets, braces and commas of a header: a layer takes a hundred of them, a file of the text one."""
 
 
 @dataclass(frozen=True)
@@ -66,29 +75,49 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises: UserError, one line, for a file that cannot be read, is no checkpoint, was cut short or altered, or whose
     tensors are not of the sizes it claims.
     """
+    with open_file(path) as file:
+        try:
+            return read_checkpoint(file, path)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_checkpoint(file: BinaryIO, path: Path) -> Checkpoint:
+    """Read and verify a checkpoint from its open file, of which the errors tell the path. The length of its header is
+    checked before the header is read, and the header before the tensors are.
+
+    Raises: UserError as `load_checkpoint`; OSError.
+    """
+    unusable = UserError(f"{path} is no checkpoint of char-gru, or is damaged or cut short; "
+                         "name a .safetensors file that train.py wrote")
+    unfitting = UserError(f"{path} holds tensors that do not fit the sizes it claims; use another checkpoint")
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    try:
-        tensors = safetensors_numpy.load(raw)
-        header = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])
-        description = json.loads(header["__metadata__"][METADATA_KEY])
-        recorded = description.pop("sha256")
-        form = description["format"]
-        digest = _digest(description, tensors)
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        raise UserError(f"{path} is no checkpoint of char-gru, or is damaged or cut short; "
-                        "name a .safetensors file that train.py wrote") from None
+        size = file.seek(0, os.SEEK_END) - 8
+        file.seek(0)
+        header, description = _header(file, size)
+        size -= file.tell() - 8
+        recorded, form = description.pop("sha256"), description["format"]
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        raise unusable from None
     if form != FORMAT:
         raise UserError(f"{path} is a checkpoint of format {form!r:.20}, this version reads {FORMAT}; "
                         "use the version that wrote it")
-    if recorded != digest:
+    try:
+        places = _places(header, _shapes(description, header))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise unfitting from None
+    try:
+        tensors = _read_tensors(file, places, size)
+    except (TypeError, ValueError):
+        raise unusable from None
+    if recorded != _digest(description, tensors):
         raise UserError(f"{path} was altered after it was written (its checksum differs); use another checkpoint")
+    if not all(np.isfinite(array).all() for array in tensors.values()):
+        raise UserError(f"{path} holds numbers that are not finite; use another checkpoint")
     try:
         return _checkpoint(description, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{path} holds tensors that do not fit the sizes it claims; use another checkpoint") from None
+    except ValueError:
+        raise unfitting from None
 
 
 def find_checkpoint(run: Path | None, runs: Path = Path("runs")) -> Path:
@@ -131,32 +160,87 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _checkpoint(description: dict, tensors: dict[str, np.ndarray]) -> Checkpoint:
-    sizes = Sizes(**description["sizes"])
-    if not all(type(size) is int and size > 0 for size in asdict(sizes).values()) or sizes.layers > len(tensors):
+def _header(file: BinaryIO, size: int) -> tuple[dict, dict]:
+    """The header of a safetensors file, and the description in it; `size` bytes follow the header's length.
+
+    Raises: ValueError and others for what is none, and for a header longer than the tensors behind it may need: a
+    tensor's entry takes less than 12 times its bytes, as does a character of the vocabulary.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if not 0 < length <= min(size, HEADER_LIMIT, SMALL_HEADER + 12 * (size - length)):
+        raise ValueError("length")
+    raw = file.read(length)
+    if sum(map(raw.count, (b"[", b"{", b","))) > HEADER_PARTS:
+        raise ValueError("parts")
+    header = json.loads(raw)
+    return header, json.loads(header["__metadata__"][METADATA_KEY], parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+def _shapes(description: dict, header: dict) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of the sizes that a description claims.
+
+    Raises: ValueError and others for what are no sizes.
+    """
+    sizes, progress = Sizes(**description["sizes"]), description["progress"]
+    if not all(type(size) is int and size > 0 for size in asdict(sizes).values()) or sizes.layers > len(header):
         raise ValueError("sizes")
-    vocabulary = Vocabulary(description["vocabulary"], description.get("beginning", "\n"))  # older files have none
-    if len(vocabulary) != sizes.V:
-        raise ValueError("vocabulary")
-    shapes = parameter_shapes(sizes)
+    known = description["vocabulary"]
+    if not isinstance(known, str) or len(known) + 1 != sizes.V or not isinstance(progress, dict | None):
+        raise ValueError("vocabulary or progress")
+    parameters = {checkpoint_name(name): shape for name, shape in parameter_shapes(sizes).items()}
+    if progress is None:
+        return parameters
+    B = header["state"]["shape"][1]
+    if type(B) is not int or B < 1:
+        raise ValueError("state")
+    return {"state": (sizes.layers, B, sizes.H)} | {
+        prefix + name: shape for prefix in ("", "adam.m.", "adam.v.") for name, shape in parameters.items()}
+
+
+def _places(header: dict, shapes: dict[str, tuple[int, ...]]) -> list[tuple[int, int, str, tuple[int, ...]]]:
+    """Of each tensor, in the order in which they lie in the file: where its bytes begin and end, name, shape.
+
+    Raises: ValueError and others for tensors of other names or shapes, or not of float32.
+    """
+    if header.keys() - {"__metadata__"} != shapes.keys():
+        raise ValueError("names")
+    if any(header[name]["shape"] != list(shape) or header[name]["dtype"] != "F32" for name, shape in shapes.items()):
+        raise ValueError("shapes")
+    return sorted((*header[name]["data_offsets"], name, shape) for name, shape in shapes.items())
+
+
+def _read_tensors(file: BinaryIO, places: list[tuple], size: int) -> dict[str, np.ndarray]:
+    """Name -> array of the tensors that make up the `size` bytes to come.
+
+    Raises: ValueError where they do not, TypeError for places that are no numbers.
+    """
+    end, slices = 0, {}
+    for first, last, name, shape in places:
+        if first != end or last - first != 4 * math.prod(shape):
+            raise ValueError(name)
+        slices[name], end = slice(first // 4, last // 4), last
+    if end != size or len(raw := file.read(size)) != size:
+        raise ValueError("size")
+    values = np.frombuffer(raw, np.float32)
+    return {name: values[slices[name]].reshape(shape) for _, _, name, shape in places}
+
+
+def _checkpoint(description: dict, tensors: dict[str, np.ndarray]) -> Checkpoint:
+    """Raises: ValueError for a vocabulary that is none."""
+    sizes, progress = Sizes(**description["sizes"]), description["progress"]
 
     def group(prefix: str) -> dict[str, np.ndarray]:
-        arrays = {name: tensors.pop(prefix + checkpoint_name(name)) for name in shapes}
-        if any(array.shape != shapes[name] or array.dtype != np.float32 for name, array in arrays.items()):
-            raise ValueError("shapes")
-        return arrays
+        return {name: tensors[prefix + checkpoint_name(name)] for name in parameter_shapes(sizes)}
 
-    params, resumable, progress = group(""), None, description["progress"]
+    resumable = None
     if progress is not None:
-        if not isinstance(progress, dict):
-            raise ValueError("progress")
-        state = tensors.pop("state")
-        if state.shape != (sizes.layers, *state.shape[1:2], sizes.H) or state.dtype != np.float32:
-            raise ValueError("state")
-        resumable = Resumable(group("adam.m."), group("adam.v."), state, progress)
-    if tensors:
-        raise ValueError("tensors without a meaning")
-    return Checkpoint(sizes, vocabulary, params, resumable)
+        resumable = Resumable(group("adam.m."), group("adam.v."), tensors["state"], progress)
+    vocabulary = Vocabulary(description["vocabulary"], description.get("beginning", "\n"))  # older files have none
+    return Checkpoint(sizes, vocabulary, group(""), resumable)
 
 
 def _digest(description: dict, tensors: dict[str, np.ndarray]) -> str:

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import difflib
 import io
+import itertools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import fields, replace
 
 import tyro
 
 from char_gru.rnn.config import GenerateConfig, TrainConfig, UserError
 from char_gru.rnn.process import DIVERGED, USAGE_ERROR, ended_at_once, status_after
+from char_gru.rnn.terminal import complain, displayed
 
 _TEXT_OPTIONS = ("--prompt", "--stop", "--separator", "--temperature")
-"""Options whose value may begin with a dash."""
+"""Options whose value may begin with a dash, or be empty."""
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +50,7 @@ def train(arguments: Sequence[str] | None = None) -> int:
                 config = _parse(TrainConfig, arguments, prog="train.py", default=defaults)
             return training.train(config, checkpoint=checkpoint)
         except training.Diverged as error:
-            print(f"train.py: training diverged: {error}", file=sys.stderr)
+            complain("train.py", f"training diverged: {error}")
             return DIVERGED
 
     return _reporting("train.py", command)
@@ -68,6 +70,7 @@ def generate(arguments: Sequence[str] | None = None) -> int:
         prompts = _prompts(config)
         seed = new_seed() if config.seed is None else config.seed
         generator = Generator.load(config.run, config.device)
+        prompts = [generator.vocabulary.line_ends(prompt) for prompt in prompts]
         rows = [prompt for prompt in prompts for _ in range(config.num_samples)]
         pieces = generator.stream(
             rows, config.length, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
@@ -84,12 +87,9 @@ def _parse(config_type: type, arguments: Sequence[str] | None, prog: str, **opti
 
     Raises: UserError, one line, for a mistake in the command line.
     """
-    joined: list[str] = []
-    for argument in sys.argv[1:] if arguments is None else arguments:
-        if joined and joined[-1] in _TEXT_OPTIONS:
-            joined[-1] += "=" + argument
-        else:
-            joined.append(argument)
+    known = {"--help", *("--" + field.name.replace("_", "-") for field in fields(config_type)
+                         if "Positional" not in field.type)}
+    joined = _joined(sys.argv[1:] if arguments is None else arguments, known)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(sys.stdout or io.StringIO()):
@@ -97,8 +97,45 @@ def _parse(config_type: type, arguments: Sequence[str] | None, prog: str, **opti
     except SystemExit as stop:
         if stop.code != USAGE_ERROR:
             raise
-        said = [line.strip("│ ") for line in complaint.getvalue().splitlines() if line.startswith("│")]
-        raise UserError(f"{' '.join(said[:1]) or complaint.getvalue()}; see {prog} --help") from None
+        box = [line.strip("│ ") for line in complaint.getvalue().splitlines() if line.startswith("│")]
+        said = " ".join(itertools.takewhile(lambda line: not line.startswith("─"), box)) or complaint.getvalue()
+        said = said.partition("  Got errors")[0].rstrip(".")
+        raise UserError(f"{said}; {_meant(said, joined, known, prog)}see {prog} --help") from None
+
+
+def _joined(arguments: Sequence[str], known: set[str]) -> list[str]:
+    """The arguments, each text option in one piece with its value.
+
+    Raises: UserError for an option of `known` where a value is due, and for an empty value that is no text.
+    """
+    joined: list[str] = []
+    for argument in arguments:
+        option, last = argument.partition("=")[0], joined[-1] if joined else ""
+        if last in (*_TEXT_OPTIONS, "--data") and option in known:
+            raise UserError(f"{last} has no value before {argument}; if that is its value, write {last}={argument}")
+        if last in _TEXT_OPTIONS:
+            joined[-1] += "=" + argument
+        elif argument in ("", option + "=") and option not in _TEXT_OPTIONS:
+            named = option if option in known else last if last in known else "an argument"
+            raise UserError(f"{named} is empty; give it a value, or leave it out")
+        else:
+            joined.append(argument)
+    if joined[-1:] == ["--data"]:
+        raise UserError("--data has no value; name a text")
+    return joined
+
+
+def _meant(said: str, arguments: list[str], known: set[str], prog: str) -> str:
+    """A question about what a command line with unknown arguments may mean, or an empty string."""
+    strange, _, strangers = said.partition(": ")
+    options = [option for option in (argument.partition("=")[0] for argument in arguments)
+               if option.startswith("--") and option.replace("_", "-") not in known]
+    if not strange.startswith("Unrecognized"):
+        return ""
+    if options:
+        close = difflib.get_close_matches(options[0][2:], [option[2:] for option in known], 1)
+        return f"did you mean --{close[0]}? " if close else ""
+    return f"did you mean {'--data' if prog == 'train.py' else '--prompt'} {strangers.replace(', ', ' ')}? "
 
 
 def _given(arguments: Sequence[str] | None) -> set[str]:
@@ -121,15 +158,15 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
     try:
         return command()
     except UserError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        complain(prog, error)
     except RuntimeError as error:
         from char_gru.kernels.runtime import CompileError, DeviceError  # imports NumPy, which --help does without
 
         if isinstance(error, (DeviceError, CompileError)):
-            print(f"{prog}: {error}", file=sys.stderr)
+            complain(prog, error)
         elif type(error).__name__ in ("CUDARuntimeError", "CUDADriverError"):  # of CuPy, which a CPU does without
             atexit.register(_end_at_once, error)
-            print(f"{prog}: the GPU failed: {error}{_kept(prog)}", file=sys.stderr)
+            complain(prog, f"the GPU failed: {error}{_kept(prog)}")
         else:
             raise
     except BrokenPipeError:  # the reader of stdout has closed it
@@ -137,10 +174,9 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
         return 0
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        print(f"{prog}: cannot read or write{where}: {error.strerror or error}{_kept(prog)}", file=sys.stderr)
+        complain(prog, f"cannot read or write{where}: {error.strerror or error}{_kept(prog)}")
     except MemoryError as error:
-        print(f"{prog}: not enough memory ({error}); lower --batch-size, --seq-length, --rnn-units or --num-samples",
-              file=sys.stderr)
+        complain(prog, f"not enough memory ({error}); lower --batch-size, --seq-length, --rnn-units or --num-samples")
     return USAGE_ERROR
 
 
@@ -149,32 +185,12 @@ def _kept(prog: str) -> str:
 
 
 def _prompts(config: GenerateConfig) -> list[str]:
-    prompts = [_stdin_text("--prompt -", "the text itself, or --prompt-file") if prompt == "-" else prompt
-               for prompt in config.prompt]
+    from char_gru.rnn.texts import PROMPT_LIMIT, STDIN, read_text
+
+    prompts = [read_text(STDIN, PROMPT_LIMIT) if prompt == STDIN else prompt for prompt in config.prompt]
     if config.prompt_file is not None:
-        prompts.append(_file_text(config.prompt_file))
+        prompts.append(read_text(config.prompt_file, PROMPT_LIMIT))
     return prompts or [""]
-
-
-def _stdin_text(option: str, instead: str) -> str:
-    if sys.stdin is None:
-        raise UserError(f"{option} reads stdin, but stdin is closed; give {instead}")
-    return _decoded(sys.stdin.buffer.read(), "stdin")
-
-
-def _file_text(path: Path) -> str:
-    try:
-        return _decoded(path.read_bytes(), str(path))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _decoded(raw: bytes, source: str) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"the text of {source} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}; "
-                        "convert it") from None
 
 
 def _print_texts(prompts: list[str], pieces: Iterator[list[str]], config: GenerateConfig) -> int:
@@ -242,20 +258,21 @@ def _print_scores(config: GenerateConfig) -> int:
     """Write lines of JSON about the texts of all files; - is stdin. Returns the exit status."""
     files = [file for files in config.score for file in files]
     for file in files:
-        if Path(file).is_dir():
+        if os.path.isdir(file):
             raise UserError(f"--score takes files, but {file} is a folder; name a run before --score, not after it")
-    texts = [_stdin_text("--score -", "a file") if file == "-" else _file_text(Path(file)) for file in files]
     with ended_at_once():
         from tqdm import tqdm
 
         from char_gru.rnn.sampler import Generator
         from char_gru.rnn.scoring import json_lines
+        from char_gru.rnn.texts import read_text
 
+    texts = [read_text(file) for file in files]
     generator = Generator.load(config.run, config.device)
     ids_of_texts = []
     for file, text in zip(files, texts):
         try:
-            ids_of_texts.append(generator.ids_to_score(text, config.on_unknown))
+            ids_of_texts.append(generator.ids_to_score(generator.vocabulary.line_ends(text), config.on_unknown))
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
     with tqdm(total=sum(len(ids) - 1 for ids in ids_of_texts), unit=" characters", unit_scale=True, disable=None,
@@ -268,5 +285,5 @@ def _print_scores(config: GenerateConfig) -> int:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(displayed(text))
     sys.stdout.flush()

@@ -57,7 +57,8 @@ class TrainConfig:
     """
 
     data: tuple[str, ...] = ()
-    """what to learn: shakespeare, python-docs, or files, read one after the other (default: shakespeare)"""
+    """what to learn: shakespeare, python-docs, or any of files, folders, patterns in quotes ('texts/*.txt') and - for
+    stdin, read one after the other; .gz is unpacked (default: shakespeare)"""
     out: Path | None = None
     """folder of the run (default: a new one under runs/)"""
     epochs: int = 10
@@ -113,7 +114,11 @@ class TrainConfig:
     tensorboard: bool = False
     """also write losses and learning rates as events for TensorBoard, in the run's folder"""
     encoding: str = "utf-8"
-    """encoding of the files"""
+    """encoding of the files; utf-8 also reads UTF-16 that begins with its byte order mark"""
+    newline: Literal["unix", "keep"] = "unix"
+    """line ends of the files: made one newline character each, or kept as they are"""
+    separator: str = ""
+    """text between two files"""
     resume: bool = False
     """continue the run in --out (default: the newest under runs/) exactly where it stopped, with its options; its text
     may lie elsewhere now (--data)"""
@@ -131,6 +136,8 @@ class TrainConfig:
         _require(0 < self.learning_rate < math.inf, "--learning-rate", self.learning_rate, "a number above 0")
         _require(0 <= self.clip_norm < math.inf, "--clip-norm", self.clip_norm, "a number of at least 0")
         _require(0 <= self.val_fraction <= 0.5, "--val-fraction", self.val_fraction, "in [0, 0.5]")
+        _require(self.separator == self.separator.encode(errors="ignore").decode(), "--separator",
+                 ascii(self.separator), "UTF-8")
         if self.patience and not self.val_fraction:
             raise UserError("--patience watches the validation loss; give --val-fraction above 0 as well")
 
@@ -149,6 +156,7 @@ class TrainConfig:
         """
         hints = get_type_hints(TrainConfig)
         known = {name: value for name, value in options.items() if name in hints} | {"data": tuple(options["data"])}
+        known.setdefault("newline", "keep")  # of runs from before there was this option
         for name, value in known.items():
             if not has_type(value, hints[name]):
                 raise TypeError(f"--{name.replace('_', '-')}")
@@ -156,8 +164,8 @@ class TrainConfig:
 
 
 CHANGEABLE_ON_RESUME = frozenset({
-    "data", "encoding", "epochs", "steps", "dropout", "learning_rate", "lr_schedule", "warmup_steps", "clip_norm",
-    "patience", "eval_every", "save_every", "device", "precision",
+    "data", "encoding", "newline", "separator", "epochs", "steps", "dropout", "learning_rate", "lr_schedule",
+    "warmup_steps", "clip_norm", "patience", "eval_every", "save_every", "device", "precision",
 })
 """Options that a resumed run may change, as long as its text stays the same; every other option fixes the parameters or
 the order of the text."""

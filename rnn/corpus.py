@@ -1,96 +1,194 @@
-"""Where text comes from: files, a download of Shakespeare, and Python's own documentation, for work offline."""
+"""Where text comes from: files, folders and streams, a download of Shakespeare, and Python's own documentation, for
+work offline."""
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
-import logging
+import os
 import sys
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from char_gru.rnn.config import UserError
+from char_gru.rnn.terminal import one_line
+from char_gru.rnn.texts import STDIN, text_pieces
 
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SHAKESPEARE_BYTES = 1_115_394
 SHAKESPEARE_URLS = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt",
 )
-DOWNLOAD_TIMEOUT = 10
-"""Seconds to wait for a server."""
+DOWNLOAD_TIMEOUT, DOWNLOAD_SECONDS = 10, 60
+"""Seconds to wait for a server's next bytes, and for all that it sends."""
+
+_ADVICE = "convert it, or name its encoding with --encoding"
 
 
 class Corpus(NamedTuple):
     """A text and where it came from.
 
-    name: a word for the text, good as a folder's name; source: the value of `--data` that gives this text; sha256: of
-    the text in UTF-8.
+    sha256: of the text in UTF-8; name: a word for the text, good as a folder's name; source: the value of `--data` that
+    gives this text; files: the files that it is made of, in their order.
     """
 
     text: str
+    sha256: str
     name: str
     source: tuple[str, ...]
+    files: tuple[str, ...] = ()
 
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()
+    @staticmethod
+    def of(utf8: bytes | bytearray, name: str, source: tuple[str, ...], files: Sequence[str] = ()) -> Corpus:
+        """The corpus of a text in UTF-8."""
+        return Corpus(utf8.decode(), hashlib.sha256(utf8).hexdigest(), name, source, tuple(files))
 
 
-def load_corpus(data: tuple[str, ...], encoding: str = "utf-8") -> Corpus:
+def load_corpus(data: tuple[str, ...] | str, encoding: str = "utf-8", newline: str = "unix",
+                separator: str = "") -> Corpus:
     """The text that `--data` names; without a name, Shakespeare or, where its download fails, Python's documentation.
 
-    Raises: UserError for a file that cannot be read or is empty, an unknown encoding, and a failed download if `data`
-    names shakespeare.
+    data: shakespeare, python-docs, or any of: files, folders (all files below them that are not hidden), patterns
+    such as `texts/*.txt`, "-" for standard input. Files of a folder or pattern are read in the order of their paths;
+    empty ones among them are left out. encoding, newline: as `rnn.texts.text_pieces` has them. separator: a text
+    between two files.
+
+    Raises: UserError for a file that cannot be read, is empty or no text, an unknown encoding, and a failed download
+    if `data` names shakespeare.
     """
+    data = (data,) if isinstance(data, str) else data
     if data == ():
         try:
             return load_corpus(("shakespeare",))
         except UserError as error:
-            print(f"{error}\ntraining on Python's own documentation instead (--data python-docs)", file=sys.stderr)
+            print(f"{one_line(str(error))}\ntraining on Python's own documentation instead (--data python-docs)",
+                  file=sys.stderr)
             return load_corpus(("python-docs",))
     if data == ("shakespeare",):
-        return Corpus(_shakespeare().decode("utf-8"), "shakespeare", data)
+        return Corpus.of(_shakespeare(), "shakespeare", data)
     if data == ("python-docs",):
-        return Corpus(_python_docs(), "python-docs", data)
-    text = "".join(_read(Path(name), encoding) for name in data)
-    return Corpus(text, Path(data[0]).stem or "text", data)
+        return Corpus.of(_python_docs().encode(), "python-docs", data)
+    if data.count(STDIN) > 1:
+        raise UserError("--data names standard input (-) twice, but it can be read only once")
+    utf8, files = bytearray(), []  # UTF-8 of all texts takes less memory than their pieces, joined
+    for name in data:
+        for file in (found := _files(name)):
+            before = len(utf8)
+            utf8 += separator.encode() if files else b""
+            start = len(utf8)
+            for piece in text_pieces(file, encoding, newline, advice=_ADVICE):
+                utf8 += piece.encode()
+            if len(utf8) > start:
+                files.append("stdin" if file == STDIN else file)
+            elif found == [name]:
+                raise UserError(f"{'stdin' if name == STDIN else name} is empty; give a file with text")
+            else:
+                del utf8[before:]
+    if not files:
+        raise UserError(f"{' '.join(data)}: no file with text is there; name files that hold text")
+    return Corpus.of(utf8, _name(data[0], files[0]), data, files)
 
 
-def _read(path: Path, encoding: str) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; "
-                        "--data takes files, shakespeare or python-docs") from None
-    try:
-        text = raw.decode(encoding)
-        text.encode()  # a few encodings give lone surrogates, which UTF-8 cannot encode
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not {encoding}: byte {raw[error.start]:#04x} at offset {error.start}; "
-                        "convert it, or name its encoding with --encoding") from None
-    except UnicodeError as error:
-        raise UserError(f"{path} is not {encoding} ({error}); name its encoding with --encoding") from None
-    except LookupError:
-        raise UserError(f"--encoding {encoding} is unknown; utf-8, latin-1 and cp1252 are common ones") from None
-    if not text:
-        raise UserError(f"{path} is empty; give a file with text")
-    return text
+def _files(name: str) -> list[str]:
+    """The files that one value of `--data` stands for, sorted by path if it is a folder or a pattern."""
+    path = Path(name)
+    if path.is_dir():
+        below = [Path(folder, file) for folder, _, files in os.walk(path) for file in files]
+        found = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    elif name == STDIN or path.exists():
+        return [name]
+    elif glob.has_magic(name):
+        found = [Path(file) for file in glob.glob(name, recursive=True)]
+    else:
+        raise UserError(f"cannot read {name}: No such file or directory; --data takes files, folders, patterns in "
+                        "quotes, - for standard input, shakespeare or python-docs")
+    return [str(file) for file in sorted(found) if file.is_file()]
+
+
+def _name(first: str, file: str) -> str:
+    """A name for the text whose first value of `--data` and first file are these."""
+    if first == STDIN:
+        return "stdin"
+    path = Path(first).resolve() if Path(first).is_dir() else Path(file.removesuffix(".gz"))
+    return path.stem or "text"
 
 
 def _shakespeare() -> bytes:
-    import pooch
+    """Shakespeare from the cache, into which it is fetched once. A file there that is not whole, as a killed program
+    leaves it, does not pass for Shakespeare, and is fetched and written anew."""
+    import platformdirs
 
-    pooch.get_logger().setLevel(logging.ERROR)
+    cached = Path(platformdirs.user_cache_dir("char-gru"), "tinyshakespeare.txt")
+    with contextlib.suppress(OSError):
+        text = cached.read_bytes()
+        if hashlib.sha256(text).hexdigest() == SHAKESPEARE_SHA256:
+            return text
     failures = []
     for url in SHAKESPEARE_URLS:
         try:
-            path = pooch.retrieve(url, f"sha256:{SHAKESPEARE_SHA256}", "tinyshakespeare.txt",
-                                  pooch.os_cache("char-gru"),
-                                  downloader=pooch.HTTPDownloader(timeout=DOWNLOAD_TIMEOUT))
-            return Path(path).read_bytes()
+            text = _fetched(url)
         except (OSError, ValueError) as error:
             failures.append(type(error).__name__)
+            continue
+        if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
+            failures.append("another text")
+            continue
+        with contextlib.suppress(OSError):  # without a cache, it is fetched again
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            cached.write_bytes(text)
+        return text
     raise UserError(f"could not fetch Shakespeare ({', '.join(failures)}); "
                     "name a file of your own with --data FILE, or connect to the internet")
+
+
+def _fetched(url: str) -> bytes:
+    """What a server sends, at most SHAKESPEARE_BYTES. A thread of its own waits for the server, which is given up after
+    DOWNLOAD_SECONDS, however slowly its bytes come. On a terminal, a bar shows how far it is.
+
+    Raises: OSError, ValueError.
+    """
+    from tqdm import tqdm
+
+    body, failures, given_up = bytearray(), [], threading.Event()
+    thread = threading.Thread(target=_fetch, args=(url, body, failures, given_up), daemon=True)
+    thread.start()
+    end = time.monotonic() + DOWNLOAD_SECONDS
+    with tqdm(total=SHAKESPEARE_BYTES, desc="fetching Shakespeare", unit="B", unit_scale=True, disable=None,
+              leave=False) as bar:
+        while thread.is_alive() and time.monotonic() < end:
+            thread.join(0.1)
+            bar.update(len(body) - bar.n)
+    if thread.is_alive():
+        given_up.set()
+        raise TimeoutError
+    if failures:
+        raise failures[0]
+    return bytes(body)
+
+
+def _fetch(url: str, body: bytearray, failures: list[Exception], given_up: threading.Event) -> None:
+    """Append to `body` what a server sends, until it is given up; append what fails to `failures`."""
+    import requests
+
+    try:
+        with requests.Session() as session:
+            kept = url.partition("//")[0] + "//"  # a redirect from https:// to anything else finds no adapter
+            session.adapters = {kept: session.adapters[kept]}
+            with session.get(url, stream=True, timeout=DOWNLOAD_TIMEOUT) as response:
+                response.raise_for_status()
+                for piece in response.iter_content(256):
+                    body += piece
+                    if len(body) > SHAKESPEARE_BYTES:
+                        raise ValueError("longer than Shakespeare")
+                    if given_up.is_set():
+                        return
+    except Exception as error:  # noqa: BLE001 (it is raised in the thread that waits)
+        failures.append(error)
 
 
 def _python_docs() -> str:

@@ -14,13 +14,13 @@ import json
 import os
 import re
 import secrets
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 from char_gru.rnn.config import UserError
+from char_gru.rnn.terminal import complain
 
 LOCK = ".lock"
 
@@ -236,7 +236,7 @@ def _try_lock(lock: int, folder: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        print(f"train.py: {folder} cannot be locked ({error.strerror}); start no other run in it", file=sys.stderr)
+        complain("train.py", f"{folder} cannot be locked ({error.strerror}); start no other run in it")
     return True
 
 

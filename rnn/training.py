@@ -41,6 +41,7 @@ from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import initial_parameters, named_views, parameter_count, parameter_shapes
 from char_gru.rnn.process import Lossy, handled, stop_numbers
 from char_gru.rnn.sampler import Generator
+from char_gru.rnn.terminal import displayed, one_line
 from char_gru.rnn.vocabulary import Vocabulary, shown
 
 SAVE_SECONDS = 300
@@ -174,12 +175,17 @@ def train(config: TrainConfig, files: RunFolder | None = None, checkpoint: Check
     if config.tensorboard:
         check_tensorboard()
     try:
-        corpus = load_corpus(config.data, config.encoding)
+        corpus = load_corpus(config.data, config.encoding, config.newline, config.separator)
     except UserError as error:
         raise UserError(f"{error}; --resume needs the text that {config.out} was trained on: give --data the place "
                         "where it is now" if config.resume else str(error)) from None
+    if config.resume:
+        corpus = _with_mark(corpus, checkpoint)
     with contextlib.redirect_stdout(Lossy(sys.stdout)), files or RunFolder.new(config.out, corpus.name) as held:
-        return Run(replace(config, data=corpus.source), corpus, ops, held, checkpoint, schedule_given).train()
+        run = Run(replace(config, data=corpus.source), corpus, ops, held, checkpoint, schedule_given)
+        _say(_told(corpus))
+        del corpus  # the run keeps the text's ids only
+        return run.train()
 
 
 class Run:
@@ -188,7 +194,7 @@ class Run:
     def __init__(self, config: TrainConfig, corpus: Corpus, ops, files: RunFolder, checkpoint: Checkpoint | None,
                  schedule_given: bool) -> None:
         self.config, self.files, self.folder = config, files, files.path
-        self.text_sha256 = corpus.sha256
+        self.text_sha256, self.text_files = corpus.sha256, corpus.files
         if config.resume and checkpoint.resumable.progress["text_sha256"] != self.text_sha256:
             raise UserError(f"the text of {' '.join(config.data)} is not the one that {config.out} was trained on; "
                             "give --data the place of that text, or start a new run from the weights of this one with "
@@ -400,7 +406,7 @@ class Run:
         generator = Generator(self.sizes, self.vocabulary, self.model.params, self.model.ops)
         [text] = generator.generate(length=SAMPLE_LENGTH, temperature=SAMPLE_TEMPERATURE,
                                     seed=self.config.seed + number)
-        print(text, flush=True)
+        print(displayed(text), flush=True)
         self.progress.samples_bytes += self.files.append("samples.txt", f"--- {place}\n{text}\n")
 
     def _write_metrics(self, line: dict) -> None:
@@ -411,7 +417,8 @@ class Run:
         self._check_finite()
         self.files.flush()
         save_checkpoint(self.folder / "last.safetensors", self._checkpoint(resumable=True))
-        config = json.dumps(self.config.saved(), indent=2) + "\n"
+        text_files = {} if self.text_files in ((), self.config.data) else {"files": self.text_files}
+        config = json.dumps(self.config.saved() | text_files, indent=2) + "\n"
         self.files.write("config.json", config.encode())
         timing = {"epochs": self._timing, "peak_memory_mib": round(self.model.ops.peak_memory_mib(), 1)}
         self.files.write("timing.json", (json.dumps(timing, indent=2) + "\n").encode())
@@ -513,5 +520,20 @@ def _check_sizes(config: TrainConfig, sizes: Sizes) -> None:
                             "leave the option out, or start from no checkpoint")
 
 
+def _with_mark(corpus: Corpus, checkpoint: Checkpoint) -> Corpus:
+    """The text with a byte order mark in front if a run has learnt it so: marks were not dropped once."""
+    if "\ufeff" not in checkpoint.vocabulary.characters:
+        return corpus
+    marked = Corpus.of(("\ufeff" + corpus.text).encode(), corpus.name, corpus.source, corpus.files)
+    return marked if marked.sha256 == checkpoint.resumable.progress["text_sha256"] else corpus
+
+
+def _told(corpus: Corpus) -> str:
+    """A line that names a text and the files that it is made of."""
+    files = corpus.files if len(corpus.files) <= 6 else (*corpus.files[:3], "...", *corpus.files[-2:])
+    among = f" in {len(corpus.files):,} files" if len(corpus.files) > 1 else ""
+    return f"text: {len(corpus.text):,} characters{among}: {', '.join(files) or corpus.name}"
+
+
 def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(one_line(line), file=sys.stderr)

@@ -89,6 +89,12 @@ class Vocabulary:
                             "leave them out, or give --on-unknown skip or unk")
         return ids[ids != 0] if on_unknown == "skip" else ids
 
+    def line_ends(self, text: str) -> str:
+        """A text with each line end (`\\r\\n`, `\\r`) as `\\n`, unless the model has learnt `\\r`."""
+        if "\r" not in text or "\r" in self.characters:
+            return text
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids; `[UNK]` becomes U+FFFD, the replacement character.
 

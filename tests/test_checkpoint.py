@@ -1,9 +1,12 @@
 """Checkpoints come back as they were saved, and nothing else passes for one."""
 
+import io
 import json
 import os
 import random
+import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from char_gru.rnn.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     newest_run,
+    read_checkpoint,
     save_checkpoint,
 )
 from char_gru.rnn.config import Sizes, UserError
@@ -62,22 +66,23 @@ def assert_equal(actual: Checkpoint, expected: Checkpoint) -> None:
 
 
 class File:
-    """A path whose content lies in memory, since thousands of them are read here."""
+    """A file whose content lies in memory, since thousands of them are read here."""
 
     def __init__(self, content: bytes = b"") -> None:
         self.content = content
-
-    def read_bytes(self) -> bytes:
-        return bytes(self.content)
 
     def __str__(self) -> str:
         return "runs/text/last.safetensors"
 
 
-def assert_refused(path, *parts: str) -> None:
+def load(path: Path | File) -> Checkpoint:
+    return read_checkpoint(io.BytesIO(path.content), path) if isinstance(path, File) else load_checkpoint(path)
+
+
+def assert_refused(path: Path | File, *parts: str) -> None:
     """Assert that loading gives one line that names the file."""
     with pytest.raises(UserError) as caught:
-        load_checkpoint(path)
+        load(path)
     message = str(caught.value)
     assert len(message.splitlines()) == 1 and str(path) in message
     assert all(part in message for part in parts), message
@@ -127,7 +132,7 @@ def assert_refused_or_same(raw: bytes) -> None:
     """Assert that the bytes are refused, or load as the saved checkpoint: JSON has several spellings of one text (a tab
     for a space, E for e, a last digit of a float that rounds to the same)."""
     try:
-        loaded = load_checkpoint(File(raw))
+        loaded = load(File(raw))
     except UserError as error:
         assert len(str(error).splitlines()) == 1
     else:
@@ -196,6 +201,43 @@ def test_deeply_nested_description_is_refused_at_any_depth():
         assert_refused(described(text))
 
 
+def test_header_that_is_longer_than_any_model_needs_is_refused_unread(saved, tmp_path):
+    """By its first eight bytes; what follows them is sparse."""
+    path = tmp_path / "long"
+    for length, data in ((96 << 20, 0), (96 << 20, 96 << 20), (5 << 20, 0), (16 << 20, 1 << 19)):
+        with open(path, "wb") as file:
+            file.write(length.to_bytes(8, "little"))
+            file.truncate(8 + length + data)
+        tracemalloc.start()
+        assert_refused(path, "no checkpoint of char-gru")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        tracemalloc.stop()
+    for length in (0, 1, len(saved) - 8, len(saved), 2**62, 2**64 - 1):
+        assert_refused(File(length.to_bytes(8, "little") + saved[8:]), "no checkpoint of char-gru")
+
+
+def test_header_of_very_many_parts_is_refused_before_it_is_parsed():
+    raw = b"[" + b"{}," * (1 << 20) + b"0]"
+    tracemalloc.start()
+    assert_refused(File(len(raw).to_bytes(8, "little") + raw), "no checkpoint of char-gru")
+    assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    tracemalloc.stop()
+
+
+def test_model_of_very_many_characters_or_layers_loads(tmp_path):
+    characters = "".join(map(chr, [*range(0x1000, 0xD800), *range(0xE000, 0x50000)]))
+    for sizes, known in ((Sizes(len(characters) + 1, 1, 1), characters), (Sizes(2, 1, 1, 500), "a")):
+        params = {name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(sizes).items()}
+        save_checkpoint(tmp_path / "model", Checkpoint(sizes, Vocabulary(known), params))
+        assert load_checkpoint(tmp_path / "model").sizes == sizes
+
+
+def test_device_and_named_pipe_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (Path("/dev/zero"), Path("/dev/null"), tmp_path / "pipe"):
+        assert_refused(path, "is no file, but a device")
+
+
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {METADATA_KEY: ""}, {METADATA_KEY: "no JSON"}])
 def test_safetensors_file_of_another_program_is_refused(metadata):
     raw = safetensors_numpy.save({"embedding.weight": np.zeros((3, 2), np.float32)}, metadata)
@@ -214,7 +256,7 @@ def forged(saved: bytes, change) -> File:
 
 
 def test_forged_file_with_no_change_loads(saved):
-    assert_equal(load_checkpoint(forged(saved, lambda description, tensors: None)), example())
+    assert_equal(load(forged(saved, lambda description, tensors: None)), example())
 
 
 @pytest.mark.parametrize("value", [0, -1, 1, 4, 2**31, 2**64, 10**30, -10**30, 2.0, 1e300, True, "3", None, [3], {}])
@@ -226,7 +268,7 @@ def test_wrong_size_is_refused(saved, name, value):
 
 
 def test_checkpoint_from_before_the_beginning_was_kept_begins_lines(saved):
-    old = load_checkpoint(forged(saved, lambda description, tensors: description.pop("beginning")))
+    old = load(forged(saved, lambda description, tensors: description.pop("beginning")))
     assert old.vocabulary == Vocabulary(CHARACTERS) and old.vocabulary.beginning == "\n"
 
 
@@ -261,9 +303,24 @@ def swap(name: str, make):
     lambda description, tensors: tensors.pop("state"),
     lambda description, tensors: tensors.update(stranger=np.zeros(1, np.float32)),
     lambda description, tensors: description.update(progress=None),
+    lambda description, tensors: description.update(vocabulary=list(CHARACTERS)),
+    swap("state", lambda array: array[:, :0]),
 ])
 def test_tensors_that_do_not_fit_are_refused(saved, change):
     assert_refused(forged(saved, change), "do not fit")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["output.bias", "adam.v.embedding.weight", "state"])
+def test_numbers_that_are_not_finite_are_refused(saved, name, value):
+    assert_refused(forged(saved, swap(name, lambda array: np.where(array == array.max(), np.float32(value), array))),
+                   "not finite")
+
+
+def test_progress_that_is_not_finite_is_refused(saved):
+    for value in (np.nan, np.inf):
+        assert_refused(forged(saved, lambda description, tensors, value=value: description["progress"].update(
+            loss_sum=value)), "no checkpoint of char-gru")
 
 
 @pytest.mark.parametrize("number", [0, 2, "1", None, [], 10**40])

@@ -1,31 +1,190 @@
 """Text from files, from the download and from Python's own documentation."""
 
+import codecs
+import contextlib
+import gzip
 import hashlib
 import http.server
+import io
 import os
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from char_gru.rnn import corpus
+from char_gru.rnn import corpus, texts
 from char_gru.rnn.batches import ShuffledWindows
 from char_gru.rnn.config import UserError
 from char_gru.rnn.corpus import load_corpus
 from char_gru.rnn.vocabulary import Vocabulary
-from tests.helpers.commands import TINY, assert_refused, run
+from tests.helpers.commands import ROOT, TINY, assert_refused, run, running, wait_until
+
+NO_PROXY = {name: "" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
 
 PLAY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"
 
 
-def test_newlines_are_kept_as_they_are(tmp_path):
-    raw = b"one\r\ntwo\nthree\rfour\n\n"
+@pytest.mark.parametrize("chunk", [1 << 20, 1, 2, 3])
+def test_line_ends_become_newlines_unless_they_are_kept(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(texts, "CHUNK", chunk)
+    raw = "one\r\ntwo é🦊\nthree\rfour\r\r\n\n\r".encode()
     (tmp_path / "lines.txt").write_bytes(raw)
-    text = load_corpus((str(tmp_path / "lines.txt"),))
-    assert text.text.encode() == raw
-    assert text.name == "lines"
-    assert text.sha256 == hashlib.sha256(raw).hexdigest()
+    kept = load_corpus((str(tmp_path / "lines.txt"),), newline="keep")
+    assert kept.text.encode() == raw
+    assert kept.name == "lines"
+    assert kept.sha256 == hashlib.sha256(raw).hexdigest()
+    text = load_corpus((str(tmp_path / "lines.txt"),)).text
+    assert text == "one\ntwo é🦊\nthree\nfour\n\n\n\n"
+
+
+@pytest.mark.parametrize("newline", ["unix", "keep"])
+def test_byte_order_mark_of_every_file_is_dropped(tmp_path, newline):
+    names = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    for name in names:
+        Path(name).write_bytes(b"\xef\xbb\xbfone \xef\xbb\xbf")
+    assert load_corpus(tuple(names), newline=newline).text == "one \ufeffone \ufeff"
+    assert load_corpus((names[0],), "utf-8-sig").text == "one \ufeff"
+
+
+@pytest.mark.parametrize(("written", "encoding"), [
+    ("utf-16", "utf-8"), ("utf-32", "utf-8"), ("utf-16", "UTF8"), ("utf-16", "utf-16"), ("utf-16", "utf-16-le")])
+def test_utf_16_is_known_by_its_byte_order_mark(tmp_path, written, encoding):
+    (tmp_path / "notepad.txt").write_bytes("naïve 🦊\r\n".encode(written))
+    assert load_corpus((str(tmp_path / "notepad.txt"),), encoding).text == "naïve 🦊\n"
+
+
+def test_big_endian_utf_16_is_known_by_its_byte_order_mark(tmp_path):
+    (tmp_path / "text.txt").write_bytes(codecs.BOM_UTF16_BE + "naïve".encode("utf-16-be"))
+    assert load_corpus((str(tmp_path / "text.txt"),)).text == "naïve"
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "packed"])
+def test_gzip_is_known_by_its_first_bytes_and_unpacked(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(texts, "CHUNK", 3)
+    (tmp_path / name).write_bytes(gzip.compress(b"one\r\n") + gzip.compress("zwölf\n".encode()))
+    text = load_corpus((str(tmp_path / name),))
+    assert text.text == "one\nzwölf\n"
+    assert text.name == name.removesuffix(".txt.gz")
+
+
+def test_damaged_gzip_is_refused(tmp_path):
+    path, packed = tmp_path / "a.gz", bytearray(gzip.compress(b"any text"))
+    path.write_bytes(packed[:-9])
+    refused_text(path, "is damaged or cut short")
+    packed[-1] ^= 1
+    path.write_bytes(packed)
+    refused_text(path, "is damaged or cut short")
+    packed[12] ^= 0xff
+    path.write_bytes(packed)
+    refused_text(path, "is damaged or cut short")
+
+
+def refused_text(path: Path, *parts: str, **options) -> None:
+    """Assert that the text of a file is refused in one line that names it."""
+    with pytest.raises(UserError) as caught:
+        load_corpus((str(path),), **options)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert str(path) in message and all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(("raw", "part"), [
+    (b"ab\0c", "is binary, or not {encoding}: its character 2 is NUL"), (bytes(100), "character 0 is NUL"),
+    (b"%PDF-1.7 text", "a PDF document"), (b"{\\rtf1 text}", "an RTF document"), (b"PK\x03\x04", ".docx"),
+    (gzip.compress(bytes(10)), "binary")])
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_what_is_no_plain_text_is_refused(tmp_path, raw, part, encoding):
+    (tmp_path / "file").write_bytes(raw)
+    refused_text(tmp_path / "file", part.format(encoding=encoding), encoding=encoding)
+
+
+def test_gigabytes_of_zeros_are_refused_at_once(tmp_path):
+    with open(tmp_path / "zeros", "wb") as file:
+        file.truncate(2 << 30)
+    started = time.perf_counter()
+    refused_text(tmp_path / "zeros", "binary")
+    assert time.perf_counter() - started < 0.5
+
+
+def test_devices_are_refused():
+    for name in ("/dev/zero", "/dev/null", "/dev/random"):
+        refused_text(Path(name), "is no file, but a device")
+
+
+def test_named_pipe_is_read_and_bounded(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+
+    def write() -> None:
+        with contextlib.suppress(BrokenPipeError):
+            (tmp_path / "pipe").write_bytes(b"one\r\ntwo")
+
+    for limit in (8, 7):
+        monkeypatch.setattr(texts, "UNSIZED_LIMIT", limit)
+        thread = threading.Thread(target=write)
+        thread.start()
+        if limit == 8:
+            assert load_corpus((str(tmp_path / "pipe"),)).text == "one\ntwo"
+        else:
+            refused_text(tmp_path / "pipe", "more than 0 MiB", "save it in a file")
+        thread.join()
+
+
+def test_what_a_gzip_unpacks_to_is_bounded(tmp_path, monkeypatch):
+    (tmp_path / "bomb").write_bytes(gzip.compress(b"a" * (1 << 22)))
+    (tmp_path / "text").write_bytes(b"a" * (1 << 22))
+    monkeypatch.setattr(texts, "UNSIZED_LIMIT", 3 << 20)
+    refused_text(tmp_path / "bomb", "more than 3 MiB")
+    assert len(load_corpus((str(tmp_path / "text"),)).text) == 1 << 22
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch) -> Path:
+    """A folder of texts, its files made in another order than that of their paths; the current folder is above it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shelf" / "c").mkdir(parents=True)
+    for name, text in (("d.txt", "d"), ("b.txt", "b"), ("c/e.txt.gz", "e"), ("c/a.md", "a"), ("empty.txt", ""),
+                       (".hidden", "h"), ("c/.git", "g")):
+        raw = text.encode()
+        (tmp_path / "shelf" / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    return Path("shelf")
+
+
+@pytest.mark.parametrize(("data", "text", "name"), [
+    (("shelf",), "b|a|e|d", "shelf"), (("shelf/",), "b|a|e|d", "shelf"), (("shelf/*.txt",), "b|d", "b"),
+    (("shelf/**/*.[tm]*",), "b|a|e|d", "b"), (("shelf/d.txt", "shelf/c"), "d|a|e", "d"), ((".",), "b|a|e|d", None)])
+def test_folder_and_pattern_are_read_in_the_order_of_paths(shelf, data, text, name):
+    corpus = load_corpus(data, separator="|")
+    assert corpus.text == text
+    assert corpus.source == data
+    assert corpus.name == (name or Path.cwd().name)
+    assert "".join(Path(file).stem[0] for file in corpus.files) == text.replace("|", "")
+    assert load_corpus(data).text == text.replace("|", "")
+
+
+def test_folder_or_pattern_without_text_is_refused(shelf):
+    (shelf / "none").mkdir()
+    for name in ("shelf/none", "shelf/*.pdf", "shelf/empty*"):
+        refused_text(name, "no file with text")
+
+
+def test_file_that_is_no_text_is_named_among_those_of_a_folder(shelf):
+    (shelf / "c" / "picture").write_bytes(b"\x89PNG\r\n\x1a\n\0")
+    with pytest.raises(UserError, match="shelf/c/picture is binary, or not utf-8: byte 0x89 at offset 0"):
+        load_corpus(("shelf",))
+
+
+def test_offset_of_a_bad_byte_is_that_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "CHUNK", 4)
+    for raw, offset in (("12🦊45".encode() + b"\xff", 8), ("123🦊".encode()[:-1], 3), (b"12345\xc3ab", 5)):
+        (tmp_path / "text").write_bytes(b"\xef\xbb\xbf" + raw)
+        refused_text(tmp_path / "text", f"at offset {offset + 3};")
+
+
+def test_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
+    (tmp_path / "a[1].txt").write_text("text", "utf-8")
+    assert load_corpus(str(tmp_path / "a[1].txt")).text == "text"
 
 
 def test_files_are_read_one_after_the_other(tmp_path):
@@ -68,11 +227,9 @@ def test_unusable_file_is_refused_with_its_name_and_the_reason(tmp_path, raw, en
     assert str(path) in message or "--encoding" in message
 
 
-def test_missing_file_and_folder_are_refused(tmp_path):
-    with pytest.raises(UserError, match="No such file.*shakespeare or python-docs"):
+def test_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="No such file.*--data takes.*shakespeare or python-docs"):
         load_corpus((str(tmp_path / "missing.txt"),))
-    with pytest.raises(UserError, match="Is a directory; --data takes files"):
-        load_corpus((str(tmp_path),))
 
 
 def test_python_docs_are_a_long_text_and_need_no_network():
@@ -83,11 +240,14 @@ def test_python_docs_are_a_long_text_and_need_no_network():
 
 
 class Mirrors:
-    """Web servers' files by path, on 127.0.0.1; `requested` lists the paths asked for."""
+    """Web servers' files by path, on 127.0.0.1, and addresses to which paths are redirected; `requested` lists the
+    paths asked for; `pause`: seconds before each byte that is sent."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
+        self.redirects: dict[str, str] = {}
         self.requested: list[str] = []
+        self.pause = 0.0
 
     @contextmanager
     def serving(self, monkeypatch, paths: tuple[str, ...]):
@@ -98,15 +258,22 @@ class Mirrors:
             def do_GET(self) -> None:
                 mirrors.requested.append(self.path)
                 body = mirrors.files.get(self.path)
-                self.send_response(404 if body is None else 200)
+                if self.path in mirrors.redirects:
+                    self.send_response(302)
+                    self.send_header("Location", mirrors.redirects[self.path])
+                else:
+                    self.send_response(404 if body is None else 200)
                 self.send_header("Content-Length", str(len(body or b"")))
                 self.end_headers()
-                self.wfile.write(body or b"")
+                with contextlib.suppress(ConnectionError):
+                    for start in range(0, len(body or b""), 1 if mirrors.pause else 1 << 16):
+                        time.sleep(mirrors.pause)
+                        self.wfile.write(body[start:start + (1 if mirrors.pause else 1 << 16)])
 
             def log_message(self, *_) -> None:
                 pass
 
-        with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
             address = f"http://127.0.0.1:{server.server_port}"
             monkeypatch.setattr(corpus, "SHAKESPEARE_URLS", tuple(address + path for path in paths))
             thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -156,6 +323,57 @@ def test_damaged_copy_in_the_cache_is_fetched_again(mirrors, monkeypatch, tmp_pa
         cached.write_bytes(PLAY[:10])
         assert load_corpus(("shakespeare",)).text.encode() == PLAY
     assert mirrors.requested == ["/play", "/play"]
+
+
+def test_server_that_sends_byte_after_byte_is_given_up(mirrors, monkeypatch):
+    monkeypatch.setattr(corpus, "DOWNLOAD_SECONDS", 0.3)
+    mirrors.files["/play"], mirrors.pause = PLAY, 0.02
+    started = time.perf_counter()
+    with mirrors.serving(monkeypatch, ("/play",)), pytest.raises(UserError, match=r"Shakespeare \(TimeoutError\)"):
+        load_corpus(("shakespeare",))
+    assert time.perf_counter() - started < 2
+
+
+def test_download_that_is_longer_than_shakespeare_is_given_up(mirrors, monkeypatch):
+    monkeypatch.setattr(corpus, "SHAKESPEARE_BYTES", len(PLAY) - 1)
+    mirrors.files["/play"] = PLAY
+    with mirrors.serving(monkeypatch, ("/play",)), pytest.raises(UserError, match="ValueError"):
+        load_corpus(("shakespeare",))
+
+
+def test_redirect_stays_with_the_kind_of_address(mirrors, monkeypatch):
+    """As the true mirrors' addresses begin with https, no redirect leaves it."""
+    assert all(url.startswith("https://") for url in corpus.SHAKESPEARE_URLS)
+    mirrors.files["/play"] = PLAY
+    mirrors.redirects = {"/away": "https://127.0.0.1:9/", "/near": "/play"}
+    with mirrors.serving(monkeypatch, ("/away",)), pytest.raises(UserError, match="InvalidSchema"):
+        load_corpus(("shakespeare",))
+    with mirrors.serving(monkeypatch, ("/near",)):
+        assert load_corpus(("shakespeare",)).text.encode() == PLAY
+
+
+def test_killed_download_leaves_nothing_in_the_cache(mirrors, monkeypatch, tmp_path):
+    code = """if True:
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        from char_gru.rnn import corpus
+        corpus.SHAKESPEARE_URLS = sys.argv[2:]
+        corpus.load_corpus(("shakespeare",))"""
+    mirrors.files["/play"], mirrors.pause = PLAY, 0.02
+    with mirrors.serving(monkeypatch, ("/play",)):
+        with running(code, ROOT, *corpus.SHAKESPEARE_URLS, cwd=tmp_path, environ=NO_PROXY) as process:
+            wait_until(lambda: mirrors.requested, process)
+            time.sleep(0.1)
+        assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_terminal_shows_how_far_a_download_is(mirrors, monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    mirrors.files["/play"] = PLAY
+    with mirrors.serving(monkeypatch, ("/play",)), contextlib.redirect_stderr(terminal):
+        load_corpus(("shakespeare",))
+    assert "fetching Shakespeare" in terminal.getvalue()
 
 
 def test_failed_download_is_refused_when_asked_for_and_replaced_by_python_docs_otherwise(mirrors, monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """`generate.py` as its users run it: its output, when two texts are equal, and the input that it refuses."""
 
+import contextlib
+import gzip
 import json
 import math
 import os
@@ -11,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from char_gru.rnn import commands
+from char_gru.rnn import commands, texts
 from char_gru.rnn.sampler import Generator
-from tests.helpers.commands import DEADLINE, TINY, assert_refused, make_text, run, running, train
+from tests.helpers.commands import DEADLINE, TINY, assert_refused, make_text, run, running, train, train_here
 
 RULE = "\n----------\n"
 """What stands between two texts."""
@@ -84,7 +86,7 @@ def test_seed_that_was_not_given_is_told_on_stderr_and_writes_the_text_again(fol
     assert capfd.readouterr() == (first, "")
 
 
-@pytest.mark.parametrize("prompt", ["the ", "the dög 🦊\n", "- ", "--length", "a\r"], ids=ascii)
+@pytest.mark.parametrize("prompt", ["the ", "the dög 🦊\n", "- ", "--lengths", "\ta"], ids=ascii)
 def test_prompt_from_stdin_and_from_a_file_are_as_one_on_the_command_line(folder, write, tmp_path, prompt):
     (tmp_path / "prompt.txt").write_bytes(prompt.encode())
     options = ("--length", 20, "--seed", 1, "--on-unknown", "unk")
@@ -217,6 +219,27 @@ def test_options_that_keep_every_character_change_nothing(write):
     assert write(*options) == write(*options, "--top-k", 10**6, "--top-p", 1, "--min-p", 0, "--temperature", 1)
 
 
+def test_line_ends_and_byte_order_mark_of_a_prompt_are_those_of_the_text_learnt(folder, write, tmp_path):
+    options = ("--length", 20, "--seed", 1)
+    expected = write("--prompt", "the\nfox\n", *options)
+    for name, raw in (("unix", b"the\nfox\n"), ("dos", b"\xef\xbb\xbfthe\r\nfox\r\n"), ("mac", b"the\rfox\r"),
+                      ("notepad", "the\r\nfox\r\n".encode("utf-16")), ("gzip", gzip.compress(b"the\nfox\n"))):
+        (tmp_path / name).write_bytes(raw)
+        assert write("--prompt-file", tmp_path / name, *options) == expected, name
+    piped = run("generate.py", "run", "--prompt", "-", *options, cwd=folder, stdin="the\r\nfox\r\n".encode("utf-16"))
+    assert piped.stdout == expected
+    assert write("--prompt", "the\r\nfox\r", *options) == expected
+
+
+def test_model_that_has_learnt_returns_reads_them(tmp_path, capfdbinary):
+    (tmp_path / "text.txt").write_bytes(b"the quick\r\nfox\r\n" * 40)
+    with chdir(tmp_path):
+        train_here("--data", "text.txt", "--newline", "keep", *TINY, "--steps", 2, cwd=tmp_path)
+        capfdbinary.readouterr()
+        assert commands.generate(["run", "--prompt", "the\r\n", "--length", "3", "--seed", "1"]) == 0
+    assert capfdbinary.readouterr().out.startswith(b"the\r\n")
+
+
 # Which model is read
 
 def test_run_folder_checkpoint_file_and_newest_run_are_found(folder, write, capfd, tmp_path):
@@ -302,6 +325,49 @@ def test_text_without_a_length_ends_with_its_stop_string(write):
     assert write("--length", 0, "--seed", 1, "--stop", stop) == longest[:longest.index(stop) + 3] + "\n"
 
 
+def on_a_terminal(*arguments: object, cwd: Path, stream: str) -> tuple[int, str]:
+    """Run `generate.py` with stdout or stderr on a terminal; returns its exit status and what the terminal gets."""
+    terminal, end = os.openpty()
+    with running("generate.py", *arguments, cwd=cwd, **{stream: end}) as process:
+        os.close(end)
+        said = b""
+        with contextlib.suppress(OSError):  # raised when the last writer has closed the terminal
+            while piece := os.read(terminal, 1 << 16):
+                said += piece
+        os.close(terminal)
+        return process.wait(DEADLINE), said.decode()
+
+
+def test_control_characters_of_a_text_reach_a_pipe_but_no_terminal(tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"\x1b]0;title\x07\r\x7f\xc2\x9b31m\t" * 60)
+    folder = train("--data", "text.txt", "--newline", "keep", *TINY, "--steps", 2, cwd=tmp_path).parent
+    arguments = ("run", "--prompt", "\x1b]0;\t", "--length", 200, "--seed", 1)
+    piped = run("generate.py", *arguments, cwd=folder).stdout
+    assert set("\x1b\x07\r\x7f\x9b\t") < set(piped)
+    status, shown = on_a_terminal(*arguments, cwd=folder, stream="stdout")
+    assert status == 0
+    assert not set(shown) & set("\x1b\x07\x7f\x9b") and shown.count("\r") == shown.count("\r\n")
+    assert shown.startswith(r"\x1b]0;") and "\t" in shown
+
+
+def test_prompt_typed_at_a_terminal_ends_with_one_ctrl_d(folder):
+    terminal, end = os.openpty()
+    with running("generate.py", "run", "--prompt", "-", "--length", 5, "--seed", 1, cwd=folder, stdin=end) as process:
+        os.close(end)
+        assert process.stderr.readline().startswith(b"reading stdin; Ctrl-D")
+        os.write(terminal, b"the\n\x04")
+        assert process.stdout.read().startswith(b"the\n") and process.wait(DEADLINE) == 0
+    os.close(terminal)
+
+
+def test_error_line_has_a_bounded_length_and_no_control_characters(folder, refused):
+    for name in ("x" * 80_000, "\x1b[2J\n" * 100, "\u202e\u2028\x9b" * 2000):
+        said = refused("run", "--prompt-file", name) + refused("run", name)
+        assert all(len(line) < 1100 and line.isprintable() for line in said.splitlines())
+    said = refused("run", "--prompt", "".join(map(chr, range(0x4e00, 0x9000))))
+    assert "'一' '丁'" in said and "and 16,876 more" in said and "--on-unknown" in said
+
+
 # Scoring
 
 def test_score_is_one_line_of_json_of_the_texts_own_loss(folder, write, tmp_path):
@@ -331,6 +397,26 @@ def test_file_that_has_no_score_is_refused(refused, tmp_path, raw, part):
     if raw is not None:
         (tmp_path / "text.txt").write_bytes(raw)
     assert part in refused("run", "--score", tmp_path / "text.txt")
+
+
+def test_score_reads_the_line_ends_of_the_text_learnt(write, tmp_path):
+    for name, raw in (("unix", b"the\nfox\n"), ("dos", b"\xef\xbb\xbfthe\r\nfox\r\n")):
+        (tmp_path / name).write_bytes(raw)
+    assert write("--score", tmp_path / "dos") == write("--score", tmp_path / "unix")
+
+
+@pytest.mark.parametrize("option", ["--score", "--prompt-file"])
+def test_input_without_an_end_is_refused(refused, tmp_path, option):
+    assert "is no file, but a device" in refused("run", option, "/dev/zero")
+    (tmp_path / "zeros").write_bytes(bytes(100))
+    assert "binary" in refused("run", option, tmp_path / "zeros")
+
+
+def test_prompt_beyond_its_limit_is_refused(folder, refused, tmp_path, monkeypatch):
+    (tmp_path / "long").write_bytes(b"a" * (texts.PROMPT_LIMIT + 1))
+    assert "more than 16 MiB" in refused("run", "--prompt-file", tmp_path / "long")
+    result = run("generate.py", "run", "--prompt", "-", cwd=folder, stdin=b"y\n" * texts.PROMPT_LIMIT)
+    assert_refused(result.returncode, result.stdout, result.stderr, "stdin has more than 16 MiB")
 
 
 def test_texts_of_several_files_and_of_stdin_are_scored_in_one_process(folder, tmp_path):
@@ -392,6 +478,28 @@ def test_file_among_others_that_has_no_score_is_named(refused, tmp_path):
 
 # Bad input
 
+def test_option_where_a_text_is_due_is_not_taken_for_it(refused, write):
+    for option in ("--prompt", "--stop", "--temperature"):
+        for other in ("--length", "--length=5", "--top-k"):
+            said = refused("run", option, other, 5)
+            assert f"{option} has no value before {other}; if that is its value, write {option}={other}" in said
+    assert write("--prompt=--length", "--length", 5, "--on-unknown", "skip").startswith("--length")
+
+
+@pytest.mark.parametrize(("arguments", "meant"), [
+    (("--temprature", "1"), "did you mean --temperature?"), (("--tempraturee=1",), "did you mean --temperature?"),
+    (("--nothing-like-it",), "--nothing-like-it; see"), (("the fox",), "did you mean --prompt the fox?"),
+    (("the fox", "--lenght", "5"), "did you mean --length?")])
+def test_mistyped_command_line_is_told_what_it_may_mean(refused, arguments, meant):
+    assert meant in refused("run", *arguments)
+
+
+def test_empty_argument_is_refused(refused):
+    assert "an argument is empty" in refused("")
+    assert "--prompt-file is empty" in refused("run", "--prompt-file", "")
+    assert "--prompt-file is empty" in refused("run", "--prompt-file=")
+
+
 @pytest.mark.parametrize(("option", "value", "part"), [
     ("--temperature", "-1", "at least 0"), ("--temperature", "nan", "at least 0"),
     ("--temperature", "inf", "at least 0"), ("--temperature", "warm", "--temperature"),
@@ -421,7 +529,7 @@ def test_bad_command_lines_are_refused_in_a_process_of_their_own(folder):
 
 
 @pytest.mark.parametrize(("raw", "part"), [
-    (None, "No such file"), (b"abc\xff", "not UTF-8: byte 0xff at offset 3")])
+    (None, "No such file"), (b"abc\xff", "not utf-8: byte 0xff at offset 3")])
 def test_bad_prompt_file_is_refused(refused, tmp_path, raw, part):
     if raw is not None:
         (tmp_path / "prompt.txt").write_bytes(raw)

@@ -1,5 +1,6 @@
 """`train.py` as its users run it: the files that a run leaves, how it ends, and that a resumed run is the same run."""
 
+import gzip
 import json
 import math
 import random
@@ -149,6 +150,54 @@ def test_run_without_a_name_takes_the_next_free_one_under_runs(folder):
         assert sorted(path.name for path in (folder / "runs").iterdir()) == ["text", "text-2", "text-3"]
         assert commands.train(["--resume", "--steps", "2"]) == 0
     assert [len(metrics(folder / "runs" / name)) for name in ("text", "text-2", "text-3")] == [2, 2, 4]
+
+
+def test_text_of_a_folder_is_named_file_by_file(folder, capfd):
+    (folder / "shelf").mkdir()
+    for name in ("b", "a", "c\x1b"):
+        make_text(folder / "shelf" / name)
+    run_folder = train_here("--data", "shelf", "--separator", "--", *TINY, "--steps", 1, cwd=folder)
+    assert r"text: 1,204 characters in 3 files: shelf/a, shelf/b, shelf/c\x1b" in capfd.readouterr().err.splitlines()
+    config = json.loads((run_folder / "config.json").read_text())
+    assert config["data"] == ["shelf"] and config["files"] == ["shelf/a", "shelf/b", "shelf/c\x1b"]
+    assert config["separator"] == "--"
+    train_here("--resume", "--steps", 2, cwd=folder)
+    capfd.readouterr()
+    make_text(folder / "shelf" / "d")
+    assert "shelf is not the one" in refused_here(folder, capfd, "--resume", "--out", "run")
+
+
+def test_text_from_stdin_is_that_of_a_file_and_is_given_again_to_resume(folder):
+    text = (folder / "text.txt").read_bytes()
+    expected = train_here(*TEXT, "--steps", 3, cwd=folder)
+    piped = folder / "piped"
+    for steps, resume in ((3, ()), (4, ("--resume",))):
+        result = run("train.py", "--data", "-", *TINY, "--steps", steps, "--out", "piped", *resume, cwd=folder,
+                     stdin=gzip.compress(text))
+        assert result.returncode == 0 and "400 characters: stdin" in result.stderr, result.stderr
+        assert (piped / "metrics.jsonl").read_bytes().startswith((expected / "metrics.jsonl").read_bytes())
+    assert json.loads((piped / "config.json").read_text())["data"] == ["-"]
+    result = run("train.py", "--resume", "--out", "piped", "--steps", 5, cwd=folder)
+    assert_refused(result.returncode, result.stdout, result.stderr, "stdin is empty")
+
+
+def test_run_from_before_marks_and_line_ends_were_changed_resumes_with_its_text(folder):
+    text = b"\xef\xbb\xbf" + b"the quick\r\nfox\r\n" * 40
+    (folder / "text.txt").write_bytes(text[:3] + text)  # the first mark is dropped
+    last = train_here(*TEXT, "--newline", "keep", "--steps", 2, cwd=folder) / "last.safetensors"
+    (folder / "text.txt").write_bytes(text)
+    checkpoint = load_checkpoint(last)
+    for option in ("newline", "separator"):
+        del checkpoint.resumable.progress["config"][option]
+    save_checkpoint(last, checkpoint)
+    train_here("--resume", "--steps", 3, cwd=folder)
+    assert {*"\r\ufeff"} < {*load_checkpoint(last).vocabulary.characters}
+
+
+def test_text_with_other_line_ends_is_the_same_text(finished, folder):
+    text = (folder / "text.txt").read_bytes()
+    (folder / "text.txt").write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
+    assert_equal_runs(train_here(*FINISHED, cwd=folder), finished)
 
 
 def test_folder_in_which_a_process_trains_is_refused_with_its_id(folder):
@@ -527,6 +576,7 @@ def refused_here(folder: Path, capfd, *arguments: object) -> str:
 @pytest.mark.parametrize(("raw", "arguments", "parts"), [
     (None, (), ("cannot read bad.txt", "No such file")),
     (b"", (), ("bad.txt is empty",)),
+    (bytes(10_000), (), ("bad.txt is binary",)),
     (b"abc" * 10, ("--val-fraction", 0), ("30 characters", "6,464", "--batch-size 64", "--seq-length 100")),
     (b"abc" * 10, ("--val-fraction", 0, "--stateful"), ("30 characters", "6,401")),
     (b"abc" * 3000, ("--val-fraction", 0.001), ("9 characters", "64 rows", "--val-fraction")),
@@ -570,6 +620,20 @@ def test_model_that_fits_no_memory_is_refused(folder, capfd, option, value):
 @pytest.mark.parametrize("arguments", [("--no-such-option",), ("--steps", "abc"), ("stray",), ("--steps",)])
 def test_bad_command_line_is_refused(folder, arguments):
     assert arguments[0] in refused(folder, *arguments)
+
+
+@pytest.mark.parametrize(("arguments", "part"), [
+    (("text.txt",), "did you mean --data text.txt?"), (("--steps", 3, "a.txt", "b.txt"), "--data a.txt b.txt?"),
+    (("--learing-rate", 1e-3), "did you mean --learning-rate?"), (("--rnn_unit", 16), "did you mean --rnn-units?"),
+    (("--data",), "--data has no value"), (("--data", "--steps", 3), "--data has no value before --steps"),
+    (("--separator", "--out", "run"), "--separator has no value before --out"),
+    ((*TEXT, "--out", ""), "--out is empty"), ((*TEXT, "--out="), "--out is empty"),
+    (("--data", ""), "--data is empty"),
+    (("--data", "/dev/zero"), "is no file, but a device"), ((*TEXT, "--separator", "\udcff"), "--separator is"),
+    (("--data", "-", "-"), "only once"),
+])
+def test_mistaken_command_line_is_told_what_it_lacks(folder, capfd, arguments, part):
+    assert part in refused_here(folder, capfd, *arguments)
 
 
 def test_options_that_contradict_each_other_are_refused(folder, capfd):
@@ -648,15 +712,15 @@ def test_command_line_starts_without_loading_what_it_may_not_need():
     result = run(code, ROOT, cwd=ROOT)
     loaded = set(result.stdout.split())
     assert "char_gru.rnn.commands" in loaded
-    assert not loaded & {"matplotlib", "cupy", "numpy", "pooch", "requests", "safetensors", "char_gru.rnn.training",
-                         "char_gru.rnn.model"}
+    assert not loaded & {"matplotlib", "cupy", "numpy", "platformdirs", "requests", "safetensors",
+                         "char_gru.rnn.training", "char_gru.rnn.model"}
 
 
 def test_training_loads_no_plotting_and_no_gpu_library_before_it_needs_them():
     code = "import sys; sys.path.insert(0, sys.argv[1]); import char_gru.rnn.training; print(*sys.modules)"
     loaded = set(run(code, ROOT, cwd=ROOT).stdout.split())
     assert "char_gru.rnn.training" in loaded
-    assert not loaded & {"matplotlib", "cupy", "pooch", "requests"}
+    assert not loaded & {"matplotlib", "cupy", "platformdirs", "requests"}
 
 
 def test_help_names_every_option(tmp_path):
