@@ -10,7 +10,7 @@ import pathlib
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Generator": "rnn.sampler", "Score": "rnn.sampler", "LanguageModel": "rnn.model", "Sizes": "rnn.config",
+    "Generator": "rnn.sampler", "Score": "rnn.scoring", "LanguageModel": "rnn.model", "Sizes": "rnn.config",
     "UserError": "rnn.config", "load_corpus": "rnn.corpus", "Vocabulary": "rnn.vocabulary",
     "ShuffledWindows": "rnn.batches", "ContiguousStreams": "rnn.batches", "op_set": "rnn.devices",
 }

@@ -63,7 +63,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """
     tensors = _tensors(checkpoint)
     description = {"format": FORMAT, "sizes": asdict(checkpoint.sizes),
-                   "vocabulary": checkpoint.vocabulary.characters,
+                   "vocabulary": checkpoint.vocabulary.characters, "beginning": checkpoint.vocabulary.beginning,
                    "progress": checkpoint.resumable.progress if checkpoint.resumable else None}
     description["sha256"] = _digest(description, tensors)
     write_atomically(path, safetensors_numpy.save(tensors, {METADATA_KEY: json.dumps(description)}))
@@ -239,7 +239,8 @@ def _checkpoint(description: dict, tensors: dict[str, np.ndarray]) -> Checkpoint
     resumable = None
     if progress is not None:
         resumable = Resumable(group("adam.m."), group("adam.v."), tensors["state"], progress)
-    return Checkpoint(sizes, Vocabulary(description["vocabulary"]), group(""), resumable)
+    vocabulary = Vocabulary(description["vocabulary"], description.get("beginning", "\n"))  # older files have none
+    return Checkpoint(sizes, vocabulary, group(""), resumable)
 
 
 def _digest(description: dict, tensors: dict[str, np.ndarray]) -> str:

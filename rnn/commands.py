@@ -11,7 +11,6 @@ import difflib
 import io
 import itertools
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -63,16 +62,11 @@ def generate(arguments: Sequence[str] | None = None) -> int:
         config = _parse(GenerateConfig, arguments, prog="generate.py")
         if sys.stdout is None:
             raise UserError("stdout is closed, and what is written there would be lost; send it to a file or a program")
+        if config.score:
+            return _print_scores(config)
         with ended_at_once():
             from char_gru.rnn.sampler import Generator, new_seed
-        from char_gru.rnn.texts import read_text
 
-        if config.score is not None:
-            text, generator = read_text(config.score), Generator.load(config.run, config.device)
-            score = generator.score(generator.vocabulary.line_ends(text), config.on_unknown)
-            print(json.dumps({"loss": score.loss, "bits_per_char": score.loss / math.log(2),
-                              "characters": score.characters}))
-            return 0
         prompts = _prompts(config)
         seed = new_seed() if config.seed is None else config.seed
         generator = Generator.load(config.run, config.device)
@@ -83,7 +77,7 @@ def generate(arguments: Sequence[str] | None = None) -> int:
             min_p=config.min_p, stop=config.stop, seed=seed, on_unknown=config.on_unknown)
         if config.seed is None:
             print(f"--seed {seed}", file=sys.stderr)
-        return _print_texts(rows, pieces)
+        return (_print_json if config.format == "jsonl" else _print_texts)(rows, pieces, replace(config, seed=seed))
 
     return _reporting("generate.py", command)
 
@@ -172,7 +166,7 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
             complain(prog, error)
         elif type(error).__name__ in ("CUDARuntimeError", "CUDADriverError"):  # of CuPy, which a CPU does without
             atexit.register(_end_at_once, error)
-            complain(prog, f"the GPU failed: {error}; what was saved before still stands")
+            complain(prog, f"the GPU failed: {error}{_kept(prog)}")
         else:
             raise
     except BrokenPipeError:  # the reader of stdout has closed it
@@ -180,10 +174,14 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
         return 0
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        complain(prog, f"cannot read or write{where}: {error.strerror or error}; what was saved before still stands")
+        complain(prog, f"cannot read or write{where}: {error.strerror or error}{_kept(prog)}")
     except MemoryError as error:
         complain(prog, f"not enough memory ({error}); lower --batch-size, --seq-length, --rnn-units or --num-samples")
     return USAGE_ERROR
+
+
+def _kept(prog: str) -> str:
+    return "; what was saved before still stands" if prog == "train.py" else ""
 
 
 def _prompts(config: GenerateConfig) -> list[str]:
@@ -195,23 +193,95 @@ def _prompts(config: GenerateConfig) -> list[str]:
     return prompts or [""]
 
 
-def _print_texts(prompts: list[str], pieces: Iterator[list[str]]) -> int:
-    """Write all texts to stdout, a line of dashes between two: the first text piece by piece, as it is made, the other
-    texts at the end. Ctrl-C and SIGTERM end all texts where they are. Returns the exit status.
+def _print_texts(prompts: list[str], pieces: Iterator[list[str]], config: GenerateConfig) -> int:
+    """Write all texts to stdout: the first text piece by piece, as it is made, the other texts at the end. Ctrl-C and
+    SIGTERM end all texts where they are. Returns the exit status.
     """
-    status, other_texts = 0, [[prompt] for prompt in prompts[1:]]
+    status, other_texts, last_piece = 0, [[prompt] for prompt in prompts[1:]], ""
     _write(prompts[0])
     try:
         for first_piece, *other_pieces in pieces:
             for text, piece in zip(other_texts, other_pieces):
                 text.append(piece)
+            last_piece = first_piece or last_piece
             _write(first_piece)  # last, since Ctrl-C most likely comes here
     except KeyboardInterrupt as stop:
         status = status_after(stop)
-    for text in other_texts:
-        _write("\n" + "-" * 10 + "\n" + "".join(text))
-    _write("\n")
+    ends_line = any(wanted.endswith("\n") for wanted in config.stop)
+    only_lines = "\n" in config.stop and not any("\n" in prompt for prompt in prompts)
+    for text in (*other_texts, None):
+        if config.separator is not None:
+            _write(config.separator)
+        else:
+            line_end = "" if ends_line and last_piece.endswith("\n") else "\n"
+            _write(line_end if only_lines or text is None else line_end + "-" * 10 + "\n")
+        if text is not None:
+            last_piece = "".join(text)
+            _write(last_piece)
     return status
+
+
+def _print_json(prompts: list[str], pieces: Iterator[list[str]], config: GenerateConfig) -> int:
+    """Write a line of JSON for each text, in their order, each as soon as it and those before it have ended. Ctrl-C
+    and SIGTERM end all texts where they are. Returns the exit status.
+    """
+    status, texts, written = 0, [""] * len(prompts), 0
+
+    def write_line(end: str) -> None:
+        _write(json.dumps({
+            "prompt": prompts[written], "sample": written % config.num_samples + 1, "text": texts[written], "end": end,
+            "seed": config.seed, "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p,
+            "min_p": config.min_p}) + "\n")
+
+    try:
+        for pieces_of_texts in pieces:
+            texts = [text + piece for text, piece in zip(texts, pieces_of_texts)]
+            while written < len(texts) and (end := _end(texts[written], config)):
+                write_line(end)
+                written += 1
+    except KeyboardInterrupt as stop:
+        status = status_after(stop)
+    while written < len(texts):
+        write_line("interrupt")
+        written += 1
+    return status
+
+
+def _end(text: str, config: GenerateConfig) -> str | None:
+    """Why a text has ended: `stop`, `length`, or None if it has not."""
+    if config.stop and text.endswith(config.stop):
+        return "stop"
+    return "length" if config.length and len(text) >= config.length else None
+
+
+def _print_scores(config: GenerateConfig) -> int:
+    """Write lines of JSON about the texts of all files; - is stdin. Returns the exit status."""
+    files = [file for files in config.score for file in files]
+    for file in files:
+        if os.path.isdir(file):
+            raise UserError(f"--score takes files, but {file} is a folder; name a run before --score, not after it")
+    with ended_at_once():
+        from tqdm import tqdm
+
+        from char_gru.rnn.sampler import Generator
+        from char_gru.rnn.scoring import json_lines
+        from char_gru.rnn.texts import read_text
+
+    texts = [read_text(file) for file in files]
+    generator = Generator.load(config.run, config.device)
+    ids_of_texts = []
+    for file, text in zip(files, texts):
+        try:
+            ids_of_texts.append(generator.ids_to_score(generator.vocabulary.line_ends(text), config.on_unknown))
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+    with tqdm(total=sum(len(ids) - 1 for ids in ids_of_texts), unit=" characters", unit_scale=True, disable=None,
+              dynamic_ncols=True, leave=False) as bar:
+        parts = generator.score_parts(ids_of_texts, config.exact, config.per_character, bar.update)
+        for lines in json_lines(parts, generator.vocabulary, files if len(files) > 1 else None):
+            with bar.external_write_mode():
+                _write(lines)
+    return 0
 
 
 def _write(text: str) -> None:

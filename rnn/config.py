@@ -7,6 +7,7 @@ come from here and nowhere else.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
@@ -201,21 +202,41 @@ class GenerateConfig:
     """the same seed writes the same text (default: a new one, told on stderr)"""
     on_unknown: Literal["error", "skip", "unk"] = "error"
     """what to do with characters of a text that the model does not know"""
-    score: Path | None = None
-    """write no text; print how likely the model finds the text of this file, as one line of JSON on stdout: the mean
-    loss in nats per character, the same in bits, and the number of characters scored, which are all but the first"""
+    format: Literal["text", "jsonl"] = "text"
+    """how texts are written: as they are, prompts included; or as a line of JSON each (prompt, sample, text, end, seed
+    and what shaped the drawing), in their order, as soon as each has ended"""
+    separator: str | None = None
+    """what to write after each text (default: a line of dashes between two texts, or, where each text is one line, its
+    line end alone)"""
+    score: Annotated[tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]], tyro.conf.arg(metavar="FILE...")] = ()
+    """write no text; print how likely the model finds the text of each file (- is stdin), as a line of JSON on stdout:
+    the mean loss in nats per character, the same in bits, and the number of characters scored, which are all but the
+    first; for a text that was cut into rows, also their number, the characters that each reads before those it scores,
+    and more than these change the loss"""
+    per_character: bool = False
+    """with --score, print a line of JSON for each character scored before that of its text: its log-probability, its
+    rank and the five likeliest characters with theirs"""
+    exact: bool = False
+    """with --score, read each text as one row from its start, which is many times slower for a long one"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """where to compute; auto takes an NVIDIA GPU if there is one"""
 
     def __post_init__(self) -> None:
         check_length(self.length)
         _require(1 <= self.num_samples < 2**16, "--num-samples", self.num_samples, "from 1 to 65,535")
-        _require(self.seed is None or 0 <= self.seed < 2**63, "--seed", self.seed, "in [0, 2^63)")
+        if self.seed is not None:
+            check_seed(self.seed, 63)
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         if "" in self.stop:
             raise UserError("--stop is empty; give the text at which to stop, or leave the option out")
-        if self.score is not None and (self.prompt or self.prompt_file is not None):
+        if self.score and (self.prompt or self.prompt_file is not None):
             raise UserError("--score writes no text; leave --prompt and --prompt-file out")
+        if () in self.score:
+            raise UserError("--score names no file; give one or several, or - for stdin")
+        if not self.score and (self.per_character or self.exact):
+            raise UserError("--per-character and --exact are for --score; give --score FILE as well")
+        if self.separator is not None and (self.score or self.format == "jsonl"):
+            raise UserError("--separator stands after texts; leave it out with --score and with --format jsonl")
 
 
 def check_length(length: int) -> None:
@@ -223,7 +244,15 @@ def check_length(length: int) -> None:
 
     Raises: UserError.
     """
-    _require(0 <= length < 2**31, "--length", length, "from 0 to 2^31 - 1")
+    _require(_is_integer(length) and 0 <= length < 2**31, "--length", length, "from 0 to 2^31 - 1")
+
+
+def check_seed(seed: int, bits: int = 64) -> None:
+    """Check the seed of random numbers; a run adds the numbers of its epochs to one of 63 bits.
+
+    Raises: UserError.
+    """
+    _require(_is_integer(seed) and 0 <= seed < 2**bits, "--seed", seed, f"in [0, 2^{bits})")
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
@@ -231,10 +260,16 @@ def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -
 
     Raises: UserError naming the option, its value and what is allowed.
     """
+    for option, value in (("--temperature", temperature), ("--top-p", top_p), ("--min-p", min_p)):
+        _require(isinstance(value, numbers.Real), option, value, "a number")
     _require(0 <= temperature < math.inf, "--temperature", temperature, "a number of at least 0")
-    _require(top_k >= 0, "--top-k", top_k, "at least 0")
+    _require(_is_integer(top_k) and top_k >= 0, "--top-k", top_k, "at least 0")
     _require(0 < top_p <= 1, "--top-p", top_p, "in (0, 1]")
     _require(0 <= min_p <= 1, "--min-p", min_p, "in [0, 1]")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral)
 
 
 def _flag(option: str) -> str:

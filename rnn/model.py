@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from char_gru.rnn import cpu
 from char_gru.rnn.batches import Batch
-from char_gru.rnn.config import Sizes
+from char_gru.rnn.checkpoint import Checkpoint, Resumable, find_checkpoint, load_checkpoint, save_checkpoint
+from char_gru.rnn.config import Sizes, UserError
 from char_gru.rnn.params import flat_size, initial_parameters, named_views
+from char_gru.rnn.vocabulary import Vocabulary, checked_ids
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
 
@@ -46,13 +49,18 @@ class LanguageModel:
     before ended; seed, of initial values and dropout; dtype, of all floating arrays (the kernels take float32 only);
     ops, the op set; graph, whether a GPU records a step's launches once and replays them as one CUDA graph, with the
     same results.
+    Raises: ValueError for other arguments.
     """
 
     def __init__(self, sizes: Sizes, T: int, B: int, flat_params: np.ndarray | None = None, *, dropout: float = 0.0,
                  clip_norm: float = 0.0, carry_state: bool = False, seed: int = 0, dtype=np.float32,
                  ops=cpu, graph: bool = True) -> None:
+        if T < 1 or B < 1:
+            raise ValueError(f"T, B: expected at least 1, got {T}, {B}")
         if flat_params is None:
             flat_params = initial_parameters(sizes, "pytorch", seed)
+        if np.shape(flat_params) != (flat_size(sizes),):
+            raise ValueError(f"flat_params: expected shape {(flat_size(sizes),)}, got {np.shape(flat_params)}")
         self.sizes, self.T, self.B, self.ops = sizes, T, B, ops
         self.dropout, self.clip_norm, self.carry_state, self.seed = dropout, clip_norm, carry_state, seed
         self.step = 0
@@ -97,11 +105,11 @@ class LanguageModel:
 
         Shapes: inputs, targets (T, B), integers in [0, V). Returns `loss`, in nats per character, and `grad_norm`,
         before clipping; `float()` gives their values.
+        Raises: ValueError for arrays of another shape, and for other ids.
         """
         t = self.step + 1
         step_size = learning_rate * math.sqrt(1 - BETA_2**t) / (1 - BETA_1**t)
-        self.ops.copy_in(self._ids_tb, inputs)
-        self.ops.copy_in(self._targets_tb, targets)
+        self._copy_in(inputs, targets)
         self.ops.copy_in(self._step_size, np.array([step_size]))
         self.ops.copy_in(self._step_number, np.array([self.step]))
         self._run_step_ops(self)
@@ -113,9 +121,9 @@ class LanguageModel:
 
         Shapes: inputs, targets (T, B). Returns `loss`, `dh0` (layers, B, H) and the gradient of every parameter by
         name, as NumPy arrays.
+        Raises: ValueError as `train_step`.
         """
-        self.ops.copy_in(self._ids_tb, inputs)
-        self.ops.copy_in(self._targets_tb, targets)
+        self._copy_in(inputs, targets)
         self._forward(self.T, self.state, training=True)
         self._backward()
         gradients = {name: self.ops.to_host(gradient) for name, gradient in self.grads.items()}
@@ -125,22 +133,76 @@ class LanguageModel:
         """Mean loss in nats per character over consecutive windows, read from a zero state without dropout.
 
         Shapes: each window up to (T, B), with the same B in every window.
+        Raises: ValueError as `train_step`, and if there is no window.
         """
         state, total, count = self._evaluation_state, 0.0, 0
         self.ops.copy(state, self._zero_state)
         for window in windows:
             T = len(window.inputs_tb)
-            self.ops.copy_in(self._ids_tb[:T], window.inputs_tb)
-            self.ops.copy_in(self._targets_tb[:T], window.targets_tb)
+            if not 1 <= T <= self.T:
+                raise ValueError(f"windows: expected 1 to {self.T} steps, got {T}")
+            self._copy_in(window.inputs_tb, window.targets_tb, T)
             self._forward(T, state, training=False)
             self._carry(T, state)
             total += float(self.ops.read_scalar(self._loss)) * window.inputs_tb.size
             count += window.inputs_tb.size
+        if count == 0:
+            raise ValueError("windows: expected at least one, got none")
         return total / count
+
+    def save(self, path: Path | str, vocabulary: Vocabulary) -> None:
+        """Write a checkpoint, from which `load` continues and `Generator.load` writes text: parameters, Adam's moments,
+        the number of steps, and `state`. At any moment the path holds either the old file or the new one, whole.
+
+        Raises: ValueError for a vocabulary of another size than V; OSError if the file cannot be written.
+        """
+        if len(vocabulary) != self.sizes.V:
+            raise ValueError(f"vocabulary: expected {self.sizes.V} characters, [UNK] included, got {len(vocabulary)}")
+        params, m, v = ({name: self.ops.to_host(array).astype(np.float32) for name, array in arrays.items()}
+                        for arrays in (self.params, self.m, self.v))
+        state = self.ops.to_host(self.state).astype(np.float32)
+        save_checkpoint(Path(path), Checkpoint(self.sizes, vocabulary, params,
+                                               Resumable(m, v, state, {"step": self.step})))
+
+    @staticmethod
+    def load(path: Path | str, T: int, B: int, **options) -> tuple[LanguageModel, Vocabulary]:
+        """The model of a checkpoint, for windows of up to (T, B), and its vocabulary; path and options: as in
+        `Generator.load` and of the constructor.
+
+        A model that `save` wrote goes on exactly where it was, if T, B and the options are the same; with another B it
+        starts from a zero state. A file that holds only parameters gives a model before its first step.
+
+        Raises: UserError if there is no checkpoint, or if it cannot be used.
+        """
+        checkpoint = load_checkpoint(find_checkpoint(Path(path)))
+        model = LanguageModel(checkpoint.sizes, T, B, np.zeros(flat_size(checkpoint.sizes), np.float32), **options)
+        groups, saved = [(model.params, checkpoint.params)], checkpoint.resumable
+        if saved:
+            groups += [(model.m, saved.m), (model.v, saved.v)]
+            model.step = saved.progress.get("step")
+            if type(model.step) is not int or model.step < 0:
+                raise UserError(f"{path} does not tell how many steps were trained; name another checkpoint")
+            if saved.state.shape == model.state.shape:
+                model.ops.copy_in(model.state, saved.state)
+        for arrays, source in groups:
+            for name, array in arrays.items():
+                model.ops.copy_in(array, source[name])
+        return model, checkpoint.vocabulary
 
     def reset_state(self) -> None:
         """Start the next step from a zero state."""
         self.ops.copy(self.state, self._zero_state)
+
+    def _copy_in(self, inputs, targets, T: int | None = None) -> None:
+        """Send a window of T steps (default: all) to the device.
+
+        Raises: ValueError; a kernel would read beside its tables.
+        """
+        for name, ids_tb, array in (("inputs", inputs, self._ids_tb), ("targets", targets, self._targets_tb)):
+            ids_tb = checked_ids(name, ids_tb, self.sizes.V)
+            if ids_tb.shape != array[:T].shape:
+                raise ValueError(f"{name}: expected shape {array[:T].shape}: (T, B), got {ids_tb.shape}")
+            self.ops.copy_in(array[:T], ids_tb)
 
     def _step_ops(self) -> None:
         """All ops of a training step, which may be replayed: always the same ops on the same arrays. Numbers that

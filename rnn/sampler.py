@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from char_gru.rnn import cpu
-from char_gru.rnn.batches import validation_windows
 from char_gru.rnn.checkpoint import find_checkpoint, load_checkpoint
-from char_gru.rnn.config import Sizes, UserError, check_length, check_sampling
+from char_gru.rnn.config import Sizes, UserError, check_length, check_sampling, check_seed
 from char_gru.rnn.devices import op_set
-from char_gru.rnn.model import LanguageModel
-from char_gru.rnn.params import flat_size, named_views
+from char_gru.rnn.scoring import ForwardPass, Part, Score, Scorer, score_of
 from char_gru.rnn.vocabulary import Vocabulary
 
 FIRST_CHUNK, LARGEST_CHUNK = 8, 1024
@@ -29,25 +26,19 @@ while the GPU computes."""
 PAUSE_SECONDS = 0.05
 """A chunk that takes longer than this is not followed by a larger one: a reader would see the text come in bursts."""
 
-SCORE_WINDOW = 512
-"""Characters scored at a time: the model keeps states, gates and logits of one such window in memory."""
-
-
-class Score(NamedTuple):
-    """How likely a model finds a text: `loss`, in nats per character, the mean over `characters`."""
-
-    loss: float
-    characters: int
-
 
 class Generator:
     """A model that writes text.
 
     Arguments: sizes; vocabulary; params, name -> array of the op set as `rnn.params.named_views` gives them; ops, the
     op set; seed of the characters that `step` draws.
+    Raises: ValueError for a vocabulary of another size than V; UserError for a seed out of range.
     """
 
     def __init__(self, sizes: Sizes, vocabulary: Vocabulary, params: Mapping, ops=cpu, seed: int = 0) -> None:
+        if len(vocabulary) != sizes.V:  # ids would select rows beside the input table
+            raise ValueError(f"vocabulary: expected {sizes.V} characters, [UNK] included, got {len(vocabulary)}")
+        check_seed(seed)
         self.sizes, self.vocabulary = sizes, vocabulary
         self._params, self._ops, self._rng = params, ops, _uniform_source(seed)
         dtype = params["W_emb"].dtype
@@ -84,18 +75,29 @@ class Generator:
         Raises: UserError for options out of range, and for an entry of `chars` that is not one character.
         """
         check_sampling(temperature, top_k, top_p, min_p)
-        if not chars or any(len(char) != 1 for char in chars):
-            raise UserError(f"step takes one character per row, not {list(chars)!r}")
-        rows = len(chars)
-        new_state = self.zero_state(rows)
+        ids = self._ids_of_rows(chars, state)
+        new_state = self.zero_state(len(ids))
         if state is not None:
             self._ops.copy(new_state, state)
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        ids_of_rows = self.vocabulary.encode("".join(chars))[:, None]
-        texts = _Texts(self, new_state, ids_of_rows, self._rng, 1, options)
+        texts = _Texts(self, new_state, ids[:, None], self._rng, 1, options)
         return list(self.vocabulary.decode(texts.launch(1)()[0])), new_state
 
-    def generate(self, prompts: Sequence[str] = ("",), length: int = 1000, **options) -> list[str]:
+    def next(self, chars: Sequence[str], state=None) -> tuple[np.ndarray, object]:
+        """Read one character per row and give the probabilities of the next ones: (probabilities, new state).
+
+        Shapes: probabilities (rows, V), a NumPy array of float32 whose rows sum to 1: column i is for the character of
+        id i, `vocabulary.characters[i - 1]`, column 0 for `[UNK]`, which is never drawn; state and new state (layers,
+        rows, H), as in `step`.
+
+        Raises: UserError as `step`.
+        """
+        ids = self._ids_of_rows(chars, state)
+        forward = ForwardPass(self.sizes, self._params, self._P, self._ops, 1, len(ids), state)
+        log_p = np.concatenate([*forward.log_probabilities(ids[None])])
+        return np.exp(log_p, order="C"), forward.state
+
+    def generate(self, prompts: str | Sequence[str] = "", length: int = 1000, **options) -> list[str]:
         """Texts that continue the prompts, without the prompts; options: those of `stream`.
 
         Raises: UserError as `stream`, and for texts without an end: length 0 and no `stop`.
@@ -105,41 +107,68 @@ class Generator:
         pieces = list(self.stream(prompts, length, **options))
         return ["".join(pieces_of_row) for pieces_of_row in zip(*pieces)]
 
-    def stream(self, prompts: Sequence[str] = ("",), length: int = 1000, *, temperature: float = 1.0, top_k: int = 0,
-               top_p: float = 1.0, min_p: float = 0.0, stop: Sequence[str] = (), seed: int | None = None,
-               on_unknown: str = "error") -> Iterator[list[str]]:
-        """Continue all prompts together, piece by piece: each item has the next few characters of every text.
+    def stream(self, prompts: str | Sequence[str] = "", length: int = 1000, *, temperature: float = 1.0,
+               top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, stop: str | Sequence[str] = (),
+               seed: int | None = None, on_unknown: str = "error") -> Iterator[list[str]]:
+        """Continue all prompts together, piece by piece: each item has the next few characters of every text. A string
+        is one prompt, and one stop string.
 
         A text ends after `length` characters (0: never), or as soon as it contains a string of `stop`, which is kept.
-        An empty prompt starts at the beginning of a line. The k-th character of row b is drawn with uniform number
-        (k, b) of the Philox stream of the seed, so the same seed writes the same texts, however they are cut into
-        pieces. While the caller works on a piece, a GPU writes the next one.
+        An empty prompt starts after the vocabulary's `beginning`, the end of a line where the model has learnt lines.
+        The k-th character of row b is drawn with uniform number (k, b) of the Philox stream of the seed, so the same
+        seed writes the same texts, however they are cut into pieces. While the caller works on a piece, a GPU writes
+        the next one.
 
-        Raises: UserError for unknown characters in a prompt (unless on_unknown is skip or unk) and for options out of
-        range.
+        Raises: UserError for unknown characters in a prompt (unless on_unknown is skip or unk), for no prompt, an empty
+        stop string, and options out of range.
         """
         check_length(length)
         check_sampling(temperature, top_k, top_p, min_p)
+        seed = new_seed() if seed is None else seed
+        check_seed(seed)
+        prompts, stop = _strings("prompts", prompts), _strings("stop", stop)
+        if not prompts:
+            raise UserError("there is no prompt; an empty one is ''")
+        if "" in stop:
+            raise UserError("stop has an empty string; give the text at which to stop, or leave it out")
         ids_of_rows = [self._prompt_ids(prompt, on_unknown) for prompt in prompts]
-        return self._pieces(ids_of_rows, length, stop, new_seed() if seed is None else seed,
+        return self._pieces(ids_of_rows, length, stop, seed,
                             {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p})
 
-    def score(self, text: str, on_unknown: str = "error") -> Score:
+    def score(self, text: str, on_unknown: str = "error", exact: bool = False) -> Score:
         """How likely the model finds each character of a text given all characters before it, from a zero state on.
 
-        The first character is not scored. Unknown characters are refused, left out (`skip`), or
-        read, and scored, as `[UNK]` (`unk`).
+        The first character is not scored. Unknown characters are refused, left out (`skip`), or read, and scored, as
+        `[UNK]` (`unk`). A long text is cut into rows, as `rnn.scoring` tells; with `exact` it is one row.
 
         Raises: UserError for unknown characters, and for a text with fewer than two known ones.
         """
+        return score_of(self.score_parts([self.ids_to_score(text, on_unknown)], exact))
+
+    def ids_to_score(self, text: str, on_unknown: str = "error") -> np.ndarray:
+        """Ids (N,) of a text to score. Raises: UserError as `score`."""
+        if not isinstance(text, str):
+            raise UserError(f"text: expected a string, got {text!r:.50}")
         ids = self.vocabulary.encode_prompt(text, on_unknown)
         if len(ids) < 2:
             raise UserError("the text to score is too short; its first known character is not scored, so give two")
-        flat_params = np.zeros(flat_size(self.sizes), np.float32)
-        for name, view in named_views(flat_params, self.sizes).items():
-            view[...] = self._ops.to_host(self._params[name])
-        model = LanguageModel(self.sizes, SCORE_WINDOW, 1, flat_params, ops=self._ops)
-        return Score(model.evaluate(validation_windows(ids, 1, SCORE_WINDOW)), len(ids) - 1)
+        return ids
+
+    def score_parts(self, ids_of_texts: Sequence[np.ndarray], exact: bool = False, details: bool = False,
+                    progress: Callable[[int], object] = lambda count: None) -> Iterator[Part]:
+        """The texts' characters as the model finds them; arguments and result: those of `rnn.scoring.Scorer`."""
+        return Scorer(self.sizes, self._params, self._ops, exact, details, progress).parts(ids_of_texts)
+
+    def _ids_of_rows(self, chars: Sequence[str], state) -> np.ndarray:
+        """The id (rows,) of the one character of each row. Raises: UserError for any other input, or state."""
+        if isinstance(chars, str):
+            chars = [chars]
+        if not len(chars) or any(not isinstance(char, str) or len(char) != 1 for char in chars):
+            raise UserError(f"give one character per row, not {list(chars)!r:.60}")
+        shape = (self.sizes.layers, len(chars), self.sizes.H)
+        if state is not None and state.shape != shape:
+            raise UserError(f"state has shape {state.shape}, but must have {shape}: (layers, rows, H)")
+        return self.vocabulary.encode("".join(chars))
 
     def _pieces(self, ids_of_rows: list[np.ndarray], length: int, stop: Sequence[str], seed: int,
                 options: dict) -> Iterator[list[str]]:
@@ -171,7 +200,7 @@ class Generator:
     def _prompt_ids(self, prompt: str, on_unknown: str) -> np.ndarray:
         ids = self.vocabulary.encode_prompt(prompt, on_unknown)
         if len(ids) == 0:
-            ids = self.vocabulary.encode("\n")
+            ids = self.vocabulary.encode(self.vocabulary.beginning)
         return ids.astype(np.int32)
 
 
@@ -240,6 +269,18 @@ class _Texts:
         ops.generate(generator._params, generator._P, self._state, self._ids, self._forced_tr[:T],
                      self._uniforms_tr[:T], self._ids_tr[:T], self._saved, **self._options)
         return ops.read(self._ids_tr[:T])
+
+
+def _strings(name: str, given: str | Sequence[str]) -> list[str]:
+    """One string, or several, as a list.
+
+    Raises: UserError for anything else.
+    """
+    strings = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+    for string in strings:
+        if not isinstance(string, str):
+            raise UserError(f"{name}: expected a string or several, got {string!r:.50}")
+    return strings
 
 
 def new_seed() -> int:

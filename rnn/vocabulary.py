@@ -3,6 +3,7 @@ model that knows some characters learns another text, new ones follow, sorted am
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,30 +17,40 @@ _CODE_POINTS = 0x110000
 _CHUNK = 1 << 22
 """Characters converted at a time, so that a text of any length needs little memory beside its ids."""
 
+LINE_ENDS, SEPARATORS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", ";|\t,"
+"""Characters after which a text begins anew, in the order in which they are looked for."""
+
+RARE = 10_000
+"""Once in so many characters, a separator is too rare for a model to learn from it how a text begins."""
+
 
 class Vocabulary:
     """The characters that a model knows.
 
     characters: the known characters in the order of their ids, which start at 1; `[UNK]` is not among them.
+    beginning: the character after which a text without a prompt begins.
     """
 
-    def __init__(self, characters: str) -> None:
+    def __init__(self, characters: str, beginning: str = "\n") -> None:
         codes = _code_points(characters)
         if len(codes) == 0 or len(np.unique(codes)) < len(codes):
             raise ValueError("characters must be at least one, and distinct")
-        self.characters = characters
+        if not isinstance(beginning, str) or len(beginning) != 1:
+            raise ValueError(f"beginning must be one character, not {beginning!r:.20}")
+        self.characters, self.beginning = characters, beginning
         self._codes = np.concatenate([[0xFFFD], codes]).astype("<u4")
         self._ids = np.zeros(_CODE_POINTS, self.dtype)
         self._ids[codes] = np.arange(1, len(self), dtype=self.dtype)
 
     @staticmethod
     def of(text: str, known: str = "") -> Vocabulary:
-        """The vocabulary of a text that is not empty; known: characters that keep the first ids, in this order."""
+        """The vocabulary of a text that is not empty, with the beginning that `beginning_of` gives; known: characters
+        that keep the first ids, in this order."""
         seen = np.zeros(_CODE_POINTS, bool)
         for start in range(0, len(text), _CHUNK):
             seen[_code_points(text[start:start + _CHUNK])] = True
         seen[_code_points(known)] = False
-        return Vocabulary(known + _text(np.flatnonzero(seen).astype("<u4")))
+        return Vocabulary(known + _text(np.flatnonzero(seen).astype("<u4")), beginning_of(text))
 
     def __len__(self) -> int:
         """V, `[UNK]` included."""
@@ -67,8 +78,10 @@ class Vocabulary:
         """Ids (N,) of a text to read. on_unknown: whether unknown characters are refused (`error`), left out (`skip`),
         or read as `[UNK]` (`unk`).
 
-        Raises: UserError that shows the unknown characters, if they are refused.
+        Raises: UserError that shows the unknown characters, if they are refused, and for another on_unknown.
         """
+        if on_unknown not in ("error", "skip", "unk"):
+            raise UserError(f"--on-unknown is {on_unknown!r:.50}, but must be error, skip or unk")
         ids = self.encode(text)
         if on_unknown == "error" and (ids == 0).any():
             unknown = sorted({character for character, known in zip(text, ids) if known == 0})
@@ -86,8 +99,45 @@ class Vocabulary:
         """The text of ids; `[UNK]` becomes U+FFFD, the replacement character.
 
         Shapes: ids (N,), any integer dtype, values in [0, V).
+        Raises: ValueError for other ids.
         """
-        return _text(self._codes[np.asarray(ids, np.intp)])
+        return _text(self._codes[checked_ids("ids", ids, len(self)).astype(np.intp, copy=False)])
+
+
+def checked_ids(name: str, ids, V: int) -> np.ndarray:
+    """Ids as a NumPy array, checked before they select rows of a table.
+
+    Raises: ValueError that names the argument, if they are no integers in [0, V).
+    """
+    ids = np.asarray(ids)
+    if ids.size and ids.dtype.kind not in "iu":
+        raise ValueError(f"{name}: expected integers, got {ids.dtype}")
+    if ids.size and (ids.max() >= V or ids.dtype.kind == "i" and ids.min() < 0):
+        raise ValueError(f"{name}: expected ids in [0, {V}), got some from {ids.min()} to {ids.max()}")
+    return ids
+
+
+def beginning_of(text: str) -> str:
+    """A character after which a text that is not empty often begins anew, judged by its first 4 million characters.
+
+    It is a line's end, where the text has one inside, not too rarely; else the first of `SEPARATORS` that stands there
+    not too rarely and mostly not before a space (after which a sentence would go on); else the space. Where there is
+    none of these, it is the most frequent character that is no letter or digit, and in a text of letters the most
+    frequent one.
+    """
+    text = text[:_CHUNK]
+    inside = text[:-1]  # nothing follows the last character
+    needed = max(1, len(text) // RARE)
+    for character in LINE_ENDS + SEPARATORS:
+        count = inside.count(character)
+        goes_on = character in SEPARATORS and 2 * text.count(character + " ") >= count
+        if count >= needed and not goes_on:
+            return character
+    if inside.count(" ") >= needed:
+        return " "
+    codes, counts = np.unique(_code_points(inside or text), return_counts=True)
+    frequent = _text(codes[np.argsort(-counts, kind="stable")])
+    return next((character for character in frequent if unicodedata.category(character)[0] not in "LMN"), frequent[0])
 
 
 def shown(characters: Sequence[str]) -> str:

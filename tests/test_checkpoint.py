@@ -43,7 +43,7 @@ def example(sizes: Sizes = SIZES, resumable: bool = True, seed: int = 0) -> Chec
         return {name: rng.standard_normal(shape, np.float32) for name, shape in parameter_shapes(sizes).items()}
 
     state = rng.standard_normal((sizes.layers, 2, sizes.H), np.float32)
-    return Checkpoint(sizes, Vocabulary(CHARACTERS), arrays(),
+    return Checkpoint(sizes, Vocabulary(CHARACTERS, beginning="é"), arrays(),
                       Resumable(arrays(), arrays(), state, PROGRESS) if resumable else None)
 
 
@@ -51,6 +51,7 @@ def assert_equal(actual: Checkpoint, expected: Checkpoint) -> None:
     """Assert that two checkpoints are the same, bit for bit."""
     assert actual.sizes == expected.sizes
     assert actual.vocabulary == expected.vocabulary
+    assert actual.vocabulary.beginning == expected.vocabulary.beginning
     assert (actual.resumable is None) == (expected.resumable is None)
     groups = [(actual.params, expected.params)]
     if expected.resumable:
@@ -266,7 +267,12 @@ def test_wrong_size_is_refused(saved, name, value):
     assert_refused(forged(saved, lambda description, tensors: description["sizes"].update({name: value})), "do not fit")
 
 
-@pytest.mark.parametrize("key", ["sizes", "vocabulary", "progress"])
+def test_checkpoint_from_before_the_beginning_was_kept_begins_lines(saved):
+    old = load(forged(saved, lambda description, tensors: description.pop("beginning")))
+    assert old.vocabulary == Vocabulary(CHARACTERS) and old.vocabulary.beginning == "\n"
+
+
+@pytest.mark.parametrize("key", ["sizes", "vocabulary", "beginning", "progress"])
 @pytest.mark.parametrize("value", [5, 1.5, True, "", "abc", "ba", [], ["ab"], [1], [["a", 1]]])
 def test_wrong_part_of_the_description_is_refused(saved, key, value):
     assert_refused(forged(saved, lambda description, tensors: description.update({key: value})), "do not fit")

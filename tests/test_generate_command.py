@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from contextlib import chdir
 from pathlib import Path
 
@@ -102,6 +103,18 @@ def test_empty_prompt_starts_at_the_beginning_of_a_line(write):
     assert write("--length", 40, "--seed", 2) == lone
 
 
+def test_empty_prompt_starts_after_the_separator_of_a_text_without_lines(tmp_path, capfd):
+    (tmp_path / "names.txt").write_text("anna;bo;cleo;dora;emil;" * 20, "utf-8")
+    with chdir(tmp_path):
+        assert commands.train(["--data", "names.txt", "--out", "names", *TINY, "--steps", "8"]) == 0
+        texts = []
+        for prompt in ("", ";"):
+            capfd.readouterr()
+            assert commands.generate(["names", "--prompt", prompt, "--length", "40", "--seed", "2"]) == 0
+            texts.append(capfd.readouterr().out)
+        assert ";" + texts[0] == texts[1]
+
+
 def test_texts_of_several_prompts_and_samples_follow_in_order(folder, write, tmp_path):
     (tmp_path / "prompt.txt").write_text("lazy", "utf-8")
     written = write("--prompt", "the fox", "--prompt-file", tmp_path / "prompt.txt", "--prompt", "a",
@@ -122,6 +135,70 @@ def test_text_ends_with_the_first_stop_string(write):
     end = min(longest.index(first), longest.index(second)) + 3
     assert write("--length", 200, "--seed", 1, "--stop", second, "--stop", first) == longest[:end] + "\n"
     assert write("--length", 200, "--seed", 1, "--stop", "\x00") == longest + "\n"
+
+
+def test_samples_that_stop_at_a_line_end_are_lines(write):
+    written = write("--prompt", "the ", "--num-samples", 9, "--length", 30, "--seed", 1, "--stop", "\n")
+    lines = written.splitlines()
+    assert len(lines) == 9 and written.endswith("\n") and all(line.startswith("the ") for line in lines)
+    assert {len(line) < 4 + 30 for line in lines} == {False, True}  # some end by their length
+
+
+def test_no_blank_line_follows_texts_that_stop_at_one(write):
+    written = write("--prompt", "\nthe ", "--num-samples", 9, "--length", 60, "--seed", 1, "--stop", "\n")
+    first, *others = written.split("----------\n")
+    assert len(others) == 8 and all(text.startswith("\nthe ") for text in [first, *others])
+    assert all(text.endswith("\n") and not text.endswith("\n\n") for text in [first, *others])
+
+
+@pytest.mark.parametrize("separator", ["\0", "\n", "", "---\n"])
+def test_separator_follows_each_text(write, separator):
+    options = ("--prompt", "the ", "--num-samples", 3, "--length", 30, "--seed", 1)
+    texts = write(*options).removesuffix("\n").split(RULE)
+    assert write(*options, "--separator", separator) == "".join(text + separator for text in texts)
+
+
+def test_texts_as_json_are_a_line_each_that_tells_how_it_was_made(write):
+    options = ("--prompt", "the ", "--prompt", "dög\n", "--num-samples", 2, "--length", 30, "--seed", 7, "--top-k", 9)
+    texts = write(*options).removesuffix("\n").split(RULE)
+    lines = [json.loads(line) for line in write(*options, "--format", "jsonl").splitlines()]
+    assert [line["prompt"] + line["text"] for line in lines] == texts
+    assert [line["prompt"] for line in lines] == ["the ", "the ", "dög\n", "dög\n"]
+    assert [line["sample"] for line in lines] == [1, 2, 1, 2]
+    assert all(line.items() >= {"end": "length", "seed": 7, "temperature": 1, "top_k": 9, "top_p": 1,
+                                "min_p": 0}.items() for line in lines)
+
+
+def test_texts_as_json_tell_whether_they_stopped(write):
+    options = ("--num-samples", 20, "--length", 20, "--seed", 7, "--stop", "e", "--stop", "o")
+    lines = [json.loads(line) for line in write(*options, "--format", "jsonl").splitlines()]
+    assert {line["end"] for line in lines} == {"stop", "length"} and len(lines) == 20
+    for line in lines:
+        assert (line["end"] == "stop") == (line["text"][-1] in "eo") and len(line["text"]) <= 20
+
+
+def test_ctrl_c_ends_texts_as_json_where_they_are(folder):
+    arguments = ("generate.py", "run", "--prompt", "the ", "--num-samples", 2, "--format", "jsonl", "--length", 0)
+    with running(*arguments, cwd=folder) as process:
+        assert process.stderr.readline().startswith(b"--seed ")
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        lines = [json.loads(line) for line in process.stdout.read().splitlines()]
+        assert process.wait(DEADLINE) == 130 and process.stderr.read() == b""
+    assert [line["end"] for line in lines] == ["interrupt"] * 2
+
+
+def test_separator_beside_json_is_refused(refused):
+    assert "--separator" in refused("run", "--format", "jsonl", "--separator", "x")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is full")
+def test_full_disk_while_writing_says_nothing_of_a_run(folder):
+    with open("/dev/full", "wb") as full, running("generate.py", "run", "--seed", 1, cwd=folder,
+                                                  stdout=full) as process:
+        said = process.stderr.read().decode()
+        assert process.wait() == 2
+    assert "No space left" in said and "saved" not in said
 
 
 def test_stop_string_in_the_prompt_does_not_end_the_text(write):
@@ -342,8 +419,61 @@ def test_prompt_beyond_its_limit_is_refused(folder, refused, tmp_path, monkeypat
     assert_refused(result.returncode, result.stdout, result.stderr, "stdin has more than 16 MiB")
 
 
-def test_score_beside_a_prompt_is_refused(refused):
+def test_texts_of_several_files_and_of_stdin_are_scored_in_one_process(folder, tmp_path):
+    texts = {"one.txt": "the fox", "two.txt": "a lazy fox\n", "-": "over the fox"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, "utf-8")
+    result = run("generate.py", folder / "run", "--score", *texts, cwd=tmp_path, stdin=texts["-"].encode())
+    assert (result.returncode, result.stderr) == (0, "")
+    scores = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [score.pop("file") for score in scores] == list(texts)
+    for score, text in zip(scores, texts.values()):
+        alone = Generator.load(folder / "run", "cpu").score(text)
+        assert score["loss"] == pytest.approx(alone.loss, rel=1e-6) and score["characters"] == len(text) - 1
+
+
+def test_scores_of_files_given_one_by_one_and_together_are_all_told(write, tmp_path):
+    for name in "abc":
+        (tmp_path / name).write_text("the fox " + name, "utf-8")
+    a, b, c = (tmp_path / name for name in "abc")
+    lines = [json.loads(line) for line in write("--score", a, b, "--score", c).splitlines()]
+    assert [line["file"] for line in lines] == [str(a), str(b), str(c)]
+
+
+def test_score_of_a_long_text_tells_its_rows_and_is_that_of_one_row(write, tmp_path):
+    (tmp_path / "long.txt").write_text("the quick brown fox jumps over a lazy " * 80, "utf-8")
+    score, exact = (json.loads(write("--score", tmp_path / "long.txt", *exact)) for exact in ((), ("--exact",)))
+    assert exact.keys() == {"loss", "bits_per_char", "characters"}
+    assert score["rows"] > 1 and score["run_in"] >= 256 and 0 <= score["run_in_effect"] < 1e-4
+    assert score["loss"] == pytest.approx(exact["loss"], abs=1e-4) and score["characters"] == exact["characters"]
+
+
+def test_every_character_is_scored_if_asked_for(write, tmp_path):
+    (tmp_path / "a.txt").write_text("the dög 🦊", "utf-8")
+    *characters, score = [json.loads(line) for line in
+                          write("--score", tmp_path / "a.txt", "--per-character").splitlines()]
+    assert "".join(line["character"] for line in characters) == "he dög 🦊"
+    total = sum(line["log_probability"] for line in characters)
+    assert score["loss"] == pytest.approx(-total / 8, rel=1e-4)
+    for line in characters:
+        assert list(line) == ["character", "log_probability", "rank", "likeliest"]
+        assert len(line["likeliest"]) == 5 and line["rank"] >= 1
+
+
+def test_score_beside_options_for_writing_is_refused(refused):
     assert "--prompt" in refused("run", "--score", "text.txt", "--prompt", "a")
+    assert "--separator" in refused("run", "--score", "text.txt", "--separator", "x")
+    assert "give --score" in refused("run", "--exact")
+    assert "give --score" in refused("run", "--per-character")
+    assert "names no file" in refused("run", "--score")
+
+
+def test_file_among_others_that_has_no_score_is_named(refused, tmp_path):
+    for name, text in (("good.txt", "the fox"), ("bad.txt", "the Fox"), ("short.txt", "a")):
+        (tmp_path / name).write_text(text, "utf-8")
+    assert "bad.txt: " in refused("run", "--score", tmp_path / "good.txt", tmp_path / "bad.txt")
+    assert "short.txt: " in refused("run", "--score", tmp_path / "short.txt", tmp_path / "good.txt")
+    assert "before --score" in refused("--score", tmp_path / "good.txt", "run")
 
 
 # Bad input

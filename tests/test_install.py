@@ -1,5 +1,6 @@
 """What `pip install` puts where, and the public names of `import char_gru`."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -138,3 +139,18 @@ def test_readme_imports_public_names_only():
     for module, names in imported:
         assert module == ""
         assert {name.strip() for name in names.split(",")} <= {*char_gru.__all__}
+
+
+def test_readme_examples_run(tmp_path):
+    """The two examples without PyTorch, with a small model, one after the other."""
+    (tmp_path / "text.txt").write_text("ROMEO:\nJULIET: To be, or not to be\n" * 20, "utf-8")
+    (tmp_path / "runs" / "shakespeare").mkdir(parents=True)
+    readme = (ROOT / "README.md").read_text()
+    training, writing = re.findall(r"```python\n(from char_gru.*?)```", readme, flags=re.DOTALL)
+    for old, new in (('"shakespeare",', '"text.txt",'), ("H=1024", "H=8"), ("E=256", "E=8"), ("T=100", "T=10"),
+                     ("B=64", "B=4"), ("range(10)", "range(1)"), ("mine.", "runs/shakespeare/best."),
+                     ("length=0", "length=20")):
+        assert old in training + writing
+        training, writing = training.replace(old, new), writing.replace(old, new)
+    subprocess.run([sys.executable, "-c", training + writing], cwd=tmp_path, check=True,
+                   env=os.environ | {"PYTHONPATH": str(ROOT)})

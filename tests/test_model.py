@@ -7,9 +7,11 @@ import pytest
 
 from char_gru.rnn import cpu, reference_ops
 from char_gru.rnn.batches import Batch, ShuffledWindows
-from char_gru.rnn.config import Sizes
+from char_gru.rnn.checkpoint import Checkpoint, save_checkpoint
+from char_gru.rnn.config import Sizes, UserError
 from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import initial_parameters, named_views, parameter_count, parameter_shapes
+from char_gru.rnn.sampler import Generator
 from char_gru.rnn.vocabulary import Vocabulary
 from tests.helpers.cases import random_case
 
@@ -112,6 +114,98 @@ def test_clipping_bounds_the_first_update_and_reports_the_norm_before_it(ops):
     assert norms[0] == norms[1] > 1e-3
     moved = [np.abs(model._flat - case.flat_params).max() for model in (free, clipped)]
     assert moved[1] < 0.1 * moved[0]
+
+
+@pytest.mark.parametrize(("ids_tb", "part"), [
+    (np.full((3, 2), 7), r"expected ids in \[0, 7\), got some from 7 to 7"),
+    (np.full((3, 2), -1), r"got some from -1 to -1"),
+    (np.full((3, 2), 255, np.uint8), r"got some from 255"),
+    (np.zeros((3, 2)), "expected integers, got float64"), (np.zeros((3, 2), bool), "expected integers, got bool"),
+    (np.zeros((2, 3), int), r"expected shape \(3, 2\): \(T, B\), got \(2, 3\)"),
+    (np.zeros((3, 1), int), "expected shape"), (np.zeros((1, 2), int), "expected shape"), (0, "expected shape"),
+    (np.zeros((3, 2, 1), int), "expected shape"), (np.zeros(6, int), "expected shape")])
+def test_ids_that_are_none_of_the_model_are_refused_before_they_reach_the_device(ops, ids_tb, part):
+    case = random_case(T=3, B=2, V=7)
+    model = case.model(ops)
+    before = model._flat.copy()
+    for compute in (model.train_step, model.gradients):
+        with pytest.raises(ValueError, match=f"^inputs: .*{part}"):
+            compute(ids_tb, case.targets_tb)
+        with pytest.raises(ValueError, match=f"^targets: .*{part}"):
+            compute(case.inputs_tb, ids_tb)
+    np.testing.assert_array_equal(model._flat, before)
+    assert model.step == 0
+
+
+def test_windows_that_cannot_be_evaluated_are_refused(ops):
+    model = random_case(T=3, B=2, V=7).model(ops)
+    for shape, part in (((4, 2), "1 to 3 steps, got 4"), ((0, 2), "1 to 3 steps, got 0"), ((2, 3), "inputs: expected")):
+        with pytest.raises(ValueError, match=part):
+            model.evaluate([Batch(*np.zeros((2, *shape), int))])
+    with pytest.raises(ValueError, match="at least one, got none"):
+        model.evaluate([])
+
+
+def test_model_of_other_sizes_is_refused():
+    for T, B in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match="T, B: expected at least 1"):
+            LanguageModel(Sizes(4, 2, 3), T, B)
+    with pytest.raises(ValueError, match=r"flat_params: expected shape \(\d+,\), got \(1,\)"):
+        LanguageModel(Sizes(4, 2, 3), 2, 2, np.zeros(1))
+
+
+# Saving
+
+def continued(model: LanguageModel, case) -> bytes:
+    for _ in range(3):
+        model.train_step(case.inputs_tb, case.targets_tb)
+    return model._flat.tobytes() + np.array(model.state).tobytes()
+
+
+def test_saved_model_goes_on_exactly_where_it_was(ops, tmp_path):
+    case, vocabulary = random_case(T=5, B=4, V=7, layers=2), Vocabulary("abcdef", "c")
+    options = {"carry_state": True, "dropout": 0.3, "ops": ops}
+    model = case.model(dtype=np.float32, **options)
+    continued(model, case)
+    model.save(tmp_path / "model.safetensors", vocabulary)
+    for path in (tmp_path / "model.safetensors", str(tmp_path / "model.safetensors")):
+        loaded, its_vocabulary = LanguageModel.load(path, 5, 4, **options)
+        assert its_vocabulary == vocabulary and its_vocabulary.beginning == "c"
+        assert (loaded.step, loaded.sizes) == (3, case.sizes)
+        again, _ = LanguageModel.load(path, 5, 3, **options)
+        assert not again.state.any()
+    assert continued(loaded, case) == continued(model, case)
+    [text], [expected] = (generator.generate("ab", 20, seed=1) for generator in (
+        Generator.load(tmp_path / "model.safetensors", "cpu"),
+        Generator(case.sizes, vocabulary, {name: its.astype(np.float32) for name, its in again.params.items()})))
+    assert text == expected
+
+
+def test_parameters_alone_load_as_a_model_before_its_first_step(tmp_path):
+    case = random_case(T=2, B=2, V=7)
+    params = named_views(case.flat_params.astype(np.float32), case.sizes)
+    save_checkpoint(tmp_path / "best.safetensors", Checkpoint(case.sizes, Vocabulary("abcdef"), params))
+    for path in (tmp_path, tmp_path / "best.safetensors"):
+        model, _ = LanguageModel.load(path, 4, 3)
+        assert model.step == 0 and not any(array.any() for array in model.m.values())
+        for name, array in params.items():
+            np.testing.assert_array_equal(model.params[name], array)
+
+
+def test_model_is_not_saved_with_the_vocabulary_of_another(tmp_path):
+    with pytest.raises(ValueError, match=r"vocabulary: expected 7 characters, \[UNK\] included, got 3"):
+        random_case(V=7).model(cpu).save(tmp_path / "model.safetensors", Vocabulary("ab"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoint_whose_steps_are_no_number_is_refused(tmp_path):
+    case = random_case(V=7)
+    model = case.model(cpu)
+    for step in ("three", -1, None, 1.5, True):
+        model.step = step
+        model.save(tmp_path / "model.safetensors", Vocabulary("abcdef"))
+        with pytest.raises(UserError, match="does not tell how many steps"):
+            LanguageModel.load(tmp_path / "model.safetensors", 2, 2)
 
 
 def test_short_text_is_memorised():

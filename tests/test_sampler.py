@@ -1,4 +1,4 @@
-"""The Python interface of a trained model: prompts, carried state, streaming, stop strings; scoring."""
+"""The Python interface of a trained model: prompts, carried state, streaming, stop strings."""
 
 import math
 
@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from char_gru.rnn import cpu, reference, sampler
+from char_gru.rnn import cpu, sampler
 from char_gru.rnn.config import Sizes, UserError
 from char_gru.rnn.params import initial_parameters, named_views
-from char_gru.rnn.sampler import CHUNK_NUMBERS, FIRST_CHUNK, LARGEST_CHUNK, SCORE_WINDOW, Generator
+from char_gru.rnn.sampler import CHUNK_NUMBERS, FIRST_CHUNK, LARGEST_CHUNK, Generator
 from char_gru.rnn.vocabulary import Vocabulary
 
 CHARACTERS = "\n abcdefgh"
@@ -191,10 +191,22 @@ def test_step_draws_the_same_characters_from_the_same_seed(generator):
     assert drawn(1) == drawn(1) != drawn(2)
 
 
-@pytest.mark.parametrize("chars", [[], ["ab"], [""], ["a", ""]])
+@pytest.mark.parametrize("chars", [[], ["ab"], [""], ["a", ""], "", "ab", ["a", 3]])
 def test_step_takes_one_character_per_row(generator, chars):
-    with pytest.raises(UserError, match="one character per row"):
-        generator.step(chars)
+    for read in (generator.step, generator.next):
+        with pytest.raises(UserError, match="one character per row"):
+            read(chars)
+
+
+def test_a_string_of_one_character_is_a_row(generator):
+    assert len(generator.step("a")[0]) == len(generator.next("a")[0]) == 1
+
+
+def test_state_of_other_rows_is_refused(generator):
+    _, state = generator.step(["a"])
+    for read in (generator.step, generator.next):
+        with pytest.raises(UserError, match=r"state has shape \(2, 1, 12\), but must have \(2, 2, 12\)"):
+            read(["a", "b"], state)
 
 
 @given(st.lists(st.text(CHARACTERS, min_size=1, max_size=3), min_size=1, max_size=2), st.integers(0, 1000))
@@ -227,45 +239,39 @@ def test_filters_reach_the_sampling(generator):
     assert generator.generate(["abc"], 40, seed=2) != greedy
 
 
+def test_a_string_is_one_prompt_and_one_stop_string(generator):
+    assert generator.generate("ab cd", 30, seed=1) == generator.generate(["ab cd"], 30, seed=1)
+    assert generator.generate("", 30, seed=1) == generator.generate(length=30, seed=1)
+    [text] = generator.generate("ab", 100, seed=1)
+    assert generator.generate("ab", 100, seed=1, stop=text[40:44]) == [text[:text.index(text[40:44]) + 4]]
+
+
+@pytest.mark.parametrize(("prompts", "options", "part"), [
+    ([], {}, "no prompt"), ((), {}, "no prompt"), (None, {}, "prompts: expected a string or several, got None"),
+    (["a", 3], {}, "got 3"), (b"ab", {}, "got 97"),
+    ("a", {"stop": ""}, "stop has an empty string"), ("a", {"stop": ["b", ""]}, "stop has an empty string"),
+    ("a", {"stop": [None]}, "stop: expected a string or several, got None"),
+    ("a", {"seed": -1}, "seed is -1, but must be"), ("a", {"seed": 2**64}, "must be"), ("a", {"seed": 1.5}, "must be"),
+    ("a", {"seed": "1"}, "must be"), ("a", {"length": 2.5}, "must be"), ("a", {"length": "5"}, "must be"),
+    ("a", {"top_k": 1.5}, "must be"), ("a", {"temperature": "1"}, "must be"), ("a", {"top_p": None}, "must be"),
+    ("a", {"on_unknown": "guess"}, "must be error, skip or unk"),
+])
+def test_other_input_is_refused_before_anything_is_written(generator, prompts, options, part):
+    for write in (generator.generate, generator.stream):
+        with pytest.raises(UserError) as caught:
+            write(prompts, **options)
+        assert part in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_generator_is_refused_that_could_read_beside_its_input_table(generator):
+    with pytest.raises(ValueError, match=r"vocabulary: expected 11 characters, \[UNK\] included, got 12"):
+        Generator(generator.sizes, Vocabulary(CHARACTERS + "i"), generator._params)
+    with pytest.raises(UserError, match="seed is -1"):
+        Generator(generator.sizes, generator.vocabulary, generator._params, seed=-1)
+
+
 @pytest.mark.parametrize("options", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1},
                                      {"top_k": -1}, {"min_p": 2}, {"length": -1}])
 def test_options_out_of_range_are_refused(generator, options):
     with pytest.raises(UserError, match="must be"):
         generator.generate(["a"], **options)
-
-
-# Scoring
-
-def loss_by_reference(generator: Generator, ids: np.ndarray) -> float:
-    """Mean of -log p over all characters but the first, by the specification in float64, the text in one window."""
-    params = {name: array.astype(np.float64) for name, array in generator._params.items()}
-    x, ids_tb, h0 = params["W_emb"], ids[:-1, None], np.zeros((1, generator.sizes.H))
-    for layer in range(generator.sizes.layers):
-        P = reference.input_table_forward(x, params[f"W_ih.{layer}"], params[f"b_ih.{layer}"])
-        h_tb = reference.gru_forward(P, ids_tb, params[f"W_hh.{layer}"], params[f"b_hh.{layer}"], h0).h_tb
-        x, ids_tb = h_tb[1:, 0], np.arange(len(ids) - 1)[:, None]
-    loss, _ = reference.cross_entropy_forward(h_tb[1:], params["W_out"], params["b_out"], ids[1:, None])
-    return loss
-
-
-@pytest.mark.parametrize("length", [2, 3, SCORE_WINDOW, SCORE_WINDOW + 1, SCORE_WINDOW + 2, 2 * SCORE_WINDOW + 7])
-def test_score_is_the_loss_of_the_text_read_from_its_start(generator, length):
-    text = "".join(np.random.default_rng(length).choice(list(CHARACTERS), length))
-    score = generator.score(text)
-    assert score.characters == length - 1
-    assert score.loss == pytest.approx(loss_by_reference(generator, generator.vocabulary.encode(text)), rel=1e-5)
-
-
-def test_score_of_unknown_characters(generator):
-    with pytest.raises(UserError, match="'X'"):
-        generator.score("abXc")
-    assert generator.score("abXc", "skip") == generator.score("abc")
-    scored = generator.score("abXc", "unk")
-    assert scored.characters == 3
-    assert scored.loss == pytest.approx(loss_by_reference(generator, np.array([3, 4, 0, 5])), rel=1e-5)
-
-
-@pytest.mark.parametrize("text", ["", "a", "aXY"])
-def test_text_of_fewer_than_two_characters_has_no_score(generator, text):
-    with pytest.raises(UserError, match="too short"):
-        generator.score(text, "skip")

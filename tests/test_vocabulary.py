@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from char_gru.rnn import vocabulary
 from char_gru.rnn.config import UserError
-from char_gru.rnn.vocabulary import Vocabulary
+from char_gru.rnn.vocabulary import RARE, Vocabulary, beginning_of
 
 ANY_TEXT = st.text(st.characters(), max_size=60)
 """Every code point may occur: astral ones, controls and lone surrogates too."""
@@ -119,3 +119,46 @@ def test_error_shows_unknown_characters_once_and_readably(prompt, shown):
         Vocabulary("a").encode_prompt(prompt)
     assert f": {shown};" in str(caught.value)
     assert "--on-unknown" in str(caught.value)
+
+
+@pytest.mark.parametrize("ids", [[3], [-1], [0, 1.5], [300]])
+def test_ids_of_no_character_are_refused(ids):
+    with pytest.raises(ValueError, match="^ids: expected "):
+        Vocabulary("ab").decode(np.array(ids))
+    assert Vocabulary("ab").decode(np.array([])) == ""
+
+
+# How a text begins
+
+@pytest.mark.parametrize(("text", "beginning"), [
+    ("anna\nbo; cleo\n", "\n"),
+    ("anna;bo;cleo", ";"),
+    ("anna;bo;cleo\n", ";"),  # nothing follows the newline
+    ("Anna Maria;Jean Luc;Bo", ";"),
+    ("anna\rbo\rcleo", "\r"),
+    ("anna\u2028bo;cleo", "\u2028"),
+    ("1\t2\t3", "\t"),
+    ("anna|bo|cleo", "|"),
+    ("anna,bo,cleo,1, 2", ","),
+    ("The fox; the dog, too. A cat.", " "),  # semicolon and comma stand before spaces
+    ("anna/bo/cleo", "/"),
+    ("今日は、雨。明日も、晴", "、"),
+    ("ACGTTGTA", "T"),
+    ("a", "a"), ("\n", "\n"), ("aab", "a"),
+    ("anna;" * RARE + "x\ny", ";"),  # one newline in 50,000 characters teaches nothing
+    ("anna;" * RARE + "x\ny" * 6, "\n"),
+])
+def test_beginning_is_a_character_that_the_text_has_before_one(text, beginning):
+    assert beginning_of(text) == Vocabulary.of(text).beginning == beginning
+
+
+@given(SOME_TEXT)
+def test_beginning_is_a_character_of_the_text(text):
+    assert beginning_of(text) in text
+
+
+def test_vocabulary_without_a_text_begins_lines():
+    assert Vocabulary("ab").beginning == "\n"
+    for beginning in ("", ";;", 3, ["a"]):
+        with pytest.raises(ValueError, match="beginning must be one character"):
+            Vocabulary("ab", beginning)
