@@ -34,6 +34,10 @@ PAUSE_SECONDS = 0.1
 """Enough for a process that has just locked a folder to write its id, or to find another run there and give it back."""
 
 
+_TYPES = {"epoch": (int,), "step": (int,), "loss": (float,), "train_loss": (float,), "val_loss": (float, type(None))}
+"""Of the values in a line of `metrics.jsonl`."""
+
+
 class InUse(UserError):
     """Another process holds the folder."""
 
@@ -163,9 +167,10 @@ def is_metrics_line(line: bytes) -> bool:
 def _metrics_line(line: bytes) -> dict | None:
     try:
         value = json.loads(line)
-    except (ValueError, RecursionError):
+        whole = all(type(value[name]) in types for name, types in _TYPES.items() if name in value) and (
+            {"epoch", "step", "loss"} <= value.keys() or {"epoch", "train_loss"} <= value.keys())
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
-    whole = isinstance(value, dict) and all(type(item) in (int, float, type(None)) for item in value.values())
     return value if whole else None
 
 

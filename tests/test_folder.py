@@ -6,7 +6,7 @@ import os
 import pytest
 
 from char_gru.rnn.config import UserError
-from char_gru.rnn.folder import LOCK, RunFolder, write_atomically
+from char_gru.rnn.folder import LOCK, RunFolder, is_metrics_line, read_metrics, write_atomically
 from tests.helpers.commands import ROOT, running
 
 
@@ -198,3 +198,16 @@ def test_flush_brings_the_files_that_grow_to_disk(tmp_path, monkeypatch):
             assert folder.append(name, "é\n") == 3
         folder.flush()
     assert synced == [(tmp_path / name).stat().st_ino for name in ("metrics.jsonl", "samples.txt")]
+
+
+@pytest.mark.parametrize(("line", "whole"), [
+    (b'{"step": 1, "epoch": 1, "loss": 3.5}', True), (b'{"epoch": 1, "train_loss": 3.5, "val_loss": null}', True),
+    (b'{"epoch": 1, "step": 7, "train_loss": 3.5, "val_loss": 1e-5, "val_bits_per_char": 2.0}', True),
+    (b'{"step": 1, "loss": 3.5}', False), (b'{"step": [1], "epoch": 1, "loss": 3.5}', False), (b"{}", False),
+    (b'{"step": 1, "epoch": 1, "loss": "3.5"}', False), (b'{"step": true, "epoch": 1, "loss": 3.5}', False),
+    (b'{"epoch": null, "train_loss": 3.5}', False), (b"[]", False), (b"3", False), (b"null", False), (b"\xff", False),
+    (b'"step"', False), (b"", False), (b"[" * 100_000, False), (b'{"step": 1, "epoch": 1, "loss": 3.5', False),
+])
+def test_line_of_metrics_is_whole_if_it_says_a_loss_and_where(tmp_path, line, whole):
+    (tmp_path / "metrics.jsonl").write_bytes(line + b"\n")
+    assert is_metrics_line(line) == whole == (len(read_metrics(tmp_path / "metrics.jsonl")) == 1)
