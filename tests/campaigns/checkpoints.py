@@ -248,6 +248,7 @@ def check_loading(path: Path, original: bytes | None) -> tuple[str, float, float
     assert {name: array.tobytes() for name, array in tensors.items()} == arrays, "other tensors were loaded"
     assert vars(loaded.sizes) == vars(Sizes(**description["sizes"])), "other sizes were loaded"
     assert loaded.vocabulary.characters == description["vocabulary"], "other characters were loaded"
+    assert loaded.vocabulary.beginning == description.get("beginning", "\n"), "another beginning was loaded"
     assert (resumable.progress if resumable else None) == description["progress"], "other progress was loaded"
     return "unchanged" if original is not None else "loaded", seconds, mib
 
