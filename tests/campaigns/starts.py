@@ -42,11 +42,15 @@ LONGEST_PAUSE = 0.02
 
 
 def begin(folder: Path) -> None:
-    """Train a run on its own, and one that has stopped in its second epoch."""
+    """Train, each on its own: a new run, one that ends in its second epoch, and the same resumed."""
+    def train(*arguments: object) -> None:
+        assert wait(start(arguments, folder, folder / "stderr.txt")) == 0, (folder / "stderr.txt").read_text()
+
     make_text(folder / "text.txt")
-    for name, steps in (("expected", 20), ("stopped", 11)):
-        child = start((*NEW, "--steps", steps, "--out", name), folder, folder / "stderr.txt")
-        assert wait(child) == 0, (folder / "stderr.txt").read_text()
+    train(*NEW, "--out", "new")
+    train(*NEW, "--steps", 11, "--out", "stopped")
+    shutil.copytree(folder / "stopped", folder / "resumed")
+    train(*RESUMED, "--out", "resumed")
 
 
 def try_pair(kind: str, pause: float, folder: Path) -> tuple[int, ...]:
@@ -55,7 +59,8 @@ def try_pair(kind: str, pause: float, folder: Path) -> tuple[int, ...]:
     Raises: AssertionError for any end but those that the module's docstring allows.
     """
     shutil.rmtree(folder / "runs", ignore_errors=True)
-    if "resumed" in kind:
+    expected = folder / ("resumed" if "resumed" in kind else "new")
+    if expected.name == "resumed":
         shutil.copytree(folder / "stopped", folder / "runs" / "text")
     said = [folder / "first.txt", folder / "second.txt"]
     children = []
@@ -65,13 +70,13 @@ def try_pair(kind: str, pause: float, folder: Path) -> tuple[int, ...]:
     statuses = tuple(map(wait, children))
     runs = sorted((folder / "runs").iterdir())
     for run in runs:
-        assert not (found := differences(run, folder / "expected")), f"{run}: {found}"
+        assert not (found := differences(run, expected)), f"{run}: {found}"
     for status, path, other in zip(statuses, said, reversed(children), strict=True):
         text = path.read_text()
         assert status == 0 or status == 2 and len(text.splitlines()) == 1 and (
             f"in process {other};" in text or "runs/text holds another run" in text), f"status {status}\n{text}"
     assert 0 in statuses, "no run has trained"
-    if "resumed" not in kind:
+    if expected.name == "new":
         assert len(runs) == statuses.count(0), f"{statuses.count(0)} runs trained in {len(runs)} folders"
     assert statuses == (0, 0) or kind != "new, without a name"
     return statuses
