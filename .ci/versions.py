@@ -1,6 +1,6 @@
 """Tests the project with the oldest and the newest versions that pyproject.toml allows, and prints a table of them.
 
-    pip install uv && python .ci/versions.py > tests/versions.txt    # all rows: two runs of all tests and more
+    pip install uv && python .ci/versions.py > tests/versions.txt    # all rows, two at a time
     python .ci/versions.py newest --python python3.14                # one row, with a Python of your choice
 
 Every row is an environment of its own.
@@ -13,6 +13,8 @@ cuda12-newest   the newest CUDA that the extra cuda12 allows, likewise
 """
 
 import argparse
+import concurrent.futures
+import functools
 import json
 import re
 import shlex
@@ -27,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EVERYTHING = ((),)
 KERNELS = (("tests/test_host_ptx.py",), ("--cuda-device", "tests/test_cupy.py", "tests/test_commands_on_cuda.py"))
+AT_A_TIME = 2
 WIDTHS = (13, 7, 6, 6, 8, 27, 7, 13)
 
 
@@ -120,16 +123,31 @@ def without(python: Path, architectures: list[str]) -> tuple[str, ...]:
     return ("-k", f"not ({' or '.join(names)})") if names else ()
 
 
-def tested(python: Path, arguments: tuple[str, ...]) -> tuple[str, bool]:
-    """How many tests passed, as pytest says it at the end, and whether that is all of them."""
+def tested(name: str, python: Path, arguments: tuple[str, ...]) -> tuple[str, bool]:
+    """How many tests passed, as pytest says it at the end, and whether that is all of them. Lines of pytest go to
+    stderr, the environment's name before them."""
     last = ""
     with subprocess.Popen([python, "-m", "pytest", "-q", *arguments], cwd=ROOT, text=True,
                           stdout=subprocess.PIPE) as process:
         for line in process.stdout:
-            sys.stderr.write(line)
+            sys.stderr.write(f"{name}: {line}")
             last = line.strip() or last
     summary = re.sub(r", \d+ deselected| in [\d.]+s.*", "", last)
     return f"{shlex.join(('pytest', *arguments))}: {summary}", process.returncode == 0
+
+
+def tried(name: str, newest_python: str | None) -> tuple[str, bool]:
+    """The row of an environment, and whether all of its tests passed."""
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = ROWS[name]
+        chosen = newest_python if newest_python and wanted.python == "newest" else python_of(wanted.python)
+        python = install(wanted, chosen, Path(folder))
+        known, unknown, spills = compiled(python)
+        results = [tested(name, python, (*arguments, *without(python, unknown))) for arguments in wanted.tests]
+        architectures = ", ".join([*known, *(f"not {name}" for name in unknown)]).replace("sm_", "")
+        spilling = f"{sum(map(bool, spills))}" + f", {max(spills)} bytes" * any(spills)
+        cells = (name, *versions(python), architectures, len(spills), spilling, "; ".join(text for text, _ in results))
+        return row(cells), all(complete for _, complete in results)
 
 
 def row(cells) -> str:
@@ -144,18 +162,10 @@ def main() -> int:
     passed = True
     print(row(("environment", "Python", "NumPy", "CuPy", "NVRTC", "architectures (sm_)", "kernels", "of them spill",
                "tests")))
-    for name in options.rows or ROWS:
-        with tempfile.TemporaryDirectory() as folder:
-            wanted = ROWS[name]
-            chosen = options.python if options.python and wanted.python == "newest" else python_of(wanted.python)
-            python = install(wanted, chosen, Path(folder))
-            known, unknown, spills = compiled(python)
-            results = [tested(python, (*arguments, *without(python, unknown))) for arguments in wanted.tests]
-            passed &= all(complete for _, complete in results)
-            architectures = ", ".join([*known, *(f"not {name}" for name in unknown)]).replace("sm_", "")
-            spilling = f"{sum(map(bool, spills))}" + f", {max(spills)} bytes" * any(spills)
-            print(row((name, *versions(python), architectures, len(spills), spilling,
-                       "; ".join(text for text, _ in results))), flush=True)
+    with concurrent.futures.ThreadPoolExecutor(AT_A_TIME) as pool:
+        for line, complete in pool.map(functools.partial(tried, newest_python=options.python), options.rows or ROWS):
+            print(line, flush=True)
+            passed &= complete
     return 0 if passed else 1
 
 
