@@ -3,7 +3,8 @@
     pip install uv && python .ci/versions.py > tests/versions.txt    # all rows, two at a time
     python .ci/versions.py newest --python python3.14                # one row, with a Python of your choice
 
-Every row is an environment of its own.
+Every row is an environment of its own. All tests compile every kernel; the rows of CUDA, which run a part of them, do
+so first, and count those that spill registers.
 
 lowest          Python and each package that pyproject.toml names as old as it allows; README's test command
 newest          the newest Python that uv finds and the newest packages; README's test command
@@ -142,11 +143,13 @@ def tried(name: str, newest_python: str | None) -> tuple[str, bool]:
         wanted = ROWS[name]
         chosen = newest_python if newest_python and wanted.python == "newest" else python_of(wanted.python)
         python = install(wanted, chosen, Path(folder))
-        known, unknown, spills = compiled(python)
+        unknown, kernels = [], ("", "", "")
+        if wanted.cuda:
+            known, unknown, spills = compiled(python)
+            kernels = (", ".join([*known, *(f"not {name}" for name in unknown)]).replace("sm_", ""), len(spills),
+                       f"{sum(map(bool, spills))}" + f", {max(spills)} bytes" * any(spills))
         results = [tested(name, python, (*arguments, *without(python, unknown))) for arguments in wanted.tests]
-        architectures = ", ".join([*known, *(f"not {name}" for name in unknown)]).replace("sm_", "")
-        spilling = f"{sum(map(bool, spills))}" + f", {max(spills)} bytes" * any(spills)
-        cells = (name, *versions(python), architectures, len(spills), spilling, "; ".join(text for text, _ in results))
+        cells = (name, *versions(python), *kernels, "; ".join(text for text, _ in results))
         return row(cells), all(complete for _, complete in results)
 
 
