@@ -14,6 +14,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -175,10 +176,12 @@ def _metrics_line(line: bytes) -> dict | None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file's content, durably and all at once.
+    """Replace a file's content, durably and all at once. A link to a file is replaced, and not what it leads to.
 
-    Raises: OSError if the file cannot be written; its content is then unchanged.
+    Raises: OSError that names the path if the file cannot be written; its content is then unchanged. UserError for a
+    path that is there and is no file, but a folder, a pipe or a device.
     """
+    _refuse_other_than_file(path)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -186,12 +189,20 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     with contextlib.suppress(OSError):  # a folder cannot be opened, or synced, on every system
         _sync(path.parent)
+
+
+def _refuse_other_than_file(path: Path) -> None:
+    """Raises: UserError, so that no device makes place for a file, nor the link to an open file that /dev/stdout is."""
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(path.stat().st_mode) or path.is_symlink() and os.readlink(path).startswith("/proc/"):
+            kind = "a folder" if path.is_dir() else "a pipe, a device or a socket"
+            raise UserError(f"cannot write {path}: it is no file, but {kind}; name a file")
 
 
 def _sync(path: Path) -> None:

@@ -154,13 +154,18 @@ class LanguageModel:
         """Write a checkpoint, from which `load` continues and `Generator.load` writes text: parameters, Adam's moments,
         the number of steps, and `state`. At any moment the path holds either the old file or the new one, whole.
 
-        Raises: ValueError for a vocabulary of another size than V; OSError if the file cannot be written.
+        Raises: ValueError for a vocabulary of another size than V, and for numbers that are not finite, with which no
+        file could be loaded; OSError if the file cannot be written, UserError if the path is no file.
         """
         if len(vocabulary) != self.sizes.V:
             raise ValueError(f"vocabulary: expected {self.sizes.V} characters, [UNK] included, got {len(vocabulary)}")
         params, m, v = ({name: self.ops.to_host(array).astype(np.float32) for name, array in arrays.items()}
                         for arrays in (self.params, self.m, self.v))
         state = self.ops.to_host(self.state).astype(np.float32)
+        for group, arrays in (("params", params), ("m", m), ("v", v), ("state", {"state": state})):
+            for name, array in arrays.items():
+                if not np.isfinite(array).all():
+                    raise ValueError(f"{group}: expected finite numbers, but {name} has others; {path} is as it was")
         save_checkpoint(Path(path), Checkpoint(self.sizes, vocabulary, params,
                                                Resumable(m, v, state, {"step": self.step})))
 

@@ -152,6 +152,22 @@ def test_write_follows_no_link(tmp_path, monkeypatch):
     assert (tmp_path / "link").read_bytes() == b"new" and not (tmp_path / "link").is_symlink()
 
 
+def test_write_replaces_no_folder_pipe_or_link_to_one_or_to_an_open_file(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "victim").write_bytes(b"precious")
+    with open(tmp_path / "victim", "ab") as opened:
+        (tmp_path / "stdout").symlink_to(f"/proc/self/fd/{opened.fileno()}")
+        before = {path.name: path.lstat().st_ino for path in tmp_path.iterdir()}
+        for name in ("folder", "pipe", "link", "stdout"):
+            if (tmp_path / name).exists():  # not every system has /proc
+                with pytest.raises(UserError, match=f"cannot write {tmp_path / name}: it is no file"):
+                    write_atomically(tmp_path / name, b"new")
+    assert {path.name: path.lstat().st_ino for path in tmp_path.iterdir()} == before
+    assert (tmp_path / "victim").read_bytes() == b"precious"
+
+
 def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
     leftovers = ["last.safetensors.0123456789abcdef.tmp", "epoch-0012.safetensors.tmp", "timing.json.tmp"]
     kept = ["last.safetensors", "notes.tmp", "last.safetensors.mine.tmp"]

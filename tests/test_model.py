@@ -1,6 +1,7 @@
 """Properties of the whole model, on the specification and on the CPU."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -196,6 +197,31 @@ def test_model_is_not_saved_with_the_vocabulary_of_another(tmp_path):
     with pytest.raises(ValueError, match=r"vocabulary: expected 7 characters, \[UNK\] included, got 3"):
         random_case(V=7).model(cpu).save(tmp_path / "model.safetensors", Vocabulary("ab"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("group", ["params", "m", "v", "state"])
+def test_model_that_is_not_finite_does_not_replace_the_last_good_one(tmp_path, group):
+    model, path = random_case(V=7).model(cpu), tmp_path / "model.safetensors"
+    model.save(path, Vocabulary("abcdef"))
+    good = path.read_bytes()
+    array = model.state if group == "state" else getattr(model, group)["b_out"]
+    array[-1] = np.nan
+    with pytest.raises(ValueError, match=f"^{group}: expected finite numbers, but (b_out|state) has others"):
+        model.save(path, Vocabulary("abcdef"))
+    assert path.read_bytes() == good
+
+
+def test_model_is_saved_as_a_file_or_not_at_all(tmp_path):
+    model = random_case(V=7).model(cpu)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(UserError, match=f"cannot write .*{name}: it is no file, but a {name}"):
+            model.save(tmp_path / name, Vocabulary("abcdef"))
+    with pytest.raises(FileNotFoundError) as caught:
+        model.save(tmp_path / "none" / "model.safetensors", Vocabulary("abcdef"))
+    assert caught.value.filename == str(tmp_path / "none" / "model.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "folder"}
 
 
 def test_checkpoint_whose_steps_are_no_number_is_refused(tmp_path):
