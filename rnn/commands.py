@@ -122,7 +122,22 @@ def _joined(arguments: Sequence[str], known: set[str]) -> list[str]:
             joined.append(argument)
     if joined[-1:] == ["--data"]:
         raise UserError("--data has no value; name a text")
-    return joined
+    return _with_one_data(joined) if [word.partition("=")[0] for word in joined].count("--data") > 1 else joined
+
+
+def _with_one_data(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the texts of all `--data` behind one, at the end; tyro would take the last one's alone."""
+    others, data, begun = [], [], False
+    for argument in arguments:
+        if begun and (argument == "-" or not argument.startswith("-")):
+            data.append(argument)
+            continue
+        begun = argument == "--data"
+        if argument.startswith("--data="):
+            data.append(argument.partition("=")[2])
+        elif not begun:
+            others.append(argument)
+    return [*others, "--data", *data]
 
 
 def _meant(said: str, arguments: list[str], known: set[str], prog: str) -> str:

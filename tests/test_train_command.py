@@ -66,6 +66,18 @@ def has_a_step(folder: Path):
     return lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > 0
 
 
+def test_texts_given_one_by_one_are_those_given_together(folder):
+    for name in ("b", "c", "d"):
+        (folder / name).write_text(name * 9, "utf-8")
+    options = (*TINY, "--steps", 1, "--stateful")
+    for data in (("--data", "text.txt", "--data=b", *options, "--data", "c", "d"),
+                 ("--data", "text.txt", "b", "--data", "c", "--data", "d", "--separator=--data", *options)):
+        trained = train_here(*data, cwd=folder)
+        config = json.loads((trained / "config.json").read_text())
+        assert (config["data"], config["stateful"]) == (["text.txt", "b", "c", "d"], True)
+        shutil.rmtree(trained)
+
+
 # What a run leaves behind
 
 def test_run_folder_holds_the_promised_files_and_no_others(finished):
