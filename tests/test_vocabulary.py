@@ -146,7 +146,11 @@ def test_ids_of_no_character_are_refused(ids):
     ("ACGTTGTA", "T"),
     ("a", "a"), ("\n", "\n"), ("aab", "a"),
     ("anna;" * RARE + "x\ny", ";"),  # one newline in 50,000 characters teaches nothing
-    ("anna;" * RARE + "x\ny" * 6, "\n"),
+    ("anna;" * RARE + "x\ny" * 6, ";"),  # nor do six, beside so many semicolons in a line
+    ("anna;bo\n" * RARE, "\n"), ("name,age,town,street\n" + "bo,5,Ulm,Ring\n" * 9, "\n"),
+    ("names\n" + "anna;bo;cleo;" * 9, ";"), ("names\n\n" + "anna,bo,cleo," * 9, ","),
+    ("anna##bo##cleo", "#"), ("anna ; bo ; cleo", " "), ("anna\n\nbo\n\ncleo", "\n"), ("anna=>bo=>cleo", ">"),
+    ("anna;|bo;|cleo;|", "|"),
 ])
 def test_beginning_is_a_character_that_the_text_has_before_one(text, beginning):
     assert beginning_of(text) == Vocabulary.of(text).beginning == beginning
@@ -157,8 +161,15 @@ def test_beginning_is_a_character_of_the_text(text):
     assert beginning_of(text) in text
 
 
+@pytest.mark.parametrize(("characters", "beginning"), [
+    ("ab;,", ";"), ("a, b", ","), ("a b", " "), ("a/1", "/"), ("ab", "a"), ("\r\n", "\n")])
+def test_beginning_that_is_unknown_is_replaced_by_a_character_that_has_a_row(characters, beginning):
+    assert Vocabulary(characters).beginning == beginning
+    assert Vocabulary(characters, "z").beginning == beginning
+
+
 def test_vocabulary_without_a_text_begins_lines():
-    assert Vocabulary("ab").beginning == "\n"
+    assert Vocabulary("a\nb").beginning == "\n"
     for beginning in ("", ";;", 3, ["a"]):
         with pytest.raises(ValueError, match="beginning must be one character"):
             Vocabulary("ab", beginning)
