@@ -118,7 +118,7 @@ class TrainConfig:
     newline: Literal["unix", "keep"] = "unix"
     """line ends of the files: made one newline character each, or kept as they are"""
     separator: str = ""
-    """text between two files"""
+    """text between two files; $'\\n' is a line end in bash and zsh"""
     resume: bool = False
     """continue the run in --out (default: the newest under runs/) exactly where it stopped, with its options; its text
     may lie elsewhere now (--data)"""
@@ -206,13 +206,13 @@ class GenerateConfig:
     """how texts are written: as they are, prompts included; or as a line of JSON each (prompt, sample, text, end, seed
     and what shaped the drawing), in their order, as soon as each has ended"""
     separator: str | None = None
-    """what to write after each text (default: a line of dashes between two texts, or, where each text is one line, its
-    line end alone)"""
+    """what to write after each text; $'\\n' is a line end in bash and zsh (default: a line of dashes between two texts,
+    or, where each text is one line, its line end alone)"""
     score: Annotated[tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]], tyro.conf.arg(metavar="FILE...")] = ()
     """write no text; print how likely the model finds the text of each file (- is stdin), as a line of JSON on stdout:
     the mean loss in nats per character, the same in bits, and the number of characters scored, which are all but the
-    first; for a text that was cut into rows, also their number, the characters that each reads before those it scores,
-    and more than these change the loss"""
+    first; for a text that was cut into rows, also their number, how many characters each reads before those it scores,
+    and an estimate of how far this moves the loss"""
     per_character: bool = False
     """with --score, print a line of JSON for each character scored before that of its text: its log-probability, its
     rank and the five likeliest characters with theirs"""
