@@ -54,8 +54,9 @@ def load_corpus(data: tuple[str, ...] | str, encoding: str = "utf-8", newline: s
     """The text that `--data` names; without a name, Shakespeare or, where its download fails, Python's documentation.
 
     data: shakespeare, python-docs, or any of: files, folders (all files below them that are not hidden), patterns
-    such as `texts/*.txt`, "-" for standard input. Files of a folder or pattern are read in the order of their paths;
-    empty ones among them are left out. encoding, newline: as `rnn.texts.text_pieces` has them. separator: a text
+    such as `texts/*.txt`, "-" for standard input. Each match of a pattern counts as if it were named itself, in the
+    order of the paths. Files of a folder are read in the order of their paths; empty ones among them are left out, but
+    are refused where they are named. encoding, newline: as `rnn.texts.text_pieces` has them. separator: a text
     between two files.
 
     Raises: UserError for a file that cannot be read, is empty or no text, an unknown encoding, and a failed download
@@ -73,11 +74,14 @@ def load_corpus(data: tuple[str, ...] | str, encoding: str = "utf-8", newline: s
         return Corpus.of(_shakespeare(), "shakespeare", data)
     if data == ("python-docs",):
         return Corpus.of(_python_docs().encode(), "python-docs", data)
+    for name in data:
+        if name in ("shakespeare", "python-docs") and not Path(name).exists():
+            raise UserError(f"--data {name} stands alone; name no other text with it, or name files only")
     if data.count(STDIN) > 1:
         raise UserError("--data names standard input (-) twice, but it can be read only once")
     utf8, files = bytearray(), []  # UTF-8 of all texts takes less memory than their pieces, joined
     for name in data:
-        for file in (found := _files(name)):
+        for file, is_named in _files(name).items():
             before = len(utf8)
             utf8 += separator.encode() if files else b""
             start = len(utf8)
@@ -85,8 +89,8 @@ def load_corpus(data: tuple[str, ...] | str, encoding: str = "utf-8", newline: s
                 utf8 += piece.encode()
             if len(utf8) > start:
                 files.append("stdin" if file == STDIN else file)
-            elif found == [name]:
-                raise UserError(f"{'stdin' if name == STDIN else name} is empty; give a file with text")
+            elif is_named:
+                raise UserError(f"{'stdin' if file == STDIN else file} is empty; give a file with text")
             else:
                 del utf8[before:]
     if not files:
@@ -94,20 +98,27 @@ def load_corpus(data: tuple[str, ...] | str, encoding: str = "utf-8", newline: s
     return Corpus.of(utf8, _name(data[0], files[0]), data, files)
 
 
-def _files(name: str) -> list[str]:
-    """The files that one value of `--data` stands for, sorted by path if it is a folder or a pattern."""
-    path = Path(name)
-    if path.is_dir():
-        below = [Path(folder, file) for folder, _, files in os.walk(path) for file in files]
-        found = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    elif name == STDIN or path.exists():
-        return [name]
-    elif glob.has_magic(name):
-        found = [Path(file) for file in glob.glob(name, recursive=True)]
-    else:
+def _files(name: str) -> dict[str, bool]:
+    """The files that one value of `--data` stands for, and of each whether it is named itself, or by a pattern; the
+    others lie below a folder."""
+    if name == STDIN or Path(name).exists():
+        return _below(name)
+    if not glob.has_magic(name):
         raise UserError(f"cannot read {name}: No such file or directory; --data takes files, folders, patterns in "
-                        "quotes, - for standard input, shakespeare or python-docs")
-    return [str(file) for file in sorted(found) if file.is_file()]
+                        "quotes, - for standard input, or either of shakespeare and python-docs alone")
+    files: dict[str, bool] = {}
+    for match in sorted(map(Path, glob.glob(name, recursive=True))):
+        files = _below(str(match)) | files  # `**` finds a folder and what lies below it
+    return dict(sorted(files.items(), key=lambda item: Path(item[0])))
+
+
+def _below(name: str) -> dict[str, bool]:
+    path = Path(name)
+    if not path.is_dir():
+        return {name: True}
+    below = [Path(folder, file) for folder, _, files in os.walk(path) for file in files]
+    shown = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    return {str(file): False for file in sorted(shown) if file.is_file()}
 
 
 def _name(first: str, file: str) -> str:

@@ -144,7 +144,7 @@ def shelf(tmp_path, monkeypatch) -> Path:
     """A folder of texts, its files made in another order than that of their paths; the current folder is above it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shelf" / "c").mkdir(parents=True)
-    for name, text in (("d.txt", "d"), ("b.txt", "b"), ("c/e.txt.gz", "e"), ("c/a.md", "a"), ("empty.txt", ""),
+    for name, text in (("d.txt", "d"), ("b.txt", "b"), ("c/e.txt.gz", "e"), ("c/a.md", "a"), ("c/empty", ""),
                        (".hidden", "h"), ("c/.git", "g")):
         raw = text.encode()
         (tmp_path / "shelf" / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
@@ -153,7 +153,9 @@ def shelf(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize(("data", "text", "name"), [
     (("shelf",), "b|a|e|d", "shelf"), (("shelf/",), "b|a|e|d", "shelf"), (("shelf/*.txt",), "b|d", "b"),
-    (("shelf/**/*.[tm]*",), "b|a|e|d", "b"), (("shelf/d.txt", "shelf/c"), "d|a|e", "d"), ((".",), "b|a|e|d", None)])
+    (("shelf/**/*.[tm]*",), "b|a|e|d", "b"), (("shelf/d.txt", "shelf/c"), "d|a|e", "d"),
+    (("shelf/*",), "b|a|e|d", "b"), (("shelf/**",), "b|a|e|d", "b"), (("shelf/[c]",), "a|e", "a"),
+    ((".",), "b|a|e|d", None)])
 def test_folder_and_pattern_are_read_in_the_order_of_paths(shelf, data, text, name):
     corpus = load_corpus(data, separator="|")
     assert corpus.text == text
@@ -165,8 +167,22 @@ def test_folder_and_pattern_are_read_in_the_order_of_paths(shelf, data, text, na
 
 def test_folder_or_pattern_without_text_is_refused(shelf):
     (shelf / "none").mkdir()
-    for name in ("shelf/none", "shelf/*.pdf", "shelf/empty*"):
+    for name in ("shelf/none", "shelf/*.pdf", "shelf/non*"):
         refused_text(name, "no file with text")
+
+
+def test_empty_file_that_a_pattern_names_is_refused_as_if_it_were_named_itself(shelf):
+    for name in ("shelf/c/empty", "shelf/c/*"):
+        with pytest.raises(UserError, match="^shelf/c/empty is empty; give a file with text$"):
+            load_corpus((name,))
+
+
+def test_texts_that_stand_alone_are_refused_beside_others_unless_they_are_files(shelf):
+    for data in (("shelf", "python-docs"), ("shakespeare", "shelf"), ("shakespeare", "shakespeare")):
+        with pytest.raises(UserError, match="--data (python-docs|shakespeare) stands alone; name no other"):
+            load_corpus(data)
+    Path("python-docs").write_text("p", "utf-8")
+    assert load_corpus(("shelf/b.txt", "python-docs")).text == "bp"
 
 
 def test_file_that_is_no_text_is_named_among_those_of_a_folder(shelf):
@@ -228,7 +244,7 @@ def test_unusable_file_is_refused_with_its_name_and_the_reason(tmp_path, raw, en
 
 
 def test_missing_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="No such file.*--data takes.*shakespeare or python-docs"):
+    with pytest.raises(UserError, match="No such file.*--data takes.*shakespeare and python-docs alone"):
         load_corpus((str(tmp_path / "missing.txt"),))
 
 
