@@ -120,7 +120,7 @@ def read_checkpoint(file: BinaryIO, path: Path) -> Checkpoint:
         raise unfitting from None
 
 
-def find_checkpoint(run: Path | None, runs: Path = Path("runs")) -> Path:
+def find_checkpoint(run: Path | str | None, runs: Path = Path("runs")) -> Path:
     """The checkpoint file to generate from.
 
     run: a checkpoint file; or the folder of a run, whose best checkpoint is taken, or the last one where there is no
@@ -128,7 +128,9 @@ def find_checkpoint(run: Path | None, runs: Path = Path("runs")) -> Path:
 
     Raises: UserError if there is no checkpoint.
     """
-    folder = newest_run(runs) if run is None else run
+    if not isinstance(run, Path | str | None):
+        raise UserError(f"expected the path of a run or a checkpoint, got {run!r:.50}")
+    folder = newest_run(runs) if run is None else Path(run)
     if not folder.is_dir():
         return folder
     for name in ("best.safetensors", "last.safetensors"):

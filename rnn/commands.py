@@ -70,7 +70,7 @@ def generate(arguments: Sequence[str] | None = None) -> int:
         prompts = _prompts(config)
         seed = new_seed() if config.seed is None else config.seed
         generator = Generator.load(config.run, config.device)
-        prompts = [generator.vocabulary.line_ends(prompt) for prompt in prompts]
+        prompts = [generator.vocabulary.as_learnt(prompt) for prompt in prompts]
         rows = [prompt for prompt in prompts for _ in range(config.num_samples)]
         pieces = generator.stream(
             rows, config.length, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
@@ -287,7 +287,7 @@ def _print_scores(config: GenerateConfig) -> int:
     ids_of_texts = []
     for file, text in zip(files, texts):
         try:
-            ids_of_texts.append(generator.ids_to_score(generator.vocabulary.line_ends(text), config.on_unknown))
+            ids_of_texts.append(generator.ids_to_score(text, config.on_unknown))
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
     with tqdm(total=sum(len(ids) - 1 for ids in ids_of_texts), unit=" characters", unit_scale=True, disable=None,

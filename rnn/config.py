@@ -24,12 +24,19 @@ class Sizes:
     """Sizes that fix every parameter's shape.
 
     V: vocabulary size with `[UNK]`; E: embedding dimension; H: units of each GRU layer; layers: GRU layers.
+    Raises: ValueError for sizes that are no whole numbers of at least 1.
     """
 
     V: int
     E: int
     H: int
     layers: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, bool) or not _is_integer(value) or value < 1:
+                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r:.50}")
+            object.__setattr__(self, name, int(value))  # NumPy's integers are none of JSON's
 
 
 def _require(condition: bool, option: str, value: object, wanted: str) -> None:

@@ -49,7 +49,7 @@ class Corpus(NamedTuple):
         return Corpus(utf8.decode(), hashlib.sha256(utf8).hexdigest(), name, source, tuple(files))
 
 
-def load_corpus(data: tuple[str, ...] | str, encoding: str = "utf-8", newline: str = "unix",
+def load_corpus(data: Sequence[str | Path] | str | Path, encoding: str = "utf-8", newline: str = "unix",
                 separator: str = "") -> Corpus:
     """The text that `--data` names; without a name, Shakespeare or, where its download fails, Python's documentation.
 
@@ -60,9 +60,13 @@ def load_corpus(data: tuple[str, ...] | str, encoding: str = "utf-8", newline: s
     between two files.
 
     Raises: UserError for a file that cannot be read, is empty or no text, an unknown encoding, and a failed download
-    if `data` names shakespeare.
+    if `data` names shakespeare; also for data that are no strings or paths.
     """
-    data = (data,) if isinstance(data, str) else data
+    data = tuple(data) if isinstance(data, list | tuple) else (data,)
+    for name in data:
+        if not isinstance(name, str | Path):
+            raise UserError(f"data: expected strings or paths, got {name!r:.50}")
+    data = tuple(map(str, data))
     if data == ():
         try:
             return load_corpus(("shakespeare",))

@@ -11,9 +11,11 @@ from char_gru.rnn.config import UserError
 def op_set(device: str = "auto", precision: str = "auto"):
     """The op set for a `--device` and a `--precision`; `auto` takes an NVIDIA GPU if CuPy finds one.
 
-    Raises: UserError if the machine lacks the device (the message names what to install), or if the device cannot
-    compute in this precision.
+    Raises: UserError for another device or precision, if the machine lacks the device (the message names what to
+    install), or if the device cannot compute in this precision.
     """
+    if device not in ("auto", "cuda", "cpu"):
+        raise UserError(f"--device is {device!r:.50}, but must be auto, cuda or cpu")
     if device != "cpu":
         try:
             return kernels.op_set(precision)
@@ -22,6 +24,8 @@ def op_set(device: str = "auto", precision: str = "auto"):
                 raise UserError(f"--device cuda: {error}; or use --device cpu") from None
         except ValueError as error:
             raise UserError(f"--{error}; use another --precision") from None
+    if precision not in ("auto", "fp32", "tf32", "bf16"):
+        raise UserError(f"--precision is {precision!r:.50}, but must be auto, fp32, tf32 or bf16")
     if precision not in ("auto", "fp32"):
         raise UserError(f"--precision {precision} needs an NVIDIA GPU; the CPU computes in fp32")
     return cpu

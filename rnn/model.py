@@ -9,6 +9,7 @@ sequence of ops on them, with no decision on the host.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +38,13 @@ class _Layer(NamedTuple):
     dropped_tb: object
 
 
+def _check_number(name: str, value: object, wanted: str, below: float = math.inf) -> None:
+    """Raises: ValueError that names the argument, if it is no number in [0, below)."""
+    number = np.asarray(value)
+    if number.shape != () or number.dtype.kind not in "fiu" or not 0 <= number < below:
+        raise ValueError(f"{name}: expected a finite number {wanted}, got {value!r:.50}")
+
+
 class LanguageModel:
     """Embedding, GRU layers and softmax over characters, with Adam, for windows of up to (T, B).
 
@@ -55,8 +63,10 @@ class LanguageModel:
     def __init__(self, sizes: Sizes, T: int, B: int, flat_params: np.ndarray | None = None, *, dropout: float = 0.0,
                  clip_norm: float = 0.0, carry_state: bool = False, seed: int = 0, dtype=np.float32,
                  ops=cpu, graph: bool = True) -> None:
-        if T < 1 or B < 1:
-            raise ValueError(f"T, B: expected at least 1, got {T}, {B}")
+        if not all(isinstance(size, numbers.Integral) and size >= 1 for size in (T, B)):
+            raise ValueError(f"T, B: expected whole numbers of at least 1, got {T}, {B}")
+        _check_number("dropout", dropout, "in [0, 1)", 1)
+        _check_number("clip_norm", clip_norm, "of at least 0")
         if flat_params is None:
             flat_params = initial_parameters(sizes, "pytorch", seed)
         if np.shape(flat_params) != (flat_size(sizes),):
@@ -105,8 +115,10 @@ class LanguageModel:
 
         Shapes: inputs, targets (T, B), integers in [0, V). Returns `loss`, in nats per character, and `grad_norm`,
         before clipping; `float()` gives their values.
-        Raises: ValueError for arrays of another shape, and for other ids.
+        Raises: ValueError for arrays of another shape, for other ids, and for a learning_rate that is no finite number
+        of at least 0.
         """
+        _check_number("learning_rate", learning_rate, "of at least 0")
         t = self.step + 1
         step_size = learning_rate * math.sqrt(1 - BETA_2**t) / (1 - BETA_1**t)
         self._copy_in(inputs, targets)
@@ -179,7 +191,7 @@ class LanguageModel:
 
         Raises: UserError if there is no checkpoint, or if it cannot be used.
         """
-        checkpoint = load_checkpoint(find_checkpoint(Path(path)))
+        checkpoint = load_checkpoint(find_checkpoint(path))
         model = LanguageModel(checkpoint.sizes, T, B, np.zeros(flat_size(checkpoint.sizes), np.float32), **options)
         groups, saved = [(model.params, checkpoint.params)], checkpoint.resumable
         if saved:

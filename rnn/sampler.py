@@ -51,7 +51,7 @@ class Generator:
 
         Raises: UserError if there is no checkpoint, if it cannot be used, or if the machine lacks the device.
         """
-        checkpoint = load_checkpoint(find_checkpoint(None if run is None else Path(run)))
+        checkpoint = load_checkpoint(find_checkpoint(run))
         ops = op_set(device, "fp32")  # as text is written in fp32, the input table must not be rounded
         params = {}
         for name, array in checkpoint.params.items():
@@ -114,10 +114,11 @@ class Generator:
         is one prompt, and one stop string.
 
         A text ends after `length` characters (0: never), or as soon as it contains a string of `stop`, which is kept.
-        An empty prompt starts after the vocabulary's `beginning`, the end of a line where the model has learnt lines.
-        The k-th character of row b is drawn with uniform number (k, b) of the Philox stream of the seed, so the same
-        seed writes the same texts, however they are cut into pieces. While the caller works on a piece, a GPU writes
-        the next one.
+        Line ends of prompts become those of the text learnt, and a byte order mark is dropped, as
+        `Vocabulary.as_learnt` says. An empty prompt starts after the vocabulary's `beginning`, the end of a line where
+        the model has learnt lines. The k-th character of row b is drawn with uniform number (k, b) of the Philox stream
+        of the seed, so the same seed writes the same texts, however they are cut into pieces. While the caller works on
+        a piece, a GPU writes the next one.
 
         Raises: UserError for unknown characters in a prompt (unless on_unknown is skip or unk), for no prompt, an empty
         stop string, and options out of range.
@@ -138,8 +139,9 @@ class Generator:
     def score(self, text: str, on_unknown: str = "error", exact: bool = False) -> Score:
         """How likely the model finds each character of a text given all characters before it, from a zero state on.
 
-        The first character is not scored. Unknown characters are refused, left out (`skip`), or read, and scored, as
-        `[UNK]` (`unk`). A long text is cut into rows, as `rnn.scoring` tells; with `exact` it is one row.
+        The first character is not scored. Line ends and byte order mark are those of a prompt in `stream`. Unknown
+        characters are refused, left out (`skip`), or read, and scored, as `[UNK]` (`unk`). A long text is cut into
+        rows, as `rnn.scoring` tells; with `exact` it is one row.
 
         Raises: UserError for unknown characters, and for a text with fewer than two known ones.
         """
@@ -148,8 +150,8 @@ class Generator:
     def ids_to_score(self, text: str, on_unknown: str = "error") -> np.ndarray:
         """Ids (N,) of a text to score. Raises: UserError as `score`."""
         if not isinstance(text, str):
-            raise UserError(f"text: expected a string, got {text!r:.50}")
-        ids = self.vocabulary.encode_prompt(text, on_unknown)
+            raise UserError(f"text: expected a string, got {_shown(text)}")
+        ids = self.vocabulary.encode_prompt(self.vocabulary.as_learnt(text), on_unknown)
         if len(ids) < 2:
             raise UserError("the text to score is too short; its first known character is not scored, so give two")
         return ids
@@ -163,9 +165,14 @@ class Generator:
         """The id (rows,) of the one character of each row. Raises: UserError for any other input, or state."""
         if isinstance(chars, str):
             chars = [chars]
-        if not len(chars) or any(not isinstance(char, str) or len(char) != 1 for char in chars):
-            raise UserError(f"give one character per row, not {list(chars)!r:.60}")
+        if not isinstance(chars, Iterable) or isinstance(chars, bytes):
+            raise UserError(f"give one character per row, as strings, not {_shown(chars)}")
+        chars = list(chars)
+        if not chars or any(not isinstance(char, str) or len(char) != 1 for char in chars):
+            raise UserError(f"give one character per row, not {chars!r:.60}")
         shape = (self.sizes.layers, len(chars), self.sizes.H)
+        if state is not None and not hasattr(state, "shape"):
+            raise UserError(f"state is {_shown(state)}, but must be an array: what the last call returned, or None")
         if state is not None and state.shape != shape:
             raise UserError(f"state has shape {state.shape}, but must have {shape}: (layers, rows, H)")
         return self.vocabulary.encode("".join(chars))
@@ -198,7 +205,7 @@ class Generator:
                 return
 
     def _prompt_ids(self, prompt: str, on_unknown: str) -> np.ndarray:
-        ids = self.vocabulary.encode_prompt(prompt, on_unknown)
+        ids = self.vocabulary.encode_prompt(self.vocabulary.as_learnt(prompt), on_unknown)
         if len(ids) == 0:
             ids = self.vocabulary.encode(self.vocabulary.beginning)
         return ids.astype(np.int32)
@@ -276,11 +283,17 @@ def _strings(name: str, given: str | Sequence[str]) -> list[str]:
 
     Raises: UserError for anything else.
     """
-    strings = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+    several = isinstance(given, Iterable) and not isinstance(given, str | bytes)
+    strings = list(given) if several else [given]
     for string in strings:
         if not isinstance(string, str):
-            raise UserError(f"{name}: expected a string or several, got {string!r:.50}")
+            raise UserError(f"{name}: expected a string or several, got {_shown(string)}")
     return strings
+
+
+def _shown(value: object) -> str:
+    """A value that is no string, for an error."""
+    return "bytes; decode them first" if isinstance(value, bytes) else f"{value!r:.50}"
 
 
 def new_seed() -> int:

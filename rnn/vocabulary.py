@@ -33,11 +33,11 @@ class Vocabulary:
     characters: the known characters in the order of their ids, which start at 1; `[UNK]` is not among them.
     beginning: the character after which a text without a prompt begins; one that is unknown is replaced by the first
     known of line ends, `SEPARATORS`, the space, other characters that are no letter or digit, and all others.
-    Raises: ValueError for what are no such characters.
+    Raises: ValueError for what are no such characters; UserError, in all methods, for texts that are no strings.
     """
 
     def __init__(self, characters: str, beginning: str = "\n") -> None:
-        codes = _code_points(characters)
+        codes = _code_points(_string("characters", characters))
         if len(codes) == 0 or len(np.unique(codes)) < len(codes):
             raise ValueError("characters must be at least one, and distinct")
         if not isinstance(beginning, str) or len(beginning) != 1:
@@ -53,7 +53,12 @@ class Vocabulary:
     @staticmethod
     def of(text: str, known: str = "") -> Vocabulary:
         """The vocabulary of a text that is not empty, with the beginning that `beginning_of` gives; known: characters
-        that keep the first ids, in this order."""
+        that keep the first ids, in this order.
+
+        Raises: ValueError for an empty text.
+        """
+        if _string("text", text) == "":
+            raise ValueError("text: expected at least one character, got none")
         seen = np.zeros(_CODE_POINTS, bool)
         for start in range(0, len(text), _CHUNK):
             seen[_code_points(text[start:start + _CHUNK])] = True
@@ -77,7 +82,7 @@ class Vocabulary:
 
         Shapes: result (len(text),), `dtype`.
         """
-        ids = np.empty(len(text), self.dtype)
+        ids = np.empty(len(_string("text", text)), self.dtype)
         for start in range(0, len(text), _CHUNK):
             self._ids.take(_code_points(text[start:start + _CHUNK]), out=ids[start:start + _CHUNK], mode="clip")
         return ids
@@ -97,8 +102,11 @@ class Vocabulary:
                             "leave them out, or give --on-unknown skip or unk")
         return ids[ids != 0] if on_unknown == "skip" else ids
 
-    def line_ends(self, text: str) -> str:
-        """A text with each line end (`\\r\\n`, `\\r`) as `\\n`, unless the model has learnt `\\r`."""
+    def as_learnt(self, text: str) -> str:
+        """A text without a byte order mark, and with each line end (`\\r\\n`, `\\r`) as `\\n`, unless the model has
+        learnt the mark or `\\r`."""
+        if "\ufeff" not in self.characters:
+            text = text.removeprefix("\ufeff")
         if "\r" not in text or "\r" in self.characters:
             return text
         return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -170,6 +178,14 @@ def _last_of_separator(character: str, text: str) -> str:
 def _is_of_words(character: str) -> bool:
     """Whether it is a letter, a mark on one, or a digit."""
     return unicodedata.category(character)[0] in "LMN"
+
+
+def _string(name: str, text: object) -> str:
+    """The text. Raises: UserError that names the argument, if it is no string."""
+    if not isinstance(text, str):
+        what = "bytes; decode them first" if isinstance(text, bytes | bytearray) else f"{text!r:.50}"
+        raise UserError(f"{name}: expected a string, got {what}")
+    return text
 
 
 def shown(characters: Sequence[str]) -> str:

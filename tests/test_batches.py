@@ -3,6 +3,8 @@
 The ids are positions in the text (0, 1, 2, ...), so a batch shows where each of its characters comes from.
 """
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -36,6 +38,32 @@ def test_every_window_occurs_at_most_once_per_epoch(B, T, extra, seed, epoch):
         starts.extend(inputs_tb[0].tolist())
     assert len(set(starts)) == len(starts) == windows.batches_per_epoch * B
     assert all(start % (T + 1) == 0 and 0 <= start <= len(ids) - (T + 1) for start in starts)
+
+
+@pytest.mark.parametrize(("arguments", "part"), [
+    ({"B": 0}, "B: expected a whole number of at least 1, got 0"), ({"T": 0}, "T: expected"),
+    ({"T": 2.5}, "T: expected"),
+    ({"ids": np.zeros(99)}, "ids: expected integers of shape .*float64"), ({"ids": "text"}, "ids: expected"),
+    ({"ids": np.zeros((9, 9), int)}, "ids: expected")])
+def test_other_arguments_are_refused_with_their_name(arguments, part):
+    for make in (functools.partial(ShuffledWindows, seed=0), ContiguousStreams):
+        with pytest.raises(ValueError, match=f"^{part}"):
+            make(**{"ids": positions(99), "B": 2, "T": 3} | arguments)
+
+
+def test_list_of_ids_is_taken():
+    for make in (functools.partial(ShuffledWindows, seed=0), ContiguousStreams):
+        taken, expected = (make(ids, B=2, T=3) for ids in (list(range(99)), positions(99)))
+        np.testing.assert_array_equal(taken.batch(0, 1), expected.batch(0, 1))
+
+
+def test_batch_that_an_epoch_does_not_have_is_refused():
+    for source in (ShuffledWindows(positions(99), 2, 3, seed=0), ContiguousStreams(positions(99), 2, 3)):
+        for index in (-1, source.batches_per_epoch, 10**6, 1.0):
+            with pytest.raises(ValueError, match=f"index: expected 0 to {source.batches_per_epoch - 1}, .*got {index}"):
+                source.batch(0, index)
+        with pytest.raises(ValueError, match="epoch: expected"):
+            source.batch(-1, 0)
 
 
 @given(**SIZES, seed=SEEDS, epoch=EPOCHS, other=EPOCHS)

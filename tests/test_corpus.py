@@ -248,6 +248,15 @@ def test_missing_file_is_refused(tmp_path):
         load_corpus((str(tmp_path / "missing.txt"),))
 
 
+def test_paths_and_lists_are_taken_as_strings_and_tuples_are(shelf):
+    expected = load_corpus(("shelf/b.txt",))
+    for data in (Path("shelf/b.txt"), (Path("shelf/b.txt"),), ["shelf/b.txt"], "shelf/b.txt"):
+        assert load_corpus(data) == expected
+    for data in (5, None, [5], (b"shelf",)):
+        with pytest.raises(UserError, match="data: expected strings or paths, got "):
+            load_corpus(data)
+
+
 def test_python_docs_are_a_long_text_and_need_no_network():
     docs = load_corpus(("python-docs",))
     assert docs.name == "python-docs"
@@ -318,7 +327,7 @@ def test_shakespeare_is_fetched_once_and_then_read_from_the_cache(mirrors, monke
     assert fetched.text.encode() == PLAY
     assert fetched.name == "shakespeare"
     assert mirrors.requested == ["/play"]
-    assert load_corpus(("shakespeare",)) == load_corpus(()) == fetched
+    assert load_corpus(("shakespeare",)) == load_corpus(()) == load_corpus([]) == fetched
 
 
 @pytest.mark.parametrize("first", [b"<html>Log in to this network</html>", PLAY[:-1], b"", None])

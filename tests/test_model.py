@@ -10,6 +10,7 @@ from char_gru.rnn import cpu, reference_ops
 from char_gru.rnn.batches import Batch, ShuffledWindows
 from char_gru.rnn.checkpoint import Checkpoint, save_checkpoint
 from char_gru.rnn.config import Sizes, UserError
+from char_gru.rnn.devices import op_set
 from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import initial_parameters, named_views, parameter_count, parameter_shapes
 from char_gru.rnn.sampler import Generator
@@ -138,6 +139,46 @@ def test_ids_that_are_none_of_the_model_are_refused_before_they_reach_the_device
     assert model.step == 0
 
 
+@pytest.mark.parametrize("rate", [-1e-3, math.inf, math.nan, "0.1", None, [1e-3], True])
+def test_learning_rate_that_is_none_is_refused_and_changes_nothing(ops, rate):
+    case = random_case(T=3, B=2)
+    model = case.model(ops)
+    with pytest.raises(ValueError, match="learning_rate: expected a finite number of at least 0, got"):
+        model.train_step(case.inputs_tb, case.targets_tb, rate)
+    assert model.step == 0
+    model.train_step(case.inputs_tb, case.targets_tb, np.float32(1e-3))
+
+
+@pytest.mark.parametrize(("options", "part"), [
+    ({"dropout": 1.0}, r"dropout: expected a finite number in \[0, 1\), got 1.0"), ({"dropout": 2}, "dropout"),
+    ({"dropout": -0.1}, "dropout"), ({"dropout": math.nan}, "dropout"), ({"clip_norm": -1}, "clip_norm"),
+    ({"clip_norm": math.inf}, "clip_norm"), ({"T": 0}, "T, B"), ({"B": 2.5}, "T, B"), ({"B": "2"}, "T, B")])
+def test_model_of_other_options_is_refused(options, part):
+    with pytest.raises(ValueError, match=f"^{part}"):
+        LanguageModel(Sizes(V=3, E=4, H=5), **{"T": 2, "B": 2} | options)
+
+
+@pytest.mark.parametrize("size", [{"V": 0}, {"layers": 0}, {"H": -1}, {"E": 2.5}, {"V": "3"}, {"V": True}])
+def test_sizes_are_whole_numbers_of_at_least_one(size):
+    with pytest.raises(ValueError, match=f"^{next(iter(size))}: expected a whole number of at least 1, got"):
+        Sizes(**{"V": 3, "E": 4, "H": 5} | size)
+
+
+def test_sizes_of_numpy_can_be_saved(tmp_path):
+    sizes = Sizes(*np.array([3, 4, 5]))
+    LanguageModel(sizes, T=2, B=2).save(tmp_path / "model.safetensors", Vocabulary("ab"))
+    assert LanguageModel.load(tmp_path / "model.safetensors", 2, 2)[0].sizes == sizes
+
+
+@pytest.mark.parametrize(("options", "part"), [
+    ({"device": "tpu"}, "--device is 'tpu', but must be"), ({"device": None}, "--device is None"),
+    ({"device": "cpu", "precision": "fp8"}, "--precision is 'fp8', but must be"),
+    ({"device": "cpu", "precision": "bf16"}, "--precision bf16 needs an NVIDIA GPU")])
+def test_op_set_of_another_device_or_precision_is_refused(options, part):
+    with pytest.raises(UserError, match=part):
+        op_set(**options)
+
+
 def test_windows_that_cannot_be_evaluated_are_refused(ops):
     model = random_case(T=3, B=2, V=7).model(ops)
     for shape, part in (((4, 2), "1 to 3 steps, got 4"), ((0, 2), "1 to 3 steps, got 0"), ((2, 3), "inputs: expected")):
@@ -149,7 +190,7 @@ def test_windows_that_cannot_be_evaluated_are_refused(ops):
 
 def test_model_of_other_sizes_is_refused():
     for T, B in ((0, 1), (1, 0)):
-        with pytest.raises(ValueError, match="T, B: expected at least 1"):
+        with pytest.raises(ValueError, match="T, B: expected whole numbers of at least 1"):
             LanguageModel(Sizes(4, 2, 3), T, B)
     with pytest.raises(ValueError, match=r"flat_params: expected shape \(\d+,\), got \(1,\)"):
         LanguageModel(Sizes(4, 2, 3), 2, 2, np.zeros(1))

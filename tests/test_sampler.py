@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from char_gru.rnn import cpu, sampler
 from char_gru.rnn.config import Sizes, UserError
+from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import initial_parameters, named_views
 from char_gru.rnn.sampler import CHUNK_NUMBERS, FIRST_CHUNK, LARGEST_CHUNK, Generator
 from char_gru.rnn.vocabulary import Vocabulary
@@ -209,6 +210,30 @@ def test_state_of_other_rows_is_refused(generator):
             read(["a", "b"], state)
 
 
+def test_state_and_characters_that_are_none_are_refused(generator):
+    for read in (generator.step, generator.next):
+        for state in ("x", 5, [[0.0]]):
+            with pytest.raises(UserError, match="state is .*, but must be an array"):
+                read("a", state)
+        for chars in (5, None, b"a", [b"a"], "ab", []):
+            with pytest.raises(UserError, match="give one character per row"):
+                read(chars)
+
+
+def test_run_that_is_no_path_is_refused():
+    for load in (Generator.load, lambda run: LanguageModel.load(run, 2, 2)):
+        with pytest.raises(UserError, match="expected the path of a run or a checkpoint, got 5"):
+            load(5)
+
+
+def test_line_ends_and_byte_order_mark_of_a_text_are_those_learnt(generator):
+    for text in ("a\r\nb", "\ufeffa\rb"):
+        assert generator.generate(text, 20, seed=1) == generator.generate("a\nb", 20, seed=1)
+        assert generator.score(text) == generator.score("a\nb")
+    known = Vocabulary("a\r\ufeff")
+    assert known.as_learnt("\ufeffa\r\na") == "\ufeffa\r\na"
+
+
 @given(st.lists(st.text(CHARACTERS, min_size=1, max_size=3), min_size=1, max_size=2), st.integers(0, 1000))
 def test_text_ends_with_the_first_stop_string(stop, seed):
     generator = STOP_GENERATOR
@@ -248,7 +273,8 @@ def test_a_string_is_one_prompt_and_one_stop_string(generator):
 
 @pytest.mark.parametrize(("prompts", "options", "part"), [
     ([], {}, "no prompt"), ((), {}, "no prompt"), (None, {}, "prompts: expected a string or several, got None"),
-    (["a", 3], {}, "got 3"), (b"ab", {}, "got 97"),
+    (["a", 3], {}, "got 3"), (b"ab", {}, "got bytes; decode"),
+    ([b"ab"], {}, "got bytes; decode"),
     ("a", {"stop": ""}, "stop has an empty string"), ("a", {"stop": ["b", ""]}, "stop has an empty string"),
     ("a", {"stop": [None]}, "stop: expected a string or several, got None"),
     ("a", {"seed": -1}, "seed is -1, but must be"), ("a", {"seed": 2**64}, "must be"), ("a", {"seed": 1.5}, "must be"),

@@ -77,6 +77,15 @@ def test_vocabulary_grows_by_rows_at_its_end(first, second, third):
         known = grown
 
 
+def test_texts_that_are_none_are_refused_with_their_name():
+    with pytest.raises(ValueError, match="text: expected at least one character"):
+        Vocabulary.of("")
+    for wrong, said in ((b"ab", "bytes; decode them first"), (5, "5"), (None, "None"), (["a"], r"\['a'\]")):
+        for name, take in (("text", Vocabulary.of), ("text", Vocabulary("ab").encode), ("characters", Vocabulary)):
+            with pytest.raises(UserError, match=f"^{name}: expected a string, got {said}$"):
+                take(wrong)
+
+
 def test_vocabularies_are_equal_if_their_characters_are():
     assert Vocabulary.of("abc") == Vocabulary("abc") == Vocabulary.of("cab")
     assert Vocabulary("abc") != Vocabulary("abd")
