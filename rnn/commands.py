@@ -12,6 +12,8 @@ import io
 import itertools
 import json
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
@@ -21,6 +23,9 @@ import tyro
 from char_gru.rnn.config import GenerateConfig, TrainConfig, UserError
 from char_gru.rnn.process import DIVERGED, USAGE_ERROR, ended_at_once, status_after
 from char_gru.rnn.terminal import complain, displayed
+
+_WRITING = ("--length", "--temperature", "--top-k", "--top-p", "--min-p", "--num-samples", "--stop", "--seed")
+"""Options that shape the texts that are written, and no score."""
 
 _TEXT_OPTIONS = ("--prompt", "--stop", "--separator", "--temperature")
 """Options whose value may begin with a dash, or be empty."""
@@ -63,6 +68,8 @@ def generate(arguments: Sequence[str] | None = None) -> int:
         if sys.stdout is None:
             raise UserError("stdout is closed, and what is written there would be lost; send it to a file or a program")
         if config.score:
+            if unused := [option for option in _WRITING if option in _given(arguments)]:
+                raise UserError(f"--score writes no text; leave {' and '.join(unused)} out")
             return _print_scores(config)
         with ended_at_once():
             from char_gru.rnn.sampler import Generator, new_seed
@@ -99,8 +106,18 @@ def _parse(config_type: type, arguments: Sequence[str] | None, prog: str, **opti
             raise
         box = [line.strip("│ ") for line in complaint.getvalue().splitlines() if line.startswith("│")]
         said = " ".join(itertools.takewhile(lambda line: not line.startswith("─"), box)) or complaint.getvalue()
-        said = said.partition("  Got errors")[0].rstrip(".")
+        said = _plain(said.partition("  Got errors")[0].rstrip("."))
         raise UserError(f"{said}; {_meant(said, joined, known, prog)}see {prog} --help") from None
+
+
+def _plain(said: str) -> str:
+    """What tyro says of a value that is no number, in plain words."""
+    for pattern, wanted in ((r"invalid literal for int\(\) with base 10: (?P<value>.*)", "a whole number"),
+                            (r"no type matching .* could be instantiated from \[(?P<value>.*)\]", "a whole number"),
+                            (r"could not convert string to float: (?P<value>.*)", "a number")):
+        if match := re.fullmatch(r"Error parsing (?P<option>\S+): " + pattern, said):
+            return f"{match['option']} is {match['value']}, but must be {wanted}"
+    return said
 
 
 def _joined(arguments: Sequence[str], known: set[str]) -> list[str]:
@@ -111,7 +128,7 @@ def _joined(arguments: Sequence[str], known: set[str]) -> list[str]:
     joined: list[str] = []
     for argument in arguments:
         option, last = argument.partition("=")[0], joined[-1] if joined else ""
-        if last in (*_TEXT_OPTIONS, "--data") and option in known:
+        if last in (*_TEXT_OPTIONS, "--data", "--prompt-file") and option in known:
             raise UserError(f"{last} has no value before {argument}; if that is its value, write {last}={argument}")
         if last in _TEXT_OPTIONS:
             joined[-1] += "=" + argument
@@ -143,14 +160,38 @@ def _with_one_data(arguments: Sequence[str]) -> list[str]:
 def _meant(said: str, arguments: list[str], known: set[str], prog: str) -> str:
     """A question about what a command line with unknown arguments may mean, or an empty string."""
     strange, _, strangers = said.partition(": ")
-    options = [option for option in (argument.partition("=")[0] for argument in arguments)
-               if option.startswith("--") and option.replace("_", "-") not in known]
     if not strange.startswith("Unrecognized"):
         return ""
+    options = [option for option in (argument.partition("=")[0] for argument in arguments)
+               if option.startswith("-") and option != "-" and option.replace("_", "-") not in known]
     if options:
-        close = difflib.get_close_matches(options[0][2:], [option[2:] for option in known], 1)
-        return f"did you mean --{close[0]}? " if close else ""
-    return f"did you mean {'--data' if prog == 'train.py' else '--prompt'} {strangers.replace(', ', ' ')}? "
+        close = _closest(options[0].lstrip("-").replace("_", "-"), sorted(option[2:] for option in known))
+        return f"did you mean --{close}? " if close else ""
+    words = _words(strangers, arguments)
+    if prog == "generate.py":
+        words = [" ".join(words)] * bool(words)
+    meant = f"{'--data' if prog == 'train.py' else '--prompt'} {' '.join(map(shlex.quote, words))}"
+    return f"did you mean {meant}? " if words else ""
+
+
+def _words(listed: str, arguments: Sequence[str]) -> Sequence[str]:
+    """The consecutive arguments that are listed, with commas, in a message whose lines were broken; none if they do
+    not stand together."""
+    listed, *words = ("".join(text.split()) + "," for text in (listed, *arguments))
+    for start in range(len(words)):
+        end, found = start, ""
+        while listed.startswith(found) and len(found) < len(listed) and end < len(words):
+            found, end = found + words[end], end + 1
+        if found == listed:
+            return arguments[start:end]
+    return []
+
+
+def _closest(word: str, names: Sequence[str]) -> str | None:
+    """The name that a word may mean, by initials (`lr`), as its beginning (`rnn`), or mistyped."""
+    initials = [name for name in names if "".join(part[0] for part in name.split("-")) == word]
+    begun = [name for name in names if name.startswith(word)] if len(word) > 1 else []
+    return next(iter(initials + begun + difflib.get_close_matches(word, names, 1)), None)
 
 
 def _given(arguments: Sequence[str] | None) -> set[str]:
@@ -270,9 +311,10 @@ def _end(text: str, config: GenerateConfig) -> str | None:
 
 
 def _print_scores(config: GenerateConfig) -> int:
-    """Write lines of JSON about the texts of all files; - is stdin. Returns the exit status."""
-    files = [file for files in config.score for file in files]
-    for file in files:
+    """Write lines of JSON about the texts of all files; - is stdin. A file among several that has no score is told on
+    stderr. Returns the exit status."""
+    named = [file for files in config.score for file in files]
+    for file in named:
         if os.path.isdir(file):
             raise UserError(f"--score takes files, but {file} is a folder; name a run before --score, not after it")
     with ended_at_once():
@@ -282,23 +324,34 @@ def _print_scores(config: GenerateConfig) -> int:
         from char_gru.rnn.scoring import json_lines
         from char_gru.rnn.texts import read_text
 
-    texts = [read_text(file) for file in files]
     generator = Generator.load(config.run, config.device)
-    ids_of_texts = []
-    for file, text in zip(files, texts):
+    files, ids_of_texts, status = [], [], 0
+    for file in named:
         try:
-            ids_of_texts.append(generator.ids_to_score(text, config.on_unknown))
+            text = read_text(file)
+            try:
+                ids_of_texts.append(generator.ids_to_score(text, config.on_unknown))
+            except UserError as error:
+                raise UserError(f"{file}: {error}") from None
+            files.append(file)
         except UserError as error:
-            raise UserError(f"{file}: {error}") from None
+            complain("generate.py", error)
+            status = USAGE_ERROR
+    if not files:
+        return status
     with tqdm(total=sum(len(ids) - 1 for ids in ids_of_texts), unit=" characters", unit_scale=True, disable=None,
               dynamic_ncols=True, leave=False) as bar:
         parts = generator.score_parts(ids_of_texts, config.exact, config.per_character, bar.update)
-        for lines in json_lines(parts, generator.vocabulary, files if len(files) > 1 else None):
+        for lines in json_lines(parts, generator.vocabulary, files if len(named) > 1 else None):
             with bar.external_write_mode():
                 _write(lines)
-    return 0
+    return status
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(displayed(text))
-    sys.stdout.flush()
+    """Raises: BrokenPipeError where nobody reads stdout any more; another OSError that names stdout."""
+    try:
+        sys.stdout.write(displayed(text))
+        sys.stdout.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "stdout") from None

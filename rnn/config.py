@@ -15,6 +15,11 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 
+def _told(metavar: str | None = None):
+    """How `--help` shows an option whose default its help text tells."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
 class UserError(Exception):
     """Input that cannot be used. The message is one line: what is wrong, where, and what to do about it."""
 
@@ -63,14 +68,14 @@ class TrainConfig:
     Text is UTF-8. Progress goes to stderr, samples of generated text go to stdout.
     """
 
-    data: tuple[str, ...] = ()
+    data: Annotated[tuple[str, ...], _told("TEXT...")] = ()
     """what to learn: shakespeare, python-docs, or any of files, folders, patterns in quotes ('texts/*.txt') and - for
     stdin, read one after the other; .gz is unpacked (default: shakespeare)"""
-    out: Path | None = None
+    out: Annotated[Path | None, _told("FOLDER")] = None
     """folder of the run (default: a new one under runs/)"""
     epochs: int = 10
     """passes over the training text; with --steps, they do not count"""
-    steps: int | None = None
+    steps: Annotated[int | None, _told("INT")] = None
     """stop after this many training steps in all, be it inside an epoch, whatever --epochs is"""
     batch_size: int = 64
     """sequences in a batch"""
@@ -86,7 +91,7 @@ class TrainConfig:
     """share of every GRU layer's outputs that is dropped in training"""
     init: Literal["keras", "pytorch"] = "pytorch"
     """initial values: as Keras chooses them (the tutorial's) or as PyTorch does"""
-    init_from: str | None = None
+    init_from: Annotated[str | None, _told("RUN_OR_CHECKPOINT")] = None
     """start from the weights of this checkpoint or run: sizes come from it, characters that it does not know get new
     rows, everything else is free"""
     learning_rate: float = 1e-3
@@ -140,8 +145,8 @@ class TrainConfig:
         _require(self.seed < 2**63, "--seed", self.seed, "below 2^63")
         _require(self.steps is None or self.steps >= 1, "--steps", self.steps, "at least 1")
         _require(0 <= self.dropout < 1, "--dropout", self.dropout, "in [0, 1)")
-        _require(0 < self.learning_rate < math.inf, "--learning-rate", self.learning_rate, "a number above 0")
-        _require(0 <= self.clip_norm < math.inf, "--clip-norm", self.clip_norm, "a number of at least 0")
+        _require(0 < self.learning_rate < math.inf, "--learning-rate", self.learning_rate, "a finite number above 0")
+        _require(0 <= self.clip_norm < math.inf, "--clip-norm", self.clip_norm, "a finite number of at least 0")
         _require(0 <= self.val_fraction <= 0.5, "--val-fraction", self.val_fraction, "in [0, 0.5]")
         _require(self.separator == self.separator.encode(errors="ignore").decode(), "--separator",
                  ascii(self.separator), "UTF-8")
@@ -185,11 +190,11 @@ class GenerateConfig:
     Text goes to stdout as it is made, everything else to stderr.
     """
 
-    run: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[RUN_OR_CHECKPOINT]")] = None
+    run: Annotated[tyro.conf.Positional[Path | None], _told("[RUN_OR_CHECKPOINT]")] = None
     """folder of a run or a .safetensors file (default: the newest run under runs/)"""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """text to continue; - reads it from stdin; give it several times for several texts"""
-    prompt_file: Path | None = None
+    prompt_file: Annotated[Path | None, _told("FILE")] = None
     """file with a text to continue"""
     length: int = 1000
     """characters to write after each prompt; 0 writes until Ctrl-C"""
@@ -205,14 +210,14 @@ class GenerateConfig:
     """texts for each prompt"""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """end a text once it contains this; give the option several times for several such strings"""
-    seed: int | None = None
+    seed: Annotated[int | None, _told("INT")] = None
     """the same seed writes the same text (default: a new one, told on stderr)"""
     on_unknown: Literal["error", "skip", "unk"] = "error"
     """what to do with characters of a text that the model does not know"""
     format: Literal["text", "jsonl"] = "text"
     """how texts are written: as they are, prompts included; or as a line of JSON each (prompt, sample, text, end, seed
     and what shaped the drawing), in their order, as soon as each has ended"""
-    separator: str | None = None
+    separator: Annotated[str | None, _told("TEXT")] = None
     """what to write after each text; $'\\n' is a line end in bash and zsh (default: a line of dashes between two texts,
     or, where each text is one line, its line end alone)"""
     score: Annotated[tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]], tyro.conf.arg(metavar="FILE...")] = ()
@@ -269,7 +274,7 @@ def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -
     """
     for option, value in (("--temperature", temperature), ("--top-p", top_p), ("--min-p", min_p)):
         _require(isinstance(value, numbers.Real), option, value, "a number")
-    _require(0 <= temperature < math.inf, "--temperature", temperature, "a number of at least 0")
+    _require(0 <= temperature < math.inf, "--temperature", temperature, "a finite number of at least 0")
     _require(_is_integer(top_k) and top_k >= 0, "--top-k", top_k, "at least 0")
     _require(0 < top_p <= 1, "--top-p", top_p, "in (0, 1]")
     _require(0 <= min_p <= 1, "--min-p", min_p, "in [0, 1]")

@@ -198,7 +198,7 @@ def test_full_disk_while_writing_says_nothing_of_a_run(folder):
                                                   stdout=full) as process:
         said = process.stderr.read().decode()
         assert process.wait() == 2
-    assert "No space left" in said and "saved" not in said
+    assert "cannot read or write stdout: No space left" in said and "saved" not in said
 
 
 def test_stop_string_in_the_prompt_does_not_end_the_text(write):
@@ -463,23 +463,34 @@ def test_every_character_is_scored_if_asked_for(write, tmp_path):
 def test_score_beside_options_for_writing_is_refused(refused):
     assert "--prompt" in refused("run", "--score", "text.txt", "--prompt", "a")
     assert "--separator" in refused("run", "--score", "text.txt", "--separator", "x")
+    for option, value in (("--length", 1000), ("--temperature", 1), ("--stop", "x"), ("--num-samples", 1),
+                          ("--seed", 3), ("--top-k", 0), ("--top-p", 1), ("--min-p", 0)):
+        assert f"leave {option} out" in refused("run", "--score", "text.txt", option, value)
     assert "give --score" in refused("run", "--exact")
     assert "give --score" in refused("run", "--per-character")
     assert "names no file" in refused("run", "--score")
 
 
-def test_file_among_others_that_has_no_score_is_named(refused, tmp_path):
-    for name, text in (("good.txt", "the fox"), ("bad.txt", "the Fox"), ("short.txt", "a")):
+def test_file_among_others_that_has_no_score_is_named_and_the_others_are_scored(folder, refused, tmp_path, capfd):
+    for name, text in (("good.txt", "the fox"), ("bad.txt", "the Fox"), ("short.txt", "a"), ("also.txt", "a fox")):
         (tmp_path / name).write_text(text, "utf-8")
-    assert "bad.txt: " in refused("run", "--score", tmp_path / "good.txt", tmp_path / "bad.txt")
-    assert "short.txt: " in refused("run", "--score", tmp_path / "short.txt", tmp_path / "good.txt")
+    names = [str(tmp_path / name) for name in ("bad.txt", "good.txt", "missing.txt", "short.txt", "also.txt")]
+    with chdir(folder):
+        assert commands.generate(["run", "--score", *names]) == 2
+        stdout, stderr = capfd.readouterr()
+        assert [json.loads(line)["file"] for line in stdout.splitlines()] == [names[1], names[4]]
+        bad, missing, short = stderr.splitlines()
+        assert f"{names[0]}: the text has characters" in bad and f"{names[2]}: No such file" in missing
+        assert f"{names[3]}: the text to score is too short" in short
+        assert commands.generate(["run", "--score", names[0], names[3]]) == 2
+        assert capfd.readouterr().out == ""
     assert "before --score" in refused("--score", tmp_path / "good.txt", "run")
 
 
 # Bad input
 
 def test_option_where_a_text_is_due_is_not_taken_for_it(refused, write):
-    for option in ("--prompt", "--stop", "--temperature"):
+    for option in ("--prompt", "--prompt-file", "--stop", "--temperature"):
         for other in ("--length", "--length=5", "--top-k"):
             said = refused("run", option, other, 5)
             assert f"{option} has no value before {other}; if that is its value, write {option}={other}" in said
@@ -488,8 +499,12 @@ def test_option_where_a_text_is_due_is_not_taken_for_it(refused, write):
 
 @pytest.mark.parametrize(("arguments", "meant"), [
     (("--temprature", "1"), "did you mean --temperature?"), (("--tempraturee=1",), "did you mean --temperature?"),
-    (("--nothing-like-it",), "--nothing-like-it; see"), (("the fox",), "did you mean --prompt the fox?"),
-    (("the fox", "--lenght", "5"), "did you mean --length?")])
+    (("--nothing-like-it",), "--nothing-like-it; see"), (("the fox",), "did you mean --prompt 'the fox'?"),
+    (("the fox", "--lenght", "5"), "did you mean --length?"), (("the", "fox"), "did you mean --prompt 'the fox'?"),
+    (("the  fox, it's",), """did you mean --prompt 'the  fox, it'"'"'s'?"""),
+    (("a", "--length", "5", "b"), "a, b; see"),
+    (("-prompt", "x"), "did you mean --prompt?"), (("--temp", "1"), "did you mean --temperature?"),
+    (("--ns", "2"), "did you mean --num-samples?")])
 def test_mistyped_command_line_is_told_what_it_may_mean(refused, arguments, meant):
     assert meant in refused("run", *arguments)
 
@@ -502,11 +517,12 @@ def test_empty_argument_is_refused(refused):
 
 @pytest.mark.parametrize(("option", "value", "part"), [
     ("--temperature", "-1", "at least 0"), ("--temperature", "nan", "at least 0"),
-    ("--temperature", "inf", "at least 0"), ("--temperature", "warm", "--temperature"),
+    ("--temperature", "inf", "inf, but must be a finite number"), ("--temperature", "warm", "must be a number"),
     ("--top-p", "0", "in (0, 1]"), ("--top-p", "1.5", "in (0, 1]"), ("--top-p", "nan", "in (0, 1]"),
     ("--top-k", "-1", "at least 0"),
     ("--min-p", "-0.1", "in [0, 1]"), ("--min-p", "1.1", "in [0, 1]"), ("--min-p", "nan", "in [0, 1]"),
-    ("--length", "-5", "from 0"), ("--length", "many", "--length"),
+    ("--length", "-5", "from 0"), ("--length", "many", "--length is 'many', but must be a whole number;"),
+    ("--seed", "x", "--seed is 'x', but must be a whole number;"),
     ("--num-samples", "0", "from 1"), ("--num-samples", "65536", "to 65,535"),
     ("--seed", "-1", "in [0, 2^63)"), ("--seed", str(2**63), "in [0, 2^63)"),
     ("--stop", "", "is empty"), ("--on-unknown", "guess", "--on-unknown"), ("--device", "tpu", "--device"),
@@ -559,3 +575,4 @@ def test_help_names_every_option(tmp_path):
     assert result.returncode == 0
     options = ("prompt-file", "top-p", "num-samples", "stop", "on-unknown", "score")
     assert all(f"--{option}" in result.stdout for option in options)
+    assert "None" not in result.stdout and "(default: )" not in result.stdout

@@ -636,6 +636,8 @@ def test_bad_command_line_is_refused(folder, arguments):
 
 @pytest.mark.parametrize(("arguments", "part"), [
     (("text.txt",), "did you mean --data text.txt?"), (("--steps", 3, "a.txt", "b.txt"), "--data a.txt b.txt?"),
+    (("a b.txt", "c.txt"), "did you mean --data 'a b.txt' c.txt?"), (("--rnn", 16), "did you mean --rnn-units?"),
+    (("--lr", 1e-3), "did you mean --learning-rate?"), (("-data", "a"), "did you mean --data?"),
     (("--learing-rate", 1e-3), "did you mean --learning-rate?"), (("--rnn_unit", 16), "did you mean --rnn-units?"),
     (("--data",), "--data has no value"), (("--data", "--steps", 3), "--data has no value before --steps"),
     (("--separator", "--out", "run"), "--separator has no value before --out"),
@@ -740,3 +742,4 @@ def test_help_names_every_option(tmp_path):
     assert result.returncode == 0
     options = ("data", "out", "rnn-units", "stateful", "no-graph", "resume")
     assert all(f"--{option}" in result.stdout for option in options)
+    assert "None" not in result.stdout and "(default: )" not in result.stdout
