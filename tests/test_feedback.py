@@ -65,6 +65,25 @@ def test_bar_in_a_terminal_shows_the_time_left_of_the_whole_run(folder):
     assert bars and bars[-1][:2] == (b"3", b"24"), shown
 
 
+def test_terminal_of_80_columns_has_room_for_the_bar_and_a_sample_begins_a_line(folder):
+    leader, follower = pty.openpty()
+    fcntl.ioctl(leader, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+    with start("train.py", *TEXT, "--epochs", 2, "--out", "run", cwd=folder, stdout=follower,
+               stderr=follower) as process:
+        os.close(follower)
+        shown = b""
+        while piece := read_terminal(leader):
+            shown += piece
+    os.close(leader)
+    bars = [line for line in re.split(r"[\r\n]", shown.decode()) if line.startswith("epoch") and "%|" in line]
+    bars = [line for line in bars if "loss" in line]
+    assert bars and all(re.fullmatch(r"epoch \d: +\d+%\|[^|]{10,}\| .*, loss [\d.na]+, [\d.]+[kM]? chars/s\]", line)
+                        and len(line) < 80 for line in bars), bars
+    samples = (folder / "run" / "samples.txt").read_text(encoding="utf-8")
+    for sample in re.findall(r"--- epoch \d\n(.*\n)", samples):
+        assert re.search(r"[\r\n]" + re.escape(sample.rstrip("\n")), shown.decode()), sample
+
+
 def read_terminal(leader: int) -> bytes:
     try:
         return os.read(leader, 1 << 16)
