@@ -103,6 +103,8 @@ class Progress:
                 raise ValueError(name)
         if max(progress.best_step, progress.evaluated_step, progress.schedule_start) > progress.step:
             raise ValueError("step")
+        if progress.batch == 0 and progress.evaluated_step != progress.step:  # an epoch ends with its evaluation
+            raise ValueError("evaluated_step")
         return progress
 
 
@@ -464,7 +466,8 @@ class Run:
         path = self.folder / "timing.json"
         try:
             epochs = json.loads(path.read_bytes())["epochs"]
-            if not all(type(value) in (int, float) for epoch in epochs for value in epoch.values()):
+            if type(epochs) is not list or not all(
+                    type(value) in (int, float) for epoch in epochs for value in epoch.values()):
                 raise TypeError
         except FileNotFoundError:
             return []

@@ -437,7 +437,8 @@ def test_file_that_lost_lines_is_repaired_and_said_and_the_run_goes_on(finished,
         assert (run_folder / other).read_bytes() == (finished / other).read_bytes()
 
 
-@pytest.mark.parametrize("content", [b"[]", b"null", b"{}", b'{"epochs": 3}', b'{"epochs": [3]}', b"\xff", b"",
+@pytest.mark.parametrize("content", [b"[]", b"null", b"{}", b'{"epochs": 3}', b'{"epochs": {}}',
+                                     b'{"epochs": [3]}', b"\xff", b"",
                                      b"[" * 100_000, b'{"epochs": [' + b"[" * 100_000, None])
 def test_unusable_timing_is_begun_anew_with_a_word(folder, capfd, content):
     run_folder = stopped_run(folder)
@@ -476,6 +477,14 @@ def test_checkpoint_with_impossible_progress_is_refused(stopped, tmp_path, capfd
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     forge(tmp_path / "run" / "last.safetensors", **{name: value})
     refused_here(tmp_path, capfd, "--resume", "--out", "run")
+
+
+@pytest.mark.parametrize("progress", [{"evaluated_step": 0}, {"epoch": 10**15, "step": 8 * 10**15}], ids=str)
+def test_checkpoint_of_an_epochs_end_without_its_evaluation_is_refused(folder, capfd, progress):
+    run_folder = train_here(*TEXT, "--epochs", 1, cwd=folder)
+    capfd.readouterr()
+    forge(run_folder / "last.safetensors", **progress)
+    assert "evaluated_step" in refused_here(folder, capfd, "--resume", "--out", "run", "--epochs", 10**18)
 
 
 @pytest.mark.parametrize(("option", "value"), [
