@@ -41,7 +41,7 @@ from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import initial_parameters, named_views, parameter_count, parameter_shapes
 from char_gru.rnn.process import Lossy, handled, stop_numbers
 from char_gru.rnn.sampler import Generator
-from char_gru.rnn.terminal import displayed, one_line
+from char_gru.rnn.terminal import displayed, one_line, quoted
 from char_gru.rnn.vocabulary import Vocabulary, shown
 
 SAVE_SECONDS = 300
@@ -199,8 +199,8 @@ class Run:
         self.text_sha256, self.text_files = corpus.sha256, corpus.files
         if config.resume and checkpoint.resumable.progress["text_sha256"] != self.text_sha256:
             raise UserError(f"the text of {' '.join(config.data)} is not the one that {config.out} was trained on; "
-                            "give --data the place of that text, or start a new run from the weights of this one with "
-                            f"--init-from {config.out} instead of --resume")
+                            "give --data the place of that text, or start a new run from its weights with --init-from "
+                            f"{quoted(config.out)} instead of --resume")
         known = checkpoint.vocabulary.characters if checkpoint else ""
         self.vocabulary = Vocabulary.of(corpus.text, known)
         if known and (new := self.vocabulary.characters[len(known):]):
@@ -241,13 +241,14 @@ class Run:
             self._train()
         if self._signal is not None:
             _say(f"stopped by {signal.Signals(self._signal).name} after step {self.progress.step:,}; "
-                 f"continue with --resume --out {self.folder}")
+                 f"continue with --resume --out {quoted(self.folder)}")
             return 128 + self._signal
         end = self._ending()
         _say(f"the run has ended: {end.reason}" if self.progress.step > begun else
              f"nothing left to do: {end.reason}; to go on, give a larger {end.option}")
         _say(f"{self.folder} holds the run after step {self.progress.step:,}, which took "
-             f"{self.model.ops.peak_memory_mib():,.0f} MiB at most; write text with: python generate.py {self.folder}")
+             f"{self.model.ops.peak_memory_mib():,.0f} MiB at most; write text with: python generate.py "
+             f"{quoted(self.folder)}")
         return 0
 
     def _train(self) -> None:
@@ -511,9 +512,10 @@ def _check_same_run(config: TrainConfig, before: TrainConfig) -> None:
     now, then = config.saved(), before.saved()
     for option, value in now.items():
         if option not in CHANGEABLE_ON_RESUME and value != then[option]:
+            other = ("train a new model, without --resume" if option in ("embedding_dim", "rnn_units", "layers")
+                     else f"start a new run from its weights with --init-from {quoted(config.out)}")
             raise UserError(f"--{option.replace('_', '-')} is {value}, but {config.out} was trained with "
-                            f"{then[option]}, and --resume continues it exactly; leave the option out, or start a new "
-                            f"run, which --init-from {config.out} gives the weights of this one")
+                            f"{then[option]}, and --resume continues it exactly; leave the option out, or {other}")
 
 
 def _check_sizes(config: TrainConfig, sizes: Sizes) -> None:
