@@ -58,7 +58,8 @@ class TrainConfig:
 
     data: tuple[str, ...] = ()
     """what to learn: shakespeare, python-docs, or any of files, folders, patterns in quotes ('texts/*.txt') and - for
-    stdin, read one after the other; .gz is unpacked (default: shakespeare)"""
+    stdin, read one after the other; .gz is unpacked; runs and checkpoints in folders are left out (default:
+    shakespeare)"""
     out: Path | None = None
     """folder of the run (default: a new one under runs/)"""
     epochs: int = 10

@@ -30,6 +30,9 @@ GROWING = ("metrics.jsonl", "samples.txt")
 _LEFTOVER = re.compile(r"((last|best|epoch-\d+)\.safetensors|(config|timing)\.json|loss\.png)(\.[0-9a-f]{16})?\.tmp")
 """Names of the temporary files that a killed run leaves behind."""
 
+_OF_RUN = re.compile(r"(config|timing)\.json|metrics\.jsonl|samples\.txt|loss\.png|events\.out\.tfevents\..*|.*\.tmp")
+"""Names of the files of a run beside its checkpoints."""
+
 PAUSE_SECONDS = 0.1
 """Enough for a process that has just locked a folder to write its id, or to find another run there and give it back."""
 
@@ -148,6 +151,17 @@ class RunFolder:
     def _check_held(self) -> None:
         if not self._is_held():
             raise UserError(f"{self.path} was removed, moved, or given to another run while this run trained in it")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, or what is left of one."""
+    return (folder / "config.json").exists() and any(
+        (folder / name).exists() for name in ("last.safetensors", *GROWING))
+
+
+def is_of_run(file: Path) -> bool:
+    """Whether a file is a checkpoint, or lies among the files of a run as one of them."""
+    return file.suffix == ".safetensors" or bool(_OF_RUN.fullmatch(file.name)) and is_run(file.parent)
 
 
 def read_metrics(path: Path) -> list[dict]:

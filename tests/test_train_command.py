@@ -167,6 +167,15 @@ def test_text_of_a_folder_is_named_file_by_file(folder, capfd):
     assert "shelf is not the one" in refused_here(folder, capfd, "--resume", "--out", "run")
 
 
+@pytest.mark.parametrize("out", [(), ("--out", "."), ("--out", "runs")], ids=str)
+def test_folder_that_holds_its_runs_is_the_same_text_again(folder, out):
+    with chdir(folder):
+        assert commands.train(["--data", ".", *TINY, "--steps", "1", *out]) == 0
+        if not out:
+            assert commands.train(["--data", ".", *TINY, "--steps", "1"]) == 0
+        assert commands.train(["--resume", "--steps", "2", *out]) == 0
+
+
 def test_text_from_stdin_is_that_of_a_file_and_is_given_again_to_resume(folder):
     text = (folder / "text.txt").read_bytes()
     expected = train_here(*TEXT, "--steps", 3, cwd=folder)
