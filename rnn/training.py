@@ -396,8 +396,19 @@ class Run:
             progress.epoch, progress.batch, progress.loss_sum = epoch, 0, 0.0
         progress.evaluated_step = progress.step
         self._save()
+        if self._ending():
+            self._say_if_hopeless(train_loss, val_loss)
         self._draw_losses()
         self._timed = time.perf_counter(), progress.batch
+
+    def _say_if_hopeless(self, train_loss: float, val_loss: float | None) -> None:
+        """Say so if the losses of the run's last evaluation are far above that of a uniform guess, which a run too
+        short for WORSE_STEPS has not been told yet."""
+        name, loss = max((("training", train_loss), ("validation", val_loss or 0.0)), key=lambda named: named[1])
+        guess = math.log(self.sizes.V)
+        if loss > guess + WORSE and not self._worse_said:
+            _say(f"the run ends with a {name} loss of {loss:.4g}, far above ln {self.sizes.V} = {guess:.4f}, that of a "
+                 "uniform guess; a lower --learning-rate, or --clip-norm, may help")
 
     def _windows_before_a_signal(self) -> Iterator[Batch]:
         for window in self.val_windows:

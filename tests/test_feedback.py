@@ -102,6 +102,15 @@ def test_losses_far_above_a_guess_are_said_once(folder, capfd, monkeypatch):
     assert f"ln {V} = {math.log(V):.4f}, that of a uniform guess" in lines[0] and "--learning-rate" in lines[0]
 
 
+@pytest.mark.parametrize("options", [(), ("--val-fraction", 0)], ids=str)
+def test_short_run_that_ends_far_above_a_guess_is_told_so_at_its_end(folder, capfd, options):
+    train_here(*TEXT, "--epochs", 2, "--learning-rate", 3, *options, cwd=folder)
+    said = capfd.readouterr().err
+    [line] = [line for line in said.splitlines() if "far above" in line]
+    assert line.startswith("the run ends with a ") and "that of a uniform guess" in line and "--clip-norm" in line
+    assert said.index("epoch 2:") < said.index(line)
+
+
 def test_losses_of_a_good_run_are_not_remarked_upon(folder, capfd, monkeypatch):
     monkeypatch.setattr(training, "WORSE_STEPS", 1)
     train_here(*TEXT, "--steps", 10, cwd=folder)
