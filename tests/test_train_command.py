@@ -665,6 +665,21 @@ def test_cuda_without_cupy_is_refused_with_what_to_install(folder, capfd, monkey
     assert "char-gru[cuda13]" in said and "--device cpu" in said
 
 
+@pytest.mark.parametrize("raised", ["OSError(13, 'Permission denied', '/proc/x')", "ValueError('numpy.dtype')",
+                                    "ImportError('libcuda.so.1')"])
+def test_cupy_that_cannot_be_imported_leaves_the_cpu_with_a_word(folder, capfd, monkeypatch, raised):
+    (folder / "broken").mkdir()
+    (folder / "broken" / "cupy.py").write_text(f"raise {raised}")
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.syspath_prepend(folder / "broken")
+    said = refused_here(folder, capfd, *TEXT, "--device", "cuda", "--out", "run")
+    assert "--device cuda: CuPy cannot be imported" in said and "--device cpu" in said
+    run_folder = train_here(*TEXT, "--steps", 1, cwd=folder)
+    assert capfd.readouterr().err.count("CuPy cannot be imported") == 1
+    assert commands.generate([str(run_folder), "--length", "9"]) == 0
+    assert capfd.readouterr().err.count("CuPy cannot be imported") == 1
+
+
 def test_folder_of_another_run_is_refused(finished):
     before = contents(finished)
     assert "run holds another run" in refused(finished.parent, *TEXT, "--out", "run")
