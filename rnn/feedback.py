@@ -108,13 +108,15 @@ def picture_of_losses(lines: list[dict], batches_per_epoch: int) -> bytes:
     evaluations = [(line.get("step", line["epoch"] * batches_per_epoch), line["val_loss"]) for line in lines
                    if line.get("val_loss") is not None]
     axes = Figure(figsize=(8, 5)).subplots()
-    axes.plot(*zip(*steps), linewidth=0.8, label="training")
+    if steps:
+        axes.plot(*zip(*steps), linewidth=0.8, label="training", marker="o" if len(steps) == 1 else "", markersize=4)
     if evaluations:
         axes.plot(*zip(*evaluations), marker="o", markersize=4, label="validation")
     axes.set(xlabel="step", ylabel="loss (nats per character)")
     bits = axes.secondary_yaxis("right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2)))
     bits.set_ylabel("bits per character")
-    axes.legend()
+    if steps or evaluations:
+        axes.legend()
     image = io.BytesIO()
     axes.figure.savefig(image)
     return image.getvalue()

@@ -68,8 +68,7 @@ def test_bar_in_a_terminal_shows_the_time_left_of_the_whole_run(folder):
 def test_terminal_of_80_columns_has_room_for_the_bar_and_a_sample_begins_a_line(folder):
     leader, follower = pty.openpty()
     fcntl.ioctl(leader, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
-    with start("train.py", *TEXT, "--epochs", 2, "--out", "run", cwd=folder, stdout=follower,
-               stderr=follower) as process:
+    with start("train.py", *TEXT, "--epochs", 2, "--out", "run", cwd=folder, stdout=follower, stderr=follower):
         os.close(follower)
         shown = b""
         while piece := read_terminal(leader):
@@ -174,6 +173,17 @@ def test_picture_has_training_and_validation_and_both_units(monkeypatch):
     assert drawn == {"training": [[1, 4], [2, 3], [3, 2.5]], "validation": [[2, 3.25], [3, 2.75]]}
     assert axes.get_ylabel() == "loss (nats per character)" and bits.get_ylabel() == "bits per character"
     assert bits.get_ylim() == pytest.approx([nats / math.log(2) for nats in axes.get_ylim()])
+
+
+@pytest.mark.parametrize("lines", [[], [{"step": 1, "epoch": 1, "loss": 4.0}]], ids=["no line", "one step"])
+def test_picture_of_hardly_any_losses_shows_them_without_a_warning(monkeypatch, lines):
+    from matplotlib import axes
+
+    plot, drawn = axes.Axes.plot, []
+    monkeypatch.setattr(axes.Axes, "plot", lambda self, *points, **style: drawn.append(style) or plot(
+        self, *points, **style))
+    assert feedback.picture_of_losses(lines, 8).startswith(b"\x89PNG")
+    assert [style["marker"] for style in drawn] == ["o"] * len(lines)
 
 
 # TensorBoard

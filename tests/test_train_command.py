@@ -1,5 +1,6 @@
 """`train.py` as its users run it: the files that a run leaves, how it ends, and that a resumed run is the same run."""
 
+import errno
 import gzip
 import json
 import math
@@ -413,12 +414,13 @@ def stopped_run(folder: Path) -> Path:
 @pytest.mark.parametrize(("name", "damage", "said"), [
     ("metrics.jsonl", lambda raw: raw[:-5], "the loss of step 11"),
     ("metrics.jsonl", lambda raw: raw[:raw.index(b'{"step": 9')], "the losses of 3 steps, from step 9 to step 11"),
-    ("metrics.jsonl", lambda raw: b"", "the losses of 11 steps, from step 1 to step 11"),
+    ("metrics.jsonl", lambda raw: b"",
+     "lost the losses of 11 steps, from step 1 to step 11 and the evaluation of epoch 1, without which"),
     ("metrics.jsonl", lambda raw: None, "the losses of 11 steps"),
     ("metrics.jsonl", lambda raw: raw.replace(b'{"step": 3', b"\0" * 10), "the loss of step 3"),
     ("metrics.jsonl", lambda raw: raw.replace(b'{"step": 3', b'["step": 3'), "the loss of step 3"),
     ("metrics.jsonl", lambda raw: raw.replace(b'"loss": 3', b'"loss": [], "x": 3', 1), "from step 1 to step 11"),
-    ("metrics.jsonl", lambda raw: raw.replace(b'{"epoch"', b'<"epoch"'), "a line about an evaluation"),
+    ("metrics.jsonl", lambda raw: raw.replace(b'{"epoch"', b'<"epoch"'), "the evaluation of epoch 1"),
     ("metrics.jsonl", lambda raw: raw.replace(b'{"step": 5', b"[" * 100_000 + b'{"step": 5'), "from step 5 to step 11"),
     ("samples.txt", lambda raw: raw[:-3], "samples"), ("samples.txt", lambda raw: None, "samples"),
     ("samples.txt", lambda raw: raw[:-20] + b"\0" * 20, "samples"),
@@ -713,6 +715,48 @@ def test_resuming_with_a_changed_text_is_refused(folder, capfd):
     assert contents(run_folder) == before
 
 
+def test_run_that_has_lost_its_last_checkpoint_is_told_what_to_do(finished, tmp_path, capfd):
+    shutil.copytree(finished, tmp_path / "my run")
+    (tmp_path / "my run" / "last.safetensors").unlink()
+    said = refused_here(tmp_path, capfd, "--resume", "--out", "my run")
+    assert "has lost its last.safetensors" in said and "--init-from 'my run/best.safetensors'" in said
+    said = refused_here(finished.parent, capfd, *TEXT, "--out", tmp_path / "my run")
+    assert "has lost its last.safetensors" in said and "--resume" not in said
+
+
+def test_resuming_a_file_names_init_from(finished, capfd):
+    best = finished / "best.safetensors"
+    assert f"--init-from {best}" in refused_here(finished.parent, capfd, "--resume", "--out", best)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt"])
+def test_file_that_grows_is_not_written_through_a_link(finished, folder, capfd, name):
+    shutil.copytree(finished, folder / "run")
+    (folder / "run" / name).rename(folder / "victim")
+    (folder / "run" / name).symlink_to("../victim")
+    before = (folder / "victim").read_bytes()
+    with chdir(folder):
+        assert commands.train(["--resume", "--out", "run", "--steps", "24"]) == 2
+    assert f"run/{name} is a symbolic link" in capfd.readouterr().err.splitlines()[-1]
+    assert (folder / "victim").read_bytes() == before
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_failed_write_says_what_stands_only_where_something_was_saved(folder, capfd, monkeypatch, saved):
+    write = training.save_checkpoint
+
+    def failing(path, checkpoint):
+        if not saved or path.name == "best.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, checkpoint)
+
+    monkeypatch.setattr(training, "save_checkpoint", failing)
+    with chdir(folder):
+        assert commands.train([*TEXT, "--steps", "1", "--out", "run"]) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert "No space left" in said and ("what was saved before still stands" in said) == saved
+
+
 @pytest.mark.parametrize(("arguments", "part"), [((), "no run under runs"), (("--out", "none"), "none")])
 def test_resuming_nothing_is_refused(tmp_path, capfd, arguments, part):
     assert part in refused_here(tmp_path, capfd, "--resume", *arguments)
@@ -724,7 +768,7 @@ def test_resuming_a_damaged_run_is_refused(tmp_path, capfd, finished):
     altered[-1] ^= 1
     (tmp_path / "run").mkdir()
     for content, part in ((raw[:-100], "cut short"), (bytes(altered), "altered"),
-                          ((finished / "best.safetensors").read_bytes(), "nothing to resume from")):
+                          ((finished / "best.safetensors").read_bytes(), "--init-from run/last.safetensors")):
         (tmp_path / "run" / "last.safetensors").write_bytes(content)
         assert part in refused_here(tmp_path, capfd, "--resume", "--out", "run")
 
