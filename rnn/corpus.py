@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from char_gru.rnn.config import UserError
+from char_gru.rnn.folder import is_of_run, is_run
 from char_gru.rnn.terminal import one_line
 from char_gru.rnn.texts import STDIN, text_pieces
 
@@ -55,8 +56,8 @@ def load_corpus(data: tuple[str, ...] | str, encoding: str = "utf-8", newline: s
 
     data: shakespeare, python-docs, or any of: files, folders (all files below them that are not hidden), patterns
     such as `texts/*.txt`, "-" for standard input. Files of a folder or pattern are read in the order of their paths;
-    empty ones among them are left out. encoding, newline: as `rnn.texts.text_pieces` has them. separator: a text
-    between two files.
+    empty ones among them, runs and checkpoints are left out. encoding, newline: as `rnn.texts.text_pieces` has them.
+    separator: a text between two files.
 
     Raises: UserError for a file that cannot be read, is empty or no text, an unknown encoding, and a failed download
     if `data` names shakespeare.
@@ -95,10 +96,14 @@ def load_corpus(data: tuple[str, ...] | str, encoding: str = "utf-8", newline: s
 
 
 def _files(name: str) -> list[str]:
-    """The files that one value of `--data` stands for, sorted by path if it is a folder or a pattern."""
+    """The files that one value of `--data` stands for, sorted by path if it is a folder or a pattern, which then stand
+    for no file of a run."""
     path = Path(name)
     if path.is_dir():
-        below = [Path(folder, file) for folder, _, files in os.walk(path) for file in files]
+        below = []
+        for folder, folders, files in os.walk(path):
+            folders[:] = [inner for inner in folders if not is_run(Path(folder, inner))]
+            below += [Path(folder, file) for file in files]
         found = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     elif name == STDIN or path.exists():
         return [name]
@@ -107,7 +112,7 @@ def _files(name: str) -> list[str]:
     else:
         raise UserError(f"cannot read {name}: No such file or directory; --data takes files, folders, patterns in "
                         "quotes, - for standard input, shakespeare or python-docs")
-    return [str(file) for file in sorted(found) if file.is_file()]
+    return [str(file) for file in sorted(found) if file.is_file() and not is_of_run(file)]
 
 
 def _name(first: str, file: str) -> str:
