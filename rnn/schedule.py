@@ -64,11 +64,10 @@ def ending(config: TrainConfig, step: int, epochs_without_best: int, batches_per
     return Ending(f"--epochs {config.epochs} are done", "--epochs")
 
 
-def differs(config: TrainConfig, before: TrainConfig, batches_per_epoch: int) -> bool:
-    """Whether the learning rate's schedule of a resumed run is another one than before."""
-    options = ("lr_schedule", "learning_rate", "warmup_steps")
-    return (any(getattr(config, option) != getattr(before, option) for option in options)
-            or total_steps(config, batches_per_epoch) != total_steps(before, batches_per_epoch))
+def options(config: TrainConfig, batches_per_epoch: int) -> dict:
+    """What the rates of a schedule follow from, beside the step at which it begins: JSON values by name."""
+    return {"lr_schedule": config.lr_schedule, "learning_rate": config.learning_rate,
+            "warmup_steps": config.warmup_steps, "total_steps": total_steps(config, batches_per_epoch)}
 
 
 def remarks(config: TrainConfig, before: TrainConfig | None, step: int, start: int,

@@ -170,7 +170,7 @@ def train(config: TrainConfig, files: RunFolder | None = None, checkpoint: Check
 
     files: the folder of a resumed run; None for a new run. checkpoint: of a resumed run its last one, from
     `resumable_run`; with --init-from the one that it names; otherwise None. schedule_given: whether the command line
-    names --lr-schedule, which begins a resumed run's schedule anew where it differs from what it was.
+    names --lr-schedule, which begins a resumed run's schedule anew where it differs from what it was, or began as.
 
     Raises: UserError for options or a text that cannot be used, and if another process trains in the folder; Diverged;
     OSError if the run cannot be saved.
@@ -230,6 +230,7 @@ class Run:
         except UserError as error:
             raise UserError(f"{error}; {sizes_that_fit(len(ids), B, T, config.val_fraction)}") from None
         self.total_steps = schedule.total_steps(config, self.batches.batches_per_epoch)
+        self._schedule = schedule.options(config, self.batches.batches_per_epoch)  # with which it began
         flat = initial_parameters(self.sizes, config.init, config.seed)
         if checkpoint and not config.resume:
             for name, view in named_views(flat, self.sizes).items():  # rows of new characters follow the old ones
@@ -464,6 +465,8 @@ class Run:
         model, saved = self.model, None
         if resumable:
             progress = vars(self.progress) | {"config": self.config.saved(), "text_sha256": self.text_sha256}
+            if self._schedule != schedule.options(self.config, self.batches.batches_per_epoch):
+                progress["schedule"] = self._schedule
             saved = Resumable(host(model.m), host(model.v), model.ops.to_host(model.state), progress)
         return Checkpoint(self.sizes, self.vocabulary, host(model.params), saved)
 
@@ -482,7 +485,10 @@ class Run:
                             f"{progress.epoch + 1:,}, but an epoch has {count:,} steps; start a new run")
         self.model.step = self.progress.step
         self._before = TrainConfig.from_saved(saved.progress["config"])
-        if schedule_given and schedule.differs(self.config, self._before, self.batches.batches_per_epoch):
+        before = schedule.options(self._before, count)
+        self._schedule = saved.progress.get("schedule", before)
+        if schedule_given and not (schedule.options(self.config, count) == before == self._schedule):
+            self._schedule = schedule.options(self.config, count)
             self.progress.schedule_start = self.progress.step
 
     def _saved_timing(self) -> list[dict]:

@@ -307,6 +307,20 @@ def test_changed_rate_or_warm_up_begins_anew_where_the_schedule_is_given(folder,
     assert rates == [schedule.learning_rate(config, step, 16, start=9) for step in range(9, 16)]
 
 
+def test_advice_to_begin_the_schedule_anew_may_be_followed_after_stopping(folder, capfd, rates):
+    stop_here(5, *TEXT, *COSINE, cwd=folder)
+    stop_here(6, "--resume", "--learning-rate", "1e-4", cwd=folder)
+    assert "give --lr-schedule cosine as well" in capfd.readouterr().err
+    again = ("--resume", "--learning-rate", "1e-4", "--lr-schedule", "cosine")
+    stop_here(8, *again, cwd=folder)
+    assert "begins anew at step 7" in capfd.readouterr().err
+    stop_here(9, *again, cwd=folder)
+    train_here("--resume", cwd=folder)
+    assert "learning rate" not in capfd.readouterr().err
+    config = TrainConfig(lr_schedule="cosine", learning_rate=1e-4)
+    assert rates[6:] == [schedule.learning_rate(config, step, 16, start=6) for step in range(6, 16)]
+
+
 def test_new_rate_without_the_schedule_is_said_with_advice_only_where_it_helps(folder, capfd):
     for name, options in (("constant", ()), ("cosine", ("--lr-schedule", "cosine"))):
         (folder / name).mkdir()
