@@ -2,6 +2,7 @@
 
     python -m kernels --check [--json]                                 does this GPU compute what the reference says?
     python -m kernels [--arch sm_80 sm_90]                             registers and shared memory of every kernel
+    python -m kernels --sass gru_forward_persistent --arch sm_90       what a turn of each loop executes
     python -m kernels --plan --device-like h100                        how recurrence and generation would run on a GPU
     python -m kernels --run gru_forward --sizes T=3,B=2,H=8 --trace    one op on the CPU: who loads, stores, waits
 """
@@ -15,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from char_gru.kernels.modules import modules_for
+from char_gru.kernels import sass
+from char_gru.kernels.modules import MODULES, PLANNED, modules_for
 from char_gru.kernels.plan.generation import GenerationPlan, generation_plan
 from char_gru.kernels.plan.gpus import GPU, GPUS, precisions
 from char_gru.kernels.plan.recurrence import PACK, RecurrencePlan, backward_plan, forward_plan
@@ -35,6 +37,7 @@ _GENERATION_CUT = GenerationPlan._fields[GenerationPlan._fields.index("groups"):
 _WIDTHS = (12, 23, 75, 23, 9, 12, 13)
 _ROOT = Path(__file__).parents[1]
 _OPTIONS = {"compile": ("arch",),
+            "sass": ("arch",),
             "check": ("json",),
             "plan": ("device_like", "precision", "batch_size", "rnn_units", "layers", "vocabulary"),
             "run": ("sizes", "precision", "variant", "order", "trace")}
@@ -88,6 +91,32 @@ def main(arch: tuple[str, ...] = ARCHITECTURES) -> int:
     except DeviceError as error:
         print(error, file=sys.stderr)
         return 2
+    except CompileError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def loops(stems: Sequence[str], arch: Sequence[str] = ("sm_90",)) -> int:
+    """Print what a turn of each loop executes in the kernels of some .cu files.
+
+    Args:
+        stems: names of .cu files, without their ending.
+        arch: GPU architectures to compile for.
+
+    Returns:
+        Exit status: 0; 1 where a source does not compile.
+
+    Raises: ValueError for a file that does not exist; DeviceError where the compiler or the disassembler is missing.
+    """
+    known = (*MODULES, *PLANNED)
+    if unknown := [stem for stem in stems if stem not in known]:
+        raise ValueError(f"--sass: there is no {unknown[0]}.cu; there are {', '.join(sorted(known))}")
+    try:
+        for architecture in arch:
+            for stem in stems:
+                for line in sass.lines(sass.entries(architecture, stem)):
+                    print(line)
     except CompileError as error:
         print(error, file=sys.stderr)
         return 1
@@ -154,9 +183,13 @@ def command(arguments: Sequence[str] | None = None) -> int:
         check or a plan where there is no GPU, and for a run where there is no C++ compiler.
     """
     parser = _Parser(prog="python -m kernels", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     description="Compile every kernel and print its registers and shared memory; check this machine's "
-                                 "GPU; plan recurrence and generation, or run one op on the CPU, without a GPU.")
-    parser.add_argument("--arch", nargs="+", help="GPU architectures to compile for (default: all)")
+                     description="Compile every kernel and print its registers and shared memory; count what their "
+                                 "loops execute; check this machine's GPU; plan recurrence and generation, or run one "
+                                 "op on the CPU, without a GPU.")
+    parser.add_argument("--arch", nargs="+", help="GPU architectures to compile for (default: all; with --sass: sm_90)")
+    parser.add_argument("--sass", nargs="+", metavar="FILE", help="disassemble the kernels of these .cu files, such as "
+                                                                  "gru_forward_persistent, and count what each loop "
+                                                                  "executes")
     parser.add_argument("--check", action="store_true",
                         help="compare every op, training and generation on this machine's GPU with the reference")
     parser.add_argument("--json", action="store_true", help="with --check: print one object of JSON")
@@ -189,6 +222,8 @@ def command(arguments: Sequence[str] | None = None) -> int:
     try:
         if mode == "compile":
             return main(**options)
+        if mode == "sass":
+            return loops(options.pop("sass"), **options)
         if mode == "run":
             return _run(options.pop("run"), **options)
         del options[mode]

@@ -449,7 +449,7 @@ def compile_for(source: str, architecture: str) -> dict[str, ResourceUse]:
 
     Raises: DeviceError where NVRTC is not installed; CompileError with its messages.
     """
-    return _resource_use(_compiled(source, architecture, "--ptxas-options=-v")[0])
+    return _resource_use(_compiled(source, architecture, "--ptxas-options=-v").log)
 
 
 def ptx_for(source: str, architecture: str) -> str:
@@ -457,11 +457,25 @@ def ptx_for(source: str, architecture: str) -> str:
 
     Raises: as compile_for.
     """
-    return _compiled(source, architecture.replace("sm_", "compute_"))[1]
+    return _compiled(source, architecture.replace("sm_", "compute_")).ptx
 
 
-def _compiled(source: str, architecture: str, *more: str) -> tuple[str, str]:
-    """Messages and PTX of NVRTC for a source, with the options that CuPy has, and more.
+def cubin_for(source: str, architecture: str) -> bytes:
+    """The machine code of a source for an architecture such as "sm_90", with no GPU and no driver.
+
+    Raises: as compile_for.
+    """
+    return _compiled(source, architecture).cubin
+
+
+class _Compiled(NamedTuple):
+    log: str
+    ptx: str
+    cubin: bytes  # empty for a virtual architecture
+
+
+def _compiled(source: str, architecture: str, *more: str) -> _Compiled:
+    """Messages, PTX and machine code of NVRTC for a source, with the options that CuPy has, and more.
 
     Raises: as compile_for.
     """
@@ -486,9 +500,12 @@ def _compiled(source: str, architecture: str, *more: str) -> tuple[str, str]:
         _, size = nvrtc.nvrtcGetPTXSize(program)
         ptx = bytearray(size)
         nvrtc.nvrtcGetPTX(program, ptx)
+        _, size = nvrtc.nvrtcGetCUBINSize(program)
+        cubin = bytearray(size)
+        nvrtc.nvrtcGetCUBIN(program, cubin)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    return log, ptx.rstrip(b"\0").decode()
+    return _Compiled(log, ptx.rstrip(b"\0").decode(), bytes(cubin))
 
 
 def _resource_use(log: str) -> dict[str, ResourceUse]:

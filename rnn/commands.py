@@ -222,7 +222,7 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
             complain(prog, error)
         elif type(error).__name__ in ("CUDARuntimeError", "CUDADriverError"):  # of CuPy, which a CPU does without
             atexit.register(_end_at_once, error)
-            complain(prog, f"the GPU failed: {error}{_kept(prog)}")
+            complain(prog, f"the GPU failed: {error}{_notes(error)}")
         else:
             raise
     except BrokenPipeError:  # the reader of stdout has closed it
@@ -230,14 +230,14 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
         return 0
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        complain(prog, f"cannot read or write{where}: {error.strerror or error}{_kept(prog)}")
+        complain(prog, f"cannot read or write{where}: {error.strerror or error}{_notes(error)}")
     except MemoryError as error:
         complain(prog, f"not enough memory ({error}); lower --batch-size, --seq-length, --rnn-units or --num-samples")
     return USAGE_ERROR
 
 
-def _kept(prog: str) -> str:
-    return "; what was saved before still stands" if prog == "train.py" else ""
+def _notes(error: Exception) -> str:
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
 def _prompts(config: GenerateConfig) -> list[str]:

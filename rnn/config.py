@@ -70,7 +70,8 @@ class TrainConfig:
 
     data: Annotated[tuple[str, ...], _told("TEXT...")] = ()
     """what to learn: shakespeare, python-docs, or any of files, folders, patterns in quotes ('texts/*.txt') and - for
-    stdin, read one after the other; .gz is unpacked (default: shakespeare)"""
+    stdin, read one after the other; .gz is unpacked; runs and checkpoints in folders are left out (default:
+    shakespeare)"""
     out: Annotated[Path | None, _told("FOLDER")] = None
     """folder of the run (default: a new one under runs/)"""
     epochs: int = 10
@@ -98,7 +99,7 @@ class TrainConfig:
     """Adam's learning rate (its peak, with a schedule)"""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """learning rate after the warm-up: constant, or falling along a cosine to a tenth at the run's end; given to a
-    resumed run that has another schedule or another end than before, it begins anew, with its warm-up"""
+    resumed run that has another schedule, rate, warm-up or end than before, it begins anew, with its warm-up"""
     warmup_steps: int = 0
     """steps over which the learning rate rises linearly from 0"""
     clip_norm: float = 0.0

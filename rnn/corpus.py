@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from char_gru.rnn.config import UserError
+from char_gru.rnn.folder import is_of_run, is_run
 from char_gru.rnn.terminal import one_line
 from char_gru.rnn.texts import STDIN, text_pieces
 
@@ -55,9 +56,9 @@ def load_corpus(data: Sequence[str | Path] | str | Path, encoding: str = "utf-8"
 
     data: shakespeare, python-docs, or any of: files, folders (all files below them that are not hidden), patterns
     such as `texts/*.txt`, "-" for standard input. Each match of a pattern counts as if it were named itself, in the
-    order of the paths. Files of a folder are read in the order of their paths; empty ones among them are left out, but
-    are refused where they are named. encoding, newline: as `rnn.texts.text_pieces` has them. separator: a text
-    between two files.
+    order of the paths. Files of a folder are read in the order of their paths, and empty ones among them left out; an
+    empty file that is named is refused. Runs and checkpoints in folders and among matches are left out. encoding,
+    newline: as `rnn.texts.text_pieces` has them. separator: a text between two files.
 
     Raises: UserError for a file that cannot be read, is empty or no text, an unknown encoding, and a failed download
     if `data` names shakespeare; also for data that are no strings or paths.
@@ -104,25 +105,30 @@ def load_corpus(data: Sequence[str | Path] | str | Path, encoding: str = "utf-8"
 
 def _files(name: str) -> dict[str, bool]:
     """The files that one value of `--data` stands for, and of each whether it is named itself, or by a pattern; the
-    others lie below a folder."""
+    others lie below a folder. What a folder or a pattern stands for is no file of a run."""
+    if Path(name).is_dir():
+        return _below(Path(name))
     if name == STDIN or Path(name).exists():
-        return _below(name)
+        return {name: True}
     if not glob.has_magic(name):
         raise UserError(f"cannot read {name}: No such file or directory; --data takes files, folders, patterns in "
                         "quotes, - for standard input, or either of shakespeare and python-docs alone")
     files: dict[str, bool] = {}
-    for match in sorted(map(Path, glob.glob(name, recursive=True))):
-        files = _below(str(match)) | files  # `**` finds a folder and what lies below it
+    for match in map(Path, glob.glob(name, recursive=True)):
+        if match.is_dir() and not is_run(match):
+            files |= _below(match)
+        elif not match.is_dir() and not is_of_run(match):
+            files.setdefault(str(match), True)
     return dict(sorted(files.items(), key=lambda item: Path(item[0])))
 
 
-def _below(name: str) -> dict[str, bool]:
-    path = Path(name)
-    if not path.is_dir():
-        return {name: True}
-    below = [Path(folder, file) for folder, _, files in os.walk(path) for file in files]
+def _below(path: Path) -> dict[str, bool]:
+    below = []
+    for folder, folders, files in os.walk(path):
+        folders[:] = [inner for inner in folders if not is_run(Path(folder, inner))]
+        below += [Path(folder, file) for file in files]
     shown = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    return {str(file): False for file in sorted(shown) if file.is_file()}
+    return {str(file): False for file in sorted(shown) if file.is_file() and not is_of_run(file)}
 
 
 def _name(first: str, file: str) -> str:

@@ -17,6 +17,9 @@ from char_gru.rnn.config import UserError
 LINE_SECONDS = 60
 """Without a terminal, the time from one line about the progress to the next."""
 
+BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+"""Of tqdm, without its rate of steps, so that 80 columns have room for a bar."""
+
 
 class ProgressReport:
     """How far a run is: a bar over all its steps in a terminal; elsewhere `say` is given a line about once a minute.
@@ -28,20 +31,22 @@ class ProgressReport:
         self._first, self._total, self._characters, self._say = step, total_steps, characters, say
         self._started = self._said = time.perf_counter()
         # Without smoothing, the time left follows from all steps so far, with the evaluations among them.
-        self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, dynamic_ncols=True, smoothing=0)
+        self._bar = tqdm(total=total_steps, initial=step, disable=None, dynamic_ncols=True, smoothing=0,
+                         bar_format=BAR_FORMAT)
 
     def after_step(self, step: int, epoch: int, loss: float) -> None:
         """Tell that `step` steps are done, the last of them in epoch `epoch`, counted from 1, with a loss known by now
         (NaN for none)."""
         now = time.perf_counter()
         rate = (step - self._first) / (now - self._started)
-        known = f"loss {loss:.4f}, {rate * self._characters:,.0f} characters/s"
+        speed = rate * self._characters
         self._bar.set_description_str(f"epoch {epoch}", refresh=False)
-        self._bar.set_postfix_str(known, refresh=False)
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {tqdm.format_sizeof(speed)} chars/s", refresh=False)
         self._bar.update()
         if self._bar.disable and now - self._said >= LINE_SECONDS and not math.isnan(loss):
             left = timedelta(seconds=round((self._total - step) / rate))
-            self._say(f"step {step:,} of {self._total:,}, epoch {epoch}: {known}, {left} left")
+            self._say(f"step {step:,} of {self._total:,}, epoch {epoch}: loss {loss:.4f}, "
+                      f"{speed:,.0f} characters/s, {left} left")
             self._said = now
 
     def __enter__(self) -> Self:
@@ -103,13 +108,15 @@ def picture_of_losses(lines: list[dict], batches_per_epoch: int) -> bytes:
     evaluations = [(line.get("step", line["epoch"] * batches_per_epoch), line["val_loss"]) for line in lines
                    if line.get("val_loss") is not None]
     axes = Figure(figsize=(8, 5)).subplots()
-    axes.plot(*zip(*steps), linewidth=0.8, label="training")
+    if steps:
+        axes.plot(*zip(*steps), linewidth=0.8, label="training", marker="o" if len(steps) == 1 else "", markersize=4)
     if evaluations:
         axes.plot(*zip(*evaluations), marker="o", markersize=4, label="validation")
     axes.set(xlabel="step", ylabel="loss (nats per character)")
     bits = axes.secondary_yaxis("right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2)))
     bits.set_ylabel("bits per character")
-    axes.legend()
+    if steps or evaluations:
+        axes.legend()
     image = io.BytesIO()
     axes.figure.savefig(image)
     return image.getvalue()

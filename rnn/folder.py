@@ -31,6 +31,9 @@ GROWING = ("metrics.jsonl", "samples.txt")
 _LEFTOVER = re.compile(r"((last|best|epoch-\d+)\.safetensors|(config|timing)\.json|loss\.png)(\.[0-9a-f]{16})?\.tmp")
 """Names of the temporary files that a killed run leaves behind."""
 
+_OF_RUN = re.compile(r"(config|timing)\.json|metrics\.jsonl|samples\.txt|loss\.png|events\.out\.tfevents\..*|.*\.tmp")
+"""Names of the files of a run beside its checkpoints."""
+
 PAUSE_SECONDS = 0.1
 """Enough for a process that has just locked a folder to write its id, or to find another run there and give it back."""
 
@@ -67,9 +70,11 @@ class RunFolder:
         """
         if out is not None:
             folder = RunFolder(out, _make(out, exist_ok=True))
-            if any(os.path.lexists(out / other) for other in ("last.safetensors", "config.json", *GROWING)):
+            if holds_run(out):
                 folder.close()
-                raise UserError(f"{out} holds another run; continue it with --resume, or give another --out")
+                resumes = (out / "last.safetensors").exists()
+                raise UserError(f"{out} holds another run" + ("; continue it with --resume, or give" if resumes else
+                                ", which has lost its last.safetensors; give") + " another --out")
             return folder
         for number in itertools.count(1):
             path = Path("runs", name if number == 1 else f"{name}-{number}")
@@ -99,10 +104,11 @@ class RunFolder:
     def append(self, name: str, text: str) -> int:
         """Append to a file that grows; returns how many bytes. They are on disk after the next `flush`.
 
-        Raises: OSError; UserError if the folder was taken away from this run.
+        Raises: OSError; UserError for a symbolic link, and if the folder was taken away from this run.
         """
         self._check_held()
-        with open(self.path / name, "ab") as file:
+        _refuse_link(self.path / name)
+        with open(self.path / name, "ab", opener=_open_no_link) as file:
             return file.write(text.encode())
 
     def flush(self) -> None:
@@ -127,9 +133,10 @@ class RunFolder:
         """Cut a file that grows back to the `size` bytes that a checkpoint counts, and of these keep the lines that are
         complete and that `is_whole` accepts; returns the size of the result, which is smaller if lines were lost.
 
-        Raises: OSError.
+        Raises: OSError; UserError for a symbolic link.
         """
         path = self.path / name
+        _refuse_link(path)
         try:
             content = path.read_bytes()
         except FileNotFoundError:
@@ -149,6 +156,22 @@ class RunFolder:
     def _check_held(self) -> None:
         if not self._is_held():
             raise UserError(f"{self.path} was removed, moved, or given to another run while this run trained in it")
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds anything of a run that a new run would overwrite or go on with."""
+    return any(os.path.lexists(folder / name) for name in ("last.safetensors", "config.json", *GROWING))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, or what is left of one."""
+    return (folder / "config.json").exists() and any(
+        (folder / name).exists() for name in ("last.safetensors", *GROWING))
+
+
+def is_of_run(file: Path) -> bool:
+    """Whether a file is a checkpoint, or lies among the files of a run as one of them."""
+    return file.suffix == ".safetensors" or bool(_OF_RUN.fullmatch(file.name)) and is_run(file.parent)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -203,6 +226,15 @@ def _refuse_other_than_file(path: Path) -> None:
         if not stat.S_ISREG(path.stat().st_mode) or path.is_symlink() and os.readlink(path).startswith("/proc/"):
             kind = "a folder" if path.is_dir() else "a pipe, a device or a socket"
             raise UserError(f"cannot write {path}: it is no file, but {kind}; name a file")
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link, which a run does not follow; put a file in its place")
 
 
 def _sync(path: Path) -> None:

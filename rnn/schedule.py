@@ -64,10 +64,10 @@ def ending(config: TrainConfig, step: int, epochs_without_best: int, batches_per
     return Ending(f"--epochs {config.epochs} are done", "--epochs")
 
 
-def differs(config: TrainConfig, before: TrainConfig, batches_per_epoch: int) -> bool:
-    """Whether the learning rate's schedule of a resumed run is another one than before."""
-    return (config.lr_schedule != before.lr_schedule
-            or total_steps(config, batches_per_epoch) != total_steps(before, batches_per_epoch))
+def options(config: TrainConfig, batches_per_epoch: int) -> dict:
+    """What the rates of a schedule follow from, beside the step at which it begins: JSON values by name."""
+    return {"lr_schedule": config.lr_schedule, "learning_rate": config.learning_rate,
+            "warmup_steps": config.warmup_steps, "total_steps": total_steps(config, batches_per_epoch)}
 
 
 def remarks(config: TrainConfig, before: TrainConfig | None, step: int, start: int,
@@ -87,9 +87,12 @@ def remarks(config: TrainConfig, before: TrainConfig | None, step: int, start: i
     elif before:
         expected = learning_rate(before, step, total_steps(before, batches_per_epoch), start)
         if not math.isclose(rate, expected, rel_tol=1e-9):
+            anew = learning_rate(config, step, total, step)
+            advice = "" if math.isclose(rate, anew, rel_tol=1e-9) else (
+                f"; to begin the schedule anew at this step, with {anew:.3g}, give --lr-schedule {config.lr_schedule} "
+                "as well")
             said.append(f"the learning rate of step {step + 1:,} is {rate:.3g}; with the options before it would be "
-                        f"{expected:.3g}; to begin the schedule anew at this step, give --lr-schedule "
-                        f"{config.lr_schedule}")
+                        f"{expected:.3g}{advice}")
     if step == start and config.warmup_steps >= total - start:
         last = learning_rate(config, total - 1, total, start)
         said.append(f"--warmup-steps {config.warmup_steps} takes the whole run of {total - start:,} steps: the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 
 LONGEST_LINE = 1000
@@ -28,6 +29,11 @@ def one_line(message: str) -> str:
 def complain(prog: str, message: object) -> None:
     """Write an error line of a program to stderr."""
     print(f"{prog}: {one_line(str(message))}", file=sys.stderr)
+
+
+def quoted(path: object) -> str:
+    """A path as a part of a command that a user may copy to a shell."""
+    return shlex.quote(str(path))
 
 
 def displayed(text: str) -> str:

@@ -8,7 +8,6 @@ with the lowest validation loss; `loss.png`; `samples.txt`.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import signal
@@ -36,12 +35,12 @@ from char_gru.rnn.config import CHANGEABLE_ON_RESUME, Sizes, TrainConfig, UserEr
 from char_gru.rnn.corpus import Corpus, load_corpus
 from char_gru.rnn.devices import op_set, untested_gpu
 from char_gru.rnn.feedback import Events, ProgressReport, check_tensorboard, picture_of_losses
-from char_gru.rnn.folder import RunFolder, is_metrics_line, read_metrics
+from char_gru.rnn.folder import RunFolder, holds_run, is_metrics_line, read_metrics
 from char_gru.rnn.model import LanguageModel
 from char_gru.rnn.params import initial_parameters, named_views, parameter_count, parameter_shapes
 from char_gru.rnn.process import Lossy, handled, stop_numbers
 from char_gru.rnn.sampler import Generator
-from char_gru.rnn.terminal import displayed, one_line
+from char_gru.rnn.terminal import displayed, one_line, quoted
 from char_gru.rnn.vocabulary import Vocabulary, shown
 
 SAVE_SECONDS = 300
@@ -103,6 +102,8 @@ class Progress:
                 raise ValueError(name)
         if max(progress.best_step, progress.evaluated_step, progress.schedule_start) > progress.step:
             raise ValueError("step")
+        if progress.batch == 0 and progress.evaluated_step != progress.step:  # an epoch ends with its evaluation
+            raise ValueError("evaluated_step")
         return progress
 
 
@@ -114,9 +115,17 @@ def folder_to_resume(out: Path | None) -> RunFolder:
     Raises: UserError if there is no run to resume, or if another process trains it.
     """
     path = newest_run() if out is None else out
-    if not (path / "last.safetensors").exists():
+    if (path / "last.safetensors").exists():
+        return RunFolder(path)
+    if path.is_file():
+        raise UserError(f"{path} is no folder of a run; start a new run from its weights with --init-from "
+                        f"{quoted(path)} instead of --resume")
+    if not holds_run(path):
         raise UserError(f"{path} holds no run to resume; leave --resume out to start one there")
-    return RunFolder(path)
+    best = path / "best.safetensors"
+    weights = f" from its weights with --init-from {quoted(best)}" if best.exists() else ""
+    raise UserError(f"{path} has lost its last.safetensors, from which it would resume; start a new run{weights}, "
+                    "in another --out")
 
 
 def resumable_run(files: RunFolder) -> tuple[TrainConfig, Checkpoint]:
@@ -128,7 +137,8 @@ def resumable_run(files: RunFolder) -> tuple[TrainConfig, Checkpoint]:
     checkpoint = load_checkpoint(path)
     saved, sizes = checkpoint.resumable, checkpoint.sizes
     if saved is None:
-        raise UserError(f"{path} has nothing to resume from; start a new run")
+        raise UserError(f"{path} has nothing to resume from; start a new run from its weights with --init-from "
+                        f"{quoted(path)} instead of --resume")
     try:
         config = TrainConfig.from_saved(saved.progress["config"], out=files.path, resume=True)
         Progress.from_saved(saved.progress)
@@ -160,7 +170,7 @@ def train(config: TrainConfig, files: RunFolder | None = None, checkpoint: Check
 
     files: the folder of a resumed run; None for a new run. checkpoint: of a resumed run its last one, from
     `resumable_run`; with --init-from the one that it names; otherwise None. schedule_given: whether the command line
-    names --lr-schedule, which begins a resumed run's schedule anew where it differs from what it was.
+    names --lr-schedule, which begins a resumed run's schedule anew where it differs from what it was, or began as.
 
     Raises: UserError for options or a text that cannot be used, and if another process trains in the folder; Diverged;
     OSError if the run cannot be saved.
@@ -182,10 +192,15 @@ def train(config: TrainConfig, files: RunFolder | None = None, checkpoint: Check
     if config.resume:
         corpus = _with_mark(corpus, checkpoint)
     with contextlib.redirect_stdout(Lossy(sys.stdout)), files or RunFolder.new(config.out, corpus.name) as held:
-        run = Run(replace(config, data=corpus.source), corpus, ops, held, checkpoint, schedule_given)
-        _say(_told(corpus))
-        del corpus  # the run keeps the text's ids only
-        return run.train()
+        try:
+            run = Run(replace(config, data=corpus.source), corpus, ops, held, checkpoint, schedule_given)
+            _say(_told(corpus))
+            del corpus  # the run keeps the text's ids only
+            return run.train()
+        except (OSError, RuntimeError) as error:
+            if (held.path / "last.safetensors").exists():
+                error.add_note("what was saved before still stands")
+            raise
 
 
 class Run:
@@ -197,8 +212,8 @@ class Run:
         self.text_sha256, self.text_files = corpus.sha256, corpus.files
         if config.resume and checkpoint.resumable.progress["text_sha256"] != self.text_sha256:
             raise UserError(f"the text of {' '.join(config.data)} is not the one that {config.out} was trained on; "
-                            "give --data the place of that text, or start a new run from the weights of this one with "
-                            f"--init-from {config.out} instead of --resume")
+                            "give --data the place of that text, or start a new run from its weights with --init-from "
+                            f"{quoted(config.out)} instead of --resume")
         known = checkpoint.vocabulary.characters if checkpoint else ""
         self.vocabulary = Vocabulary.of(corpus.text, known)
         if known and (new := self.vocabulary.characters[len(known):]):
@@ -215,6 +230,7 @@ class Run:
         except UserError as error:
             raise UserError(f"{error}; {sizes_that_fit(len(ids), B, T, config.val_fraction)}") from None
         self.total_steps = schedule.total_steps(config, self.batches.batches_per_epoch)
+        self._schedule = schedule.options(config, self.batches.batches_per_epoch)  # with which it began
         flat = initial_parameters(self.sizes, config.init, config.seed)
         if checkpoint and not config.resume:
             for name, view in named_views(flat, self.sizes).items():  # rows of new characters follow the old ones
@@ -239,13 +255,14 @@ class Run:
             self._train()
         if self._signal is not None:
             _say(f"stopped by {signal.Signals(self._signal).name} after step {self.progress.step:,}; "
-                 f"continue with --resume --out {self.folder}")
+                 f"continue with --resume --out {quoted(self.folder)}")
             return 128 + self._signal
         end = self._ending()
         _say(f"the run has ended: {end.reason}" if self.progress.step > begun else
              f"nothing left to do: {end.reason}; to go on, give a larger {end.option}")
         _say(f"{self.folder} holds the run after step {self.progress.step:,}, which took "
-             f"{self.model.ops.peak_memory_mib():,.0f} MiB at most; write text with: python generate.py {self.folder}")
+             f"{self.model.ops.peak_memory_mib():,.0f} MiB at most; write text with: python generate.py "
+             f"{quoted(self.folder)}")
         return 0
 
     def _train(self) -> None:
@@ -285,16 +302,15 @@ class Run:
         sizes = (self.files.recover(metrics.name, progress.metrics_bytes, is_metrics_line),
                  self.files.recover(samples.name, progress.samples_bytes, self._is_sample_line))
         if sizes[0] < progress.metrics_bytes:
-            kept = {line["step"] for line in read_metrics(metrics) if {"step", "loss"} <= line.keys()}
-            count = progress.step - len(kept)
-            first = next(step for step in itertools.count(1) if step not in kept)
-            last = next(step for step in itertools.count(progress.step, -1) if step not in kept)
-            what = (f"the losses of {count:,} steps, from step {first:,} to step {last:,}" if count > 1
-                    else f"the loss of step {first:,}" if count else "a line about an evaluation")
-            _say(f"train.py: {metrics} was cut short or damaged; lost is {what}; the run goes on without it")
+            lines = read_metrics(metrics)
+            lost = (_lost("loss", "losses", "step", {line["step"] for line in lines if "loss" in line}, progress.step)
+                    + _lost("evaluation", "evaluations", "epoch", {
+                        line["epoch"] for line in lines if "step" not in line}, progress.epoch))
+            _say(f"train.py: {metrics} was cut short or damaged, and lost "
+                 f"{' and '.join(lost) or 'an evaluation inside an epoch'}, without which the run goes on")
         if sizes[1] < progress.samples_bytes:
-            _say(f"train.py: {samples} was cut short or damaged; lost are {progress.samples_bytes - sizes[1]:,} bytes; "
-                 "the run goes on without them")
+            _say(f"train.py: {samples} was cut short or damaged, and lost {progress.samples_bytes - sizes[1]:,} bytes, "
+                 "without which the run goes on")
         if sizes != (progress.metrics_bytes, progress.samples_bytes):
             progress.metrics_bytes, progress.samples_bytes = sizes
             self._save()  # so that no other count of bytes remains
@@ -393,8 +409,19 @@ class Run:
             progress.epoch, progress.batch, progress.loss_sum = epoch, 0, 0.0
         progress.evaluated_step = progress.step
         self._save()
+        if self._ending():
+            self._say_if_hopeless(train_loss, val_loss)
         self._draw_losses()
         self._timed = time.perf_counter(), progress.batch
+
+    def _say_if_hopeless(self, train_loss: float, val_loss: float | None) -> None:
+        """Say so if the losses of the run's last evaluation are far above that of a uniform guess, which a run too
+        short for WORSE_STEPS has not been told yet."""
+        name, loss = max((("training", train_loss), ("validation", val_loss or 0.0)), key=lambda named: named[1])
+        guess = math.log(self.sizes.V)
+        if loss > guess + WORSE and not self._worse_said:
+            _say(f"the run ends with a {name} loss of {loss:.4g}, far above ln {self.sizes.V} = {guess:.4f}, that of a "
+                 "uniform guess; a lower --learning-rate, or --clip-norm, may help")
 
     def _windows_before_a_signal(self) -> Iterator[Batch]:
         for window in self.val_windows:
@@ -406,7 +433,8 @@ class Run:
         generator = Generator(self.sizes, self.vocabulary, self.model.params, self.model.ops)
         [text] = generator.generate(length=SAMPLE_LENGTH, temperature=SAMPLE_TEMPERATURE,
                                     seed=self.config.seed + number)
-        print(displayed(text), flush=True)
+        with tqdm.external_write_mode():
+            print(displayed(text), flush=True)
         self.progress.samples_bytes += self.files.append("samples.txt", f"--- {place}\n{text}\n")
 
     def _write_metrics(self, line: dict) -> None:
@@ -437,6 +465,8 @@ class Run:
         model, saved = self.model, None
         if resumable:
             progress = vars(self.progress) | {"config": self.config.saved(), "text_sha256": self.text_sha256}
+            if self._schedule != schedule.options(self.config, self.batches.batches_per_epoch):
+                progress["schedule"] = self._schedule
             saved = Resumable(host(model.m), host(model.v), model.ops.to_host(model.state), progress)
         return Checkpoint(self.sizes, self.vocabulary, host(model.params), saved)
 
@@ -455,7 +485,10 @@ class Run:
                             f"{progress.epoch + 1:,}, but an epoch has {count:,} steps; start a new run")
         self.model.step = self.progress.step
         self._before = TrainConfig.from_saved(saved.progress["config"])
-        if schedule_given and schedule.differs(self.config, self._before, self.batches.batches_per_epoch):
+        before = schedule.options(self._before, count)
+        self._schedule = saved.progress.get("schedule", before)
+        if schedule_given and not (schedule.options(self.config, count) == before == self._schedule):
+            self._schedule = schedule.options(self.config, count)
             self.progress.schedule_start = self.progress.step
 
     def _saved_timing(self) -> list[dict]:
@@ -463,7 +496,8 @@ class Run:
         path = self.folder / "timing.json"
         try:
             epochs = json.loads(path.read_bytes())["epochs"]
-            if not all(type(value) in (int, float) for epoch in epochs for value in epoch.values()):
+            if type(epochs) is not list or not all(
+                    type(value) in (int, float) for epoch in epochs for value in epoch.values()):
                 raise TypeError
         except FileNotFoundError:
             return []
@@ -507,9 +541,10 @@ def _check_same_run(config: TrainConfig, before: TrainConfig) -> None:
     now, then = config.saved(), before.saved()
     for option, value in now.items():
         if option not in CHANGEABLE_ON_RESUME and value != then[option]:
+            other = ("train a new model, without --resume" if option in ("embedding_dim", "rnn_units", "layers")
+                     else f"start a new run from its weights with --init-from {quoted(config.out)}")
             raise UserError(f"--{option.replace('_', '-')} is {value}, but {config.out} was trained with "
-                            f"{then[option]}, and --resume continues it exactly; leave the option out, or start a new "
-                            f"run, which --init-from {config.out} gives the weights of this one")
+                            f"{then[option]}, and --resume continues it exactly; leave the option out, or {other}")
 
 
 def _check_sizes(config: TrainConfig, sizes: Sizes) -> None:
@@ -526,6 +561,16 @@ def _with_mark(corpus: Corpus, checkpoint: Checkpoint) -> Corpus:
         return corpus
     marked = Corpus.of(("\ufeff" + corpus.text).encode(), corpus.name, corpus.source, corpus.files)
     return marked if marked.sha256 == checkpoint.resumable.progress["text_sha256"] else corpus
+
+
+def _lost(one: str, many: str, unit: str, kept: set[int], total: int) -> list[str]:
+    """What the units 1 to `total` have lost, of which `kept` are there: one text, or none."""
+    missing = [next((number for number in numbers if number not in kept), 0)
+               for numbers in (range(1, total + 1), range(total, 0, -1))]
+    count = total - sum(1 <= number <= total for number in kept)
+    if count > 1:
+        return [f"the {many} of {count:,} {unit}s, from {unit} {missing[0]:,} to {unit} {missing[1]:,}"]
+    return [f"the {one} of {unit} {missing[0]:,}"] * count
 
 
 def _told(corpus: Corpus) -> str:

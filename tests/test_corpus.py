@@ -165,6 +165,20 @@ def test_folder_and_pattern_are_read_in_the_order_of_paths(shelf, data, text, na
     assert load_corpus(data).text == text.replace("|", "")
 
 
+def test_runs_and_checkpoints_in_a_folder_or_pattern_are_no_text(shelf):
+    for name in ("runs/x/config.json", "runs/x/last.safetensors", "runs/x/metrics.jsonl", "runs/x/log",
+                 "runs/x/more/log", "runs/gone/config.json", "runs/gone/samples.txt", "best.safetensors"):
+        (shelf / name).parent.mkdir(parents=True, exist_ok=True)
+        (shelf / name).write_text("x")
+    (shelf / "runs" / "config.json").write_text("f")  # no run's
+    assert load_corpus(("shelf",)).text == "baedf"
+    for name in ("config.json", "last.safetensors", "samples.txt"):
+        (shelf / name).write_text("x")
+    assert load_corpus(("shelf",)).text == "baedf"  # the run that learns the folder lies in it
+    assert load_corpus(("shelf/*.*",)).text == "bd"
+    assert load_corpus(("shelf/samples.txt",)).text == "x"
+
+
 def test_folder_or_pattern_without_text_is_refused(shelf):
     (shelf / "none").mkdir()
     for name in ("shelf/none", "shelf/*.pdf", "shelf/non*"):

@@ -65,6 +65,24 @@ def test_bar_in_a_terminal_shows_the_time_left_of_the_whole_run(folder):
     assert bars and bars[-1][:2] == (b"3", b"24"), shown
 
 
+def test_terminal_of_80_columns_has_room_for_the_bar_and_a_sample_begins_a_line(folder):
+    leader, follower = pty.openpty()
+    fcntl.ioctl(leader, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+    with start("train.py", *TEXT, "--epochs", 2, "--out", "run", cwd=folder, stdout=follower, stderr=follower):
+        os.close(follower)
+        shown = b""
+        while piece := read_terminal(leader):
+            shown += piece
+    os.close(leader)
+    bars = [line for line in re.split(r"[\r\n]", shown.decode()) if line.startswith("epoch") and "%|" in line]
+    bars = [line for line in bars if "loss" in line]
+    assert bars and all(re.fullmatch(r"epoch \d: +\d+%\|[^|]{10,}\| .*, loss [\d.na]+, [\d.]+[kM]? chars/s\]", line)
+                        and len(line) < 80 for line in bars), bars
+    samples = (folder / "run" / "samples.txt").read_text(encoding="utf-8")
+    for sample in re.findall(r"--- epoch \d\n(.*\n)", samples):
+        assert re.search(r"[\r\n]" + re.escape(sample.rstrip("\n")), shown.decode()), sample
+
+
 def read_terminal(leader: int) -> bytes:
     try:
         return os.read(leader, 1 << 16)
@@ -81,6 +99,15 @@ def test_losses_far_above_a_guess_are_said_once(folder, capfd, monkeypatch):
     V = load_checkpoint(folder / "run" / "last.safetensors").sizes.V
     assert len(lines) == 1
     assert f"ln {V} = {math.log(V):.4f}, that of a uniform guess" in lines[0] and "--learning-rate" in lines[0]
+
+
+@pytest.mark.parametrize("options", [(), ("--val-fraction", 0)], ids=str)
+def test_short_run_that_ends_far_above_a_guess_is_told_so_at_its_end(folder, capfd, options):
+    train_here(*TEXT, "--epochs", 2, "--learning-rate", 3, *options, cwd=folder)
+    said = capfd.readouterr().err
+    [line] = [line for line in said.splitlines() if "far above" in line]
+    assert line.startswith("the run ends with a ") and "that of a uniform guess" in line and "--clip-norm" in line
+    assert said.index("epoch 2:") < said.index(line)
 
 
 def test_losses_of_a_good_run_are_not_remarked_upon(folder, capfd, monkeypatch):
@@ -146,6 +173,17 @@ def test_picture_has_training_and_validation_and_both_units(monkeypatch):
     assert drawn == {"training": [[1, 4], [2, 3], [3, 2.5]], "validation": [[2, 3.25], [3, 2.75]]}
     assert axes.get_ylabel() == "loss (nats per character)" and bits.get_ylabel() == "bits per character"
     assert bits.get_ylim() == pytest.approx([nats / math.log(2) for nats in axes.get_ylim()])
+
+
+@pytest.mark.parametrize("lines", [[], [{"step": 1, "epoch": 1, "loss": 4.0}]], ids=["no line", "one step"])
+def test_picture_of_hardly_any_losses_shows_them_without_a_warning(monkeypatch, lines):
+    from matplotlib import axes
+
+    plot, drawn = axes.Axes.plot, []
+    monkeypatch.setattr(axes.Axes, "plot", lambda self, *points, **style: drawn.append(style) or plot(
+        self, *points, **style))
+    assert feedback.picture_of_losses(lines, 8).startswith(b"\x89PNG")
+    assert [style["marker"] for style in drawn] == ["o"] * len(lines)
 
 
 # TensorBoard

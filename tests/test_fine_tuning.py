@@ -160,6 +160,23 @@ def test_refusal_of_a_changed_size_names_init_from(first, capfd, option, value):
     assert f"{option} is {value}" in said and "--init-from run" in said
 
 
+@pytest.mark.parametrize("option", ["--rnn-units", "--embedding-dim", "--layers"])
+def test_refusal_of_a_changed_model_does_not_name_init_from_which_refuses_it_too(first, capfd, option):
+    said = refused(first, capfd, "--resume", "--out", "run", option, 32)
+    assert f"{option} is 32" in said and "train a new model" in said and "--init-from" not in said
+
+
+def test_commands_in_messages_quote_a_path_with_spaces(first, tmp_path, capfd):
+    shutil.copy(first / "text.txt", tmp_path)
+    shutil.copytree(first / "run", tmp_path / "my run")
+    assert "with --init-from 'my run'" in refused(tmp_path, capfd, "--resume", "--out", "my run", "--seed", 3)
+    last = load_checkpoint(tmp_path / "my run" / "last.safetensors").resumable.progress["step"]
+    stop_here(last + 1, "--resume", "--epochs", 3, "--out", "my run", cwd=tmp_path)
+    assert "continue with --resume --out 'my run'" in capfd.readouterr().err
+    train_here("--resume", "--out", "my run", cwd=tmp_path)
+    assert "python generate.py 'my run'" in capfd.readouterr().err
+
+
 def test_run_resumes_elsewhere_with_the_same_text_under_another_name(first, tmp_path, capfd):
     shutil.copytree(first / "run", tmp_path / "run")
     said = refused(tmp_path, capfd, "--resume", "--out", "run", "--epochs", 3)

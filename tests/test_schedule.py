@@ -292,6 +292,47 @@ def test_lr_schedule_begins_anew_where_a_longer_run_is_resumed_with_it(tmp_path,
     assert "learning rate" not in capfd.readouterr().err.split("begins anew", 1)[1].split("\n", 1)[1]
 
 
+@pytest.mark.parametrize(("option", "value"), [("learning_rate", 1e-4), ("warmup_steps", 2)])
+def test_changed_rate_or_warm_up_begins_anew_where_the_schedule_is_given(folder, capfd, rates, option, value):
+    stop_here(9, *TEXT, *COSINE, cwd=folder)
+    capfd.readouterr()
+    del rates[:]
+    again = ("--resume", "--" + option.replace("_", "-"), value, "--lr-schedule", "cosine")
+    stop_here(12, *again, cwd=folder)
+    said = capfd.readouterr().err
+    assert "--lr-schedule cosine begins anew at step 10" in said and "would be" not in said
+    train_here(*again, cwd=folder)  # the same command line goes on, and does not begin anew again
+    assert "learning rate" not in capfd.readouterr().err
+    config = TrainConfig(**{"lr_schedule": "cosine", "learning_rate": 1e-2, option: value})
+    assert rates == [schedule.learning_rate(config, step, 16, start=9) for step in range(9, 16)]
+
+
+def test_advice_to_begin_the_schedule_anew_may_be_followed_after_stopping(folder, capfd, rates):
+    stop_here(5, *TEXT, *COSINE, cwd=folder)
+    stop_here(6, "--resume", "--learning-rate", "1e-4", cwd=folder)
+    assert "give --lr-schedule cosine as well" in capfd.readouterr().err
+    again = ("--resume", "--learning-rate", "1e-4", "--lr-schedule", "cosine")
+    stop_here(8, *again, cwd=folder)
+    assert "begins anew at step 7" in capfd.readouterr().err
+    stop_here(9, *again, cwd=folder)
+    train_here("--resume", cwd=folder)
+    assert "learning rate" not in capfd.readouterr().err
+    config = TrainConfig(lr_schedule="cosine", learning_rate=1e-4)
+    assert rates[6:] == [schedule.learning_rate(config, step, 16, start=6) for step in range(6, 16)]
+
+
+def test_new_rate_without_the_schedule_is_said_with_advice_only_where_it_helps(folder, capfd):
+    for name, options in (("constant", ()), ("cosine", ("--lr-schedule", "cosine"))):
+        (folder / name).mkdir()
+        make_text(folder / name / "text.txt")
+        stop_here(4, *TEXT, "--epochs", 2, *options, cwd=folder / name)
+        capfd.readouterr()
+        train_here("--resume", "--learning-rate", "1e-4", cwd=folder / name)
+        [line] = [line for line in capfd.readouterr().err.splitlines() if "the learning rate of step 5 is" in line]
+        assert ("begin the schedule anew" in line) == (name == "cosine"), line
+        assert line.endswith("with 0.0001, give --lr-schedule cosine as well" if options else "would be 0.001")
+
+
 def test_resuming_with_nothing_changed_says_nothing_about_the_rate(folder, capfd):
     stop_here(9, *TEXT, *COSINE, cwd=folder)
     capfd.readouterr()

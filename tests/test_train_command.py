@@ -1,5 +1,6 @@
 """`train.py` as its users run it: the files that a run leaves, how it ends, and that a resumed run is the same run."""
 
+import errno
 import gzip
 import json
 import math
@@ -177,6 +178,15 @@ def test_text_of_a_folder_is_named_file_by_file(folder, capfd):
     capfd.readouterr()
     make_text(folder / "shelf" / "d")
     assert "shelf is not the one" in refused_here(folder, capfd, "--resume", "--out", "run")
+
+
+@pytest.mark.parametrize("out", [(), ("--out", "."), ("--out", "runs")], ids=str)
+def test_folder_that_holds_its_runs_is_the_same_text_again(folder, out):
+    with chdir(folder):
+        assert commands.train(["--data", ".", *TINY, "--steps", "1", *out]) == 0
+        if not out:
+            assert commands.train(["--data", ".", *TINY, "--steps", "1"]) == 0
+        assert commands.train(["--resume", "--steps", "2", *out]) == 0
 
 
 def test_text_from_stdin_is_that_of_a_file_and_is_given_again_to_resume(folder):
@@ -416,12 +426,13 @@ def stopped_run(folder: Path) -> Path:
 @pytest.mark.parametrize(("name", "damage", "said"), [
     ("metrics.jsonl", lambda raw: raw[:-5], "the loss of step 11"),
     ("metrics.jsonl", lambda raw: raw[:raw.index(b'{"step": 9')], "the losses of 3 steps, from step 9 to step 11"),
-    ("metrics.jsonl", lambda raw: b"", "the losses of 11 steps, from step 1 to step 11"),
+    ("metrics.jsonl", lambda raw: b"",
+     "lost the losses of 11 steps, from step 1 to step 11 and the evaluation of epoch 1, without which"),
     ("metrics.jsonl", lambda raw: None, "the losses of 11 steps"),
     ("metrics.jsonl", lambda raw: raw.replace(b'{"step": 3', b"\0" * 10), "the loss of step 3"),
     ("metrics.jsonl", lambda raw: raw.replace(b'{"step": 3', b'["step": 3'), "the loss of step 3"),
     ("metrics.jsonl", lambda raw: raw.replace(b'"loss": 3', b'"loss": [], "x": 3', 1), "from step 1 to step 11"),
-    ("metrics.jsonl", lambda raw: raw.replace(b'{"epoch"', b'<"epoch"'), "a line about an evaluation"),
+    ("metrics.jsonl", lambda raw: raw.replace(b'{"epoch"', b'<"epoch"'), "the evaluation of epoch 1"),
     ("metrics.jsonl", lambda raw: raw.replace(b'{"step": 5', b"[" * 100_000 + b'{"step": 5'), "from step 5 to step 11"),
     ("samples.txt", lambda raw: raw[:-3], "samples"), ("samples.txt", lambda raw: None, "samples"),
     ("samples.txt", lambda raw: raw[:-20] + b"\0" * 20, "samples"),
@@ -449,7 +460,8 @@ def test_file_that_lost_lines_is_repaired_and_said_and_the_run_goes_on(finished,
         assert (run_folder / other).read_bytes() == (finished / other).read_bytes()
 
 
-@pytest.mark.parametrize("content", [b"[]", b"null", b"{}", b'{"epochs": 3}', b'{"epochs": [3]}', b"\xff", b"",
+@pytest.mark.parametrize("content", [b"[]", b"null", b"{}", b'{"epochs": 3}', b'{"epochs": {}}',
+                                     b'{"epochs": [3]}', b"\xff", b"",
                                      b"[" * 100_000, b'{"epochs": [' + b"[" * 100_000, None])
 def test_unusable_timing_is_begun_anew_with_a_word(folder, capfd, content):
     run_folder = stopped_run(folder)
@@ -488,6 +500,14 @@ def test_checkpoint_with_impossible_progress_is_refused(stopped, tmp_path, capfd
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     forge(tmp_path / "run" / "last.safetensors", **{name: value})
     refused_here(tmp_path, capfd, "--resume", "--out", "run")
+
+
+@pytest.mark.parametrize("progress", [{"evaluated_step": 0}, {"epoch": 10**15, "step": 8 * 10**15}], ids=str)
+def test_checkpoint_of_an_epochs_end_without_its_evaluation_is_refused(folder, capfd, progress):
+    run_folder = train_here(*TEXT, "--epochs", 1, cwd=folder)
+    capfd.readouterr()
+    forge(run_folder / "last.safetensors", **progress)
+    assert "evaluated_step" in refused_here(folder, capfd, "--resume", "--out", "run", "--epochs", 10**18)
 
 
 @pytest.mark.parametrize(("option", "value"), [
@@ -661,6 +681,21 @@ def test_cuda_without_cupy_is_refused_with_what_to_install(folder, capfd, monkey
     assert "char-gru[cuda13]" in said and "--device cpu" in said
 
 
+@pytest.mark.parametrize("raised", ["OSError(13, 'Permission denied', '/proc/x')", "ValueError('numpy.dtype')",
+                                    "ImportError('libcuda.so.1')"])
+def test_cupy_that_cannot_be_imported_leaves_the_cpu_with_a_word(folder, capfd, monkeypatch, raised):
+    (folder / "broken").mkdir()
+    (folder / "broken" / "cupy.py").write_text(f"raise {raised}")
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.syspath_prepend(folder / "broken")
+    said = refused_here(folder, capfd, *TEXT, "--device", "cuda", "--out", "run")
+    assert "--device cuda: CuPy cannot be imported" in said and "--device cpu" in said
+    run_folder = train_here(*TEXT, "--steps", 1, cwd=folder)
+    assert capfd.readouterr().err.count("CuPy cannot be imported") == 1
+    assert commands.generate([str(run_folder), "--length", "9"]) == 0
+    assert capfd.readouterr().err.count("CuPy cannot be imported") == 1
+
+
 def test_folder_of_another_run_is_refused(finished):
     before = contents(finished)
     assert "run holds another run" in refused(finished.parent, *TEXT, "--out", "run")
@@ -694,6 +729,48 @@ def test_resuming_with_a_changed_text_is_refused(folder, capfd):
     assert contents(run_folder) == before
 
 
+def test_run_that_has_lost_its_last_checkpoint_is_told_what_to_do(finished, tmp_path, capfd):
+    shutil.copytree(finished, tmp_path / "my run")
+    (tmp_path / "my run" / "last.safetensors").unlink()
+    said = refused_here(tmp_path, capfd, "--resume", "--out", "my run")
+    assert "has lost its last.safetensors" in said and "--init-from 'my run/best.safetensors'" in said
+    said = refused_here(finished.parent, capfd, *TEXT, "--out", tmp_path / "my run")
+    assert "has lost its last.safetensors" in said and "--resume" not in said
+
+
+def test_resuming_a_file_names_init_from(finished, capfd):
+    best = finished / "best.safetensors"
+    assert f"--init-from {best}" in refused_here(finished.parent, capfd, "--resume", "--out", best)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt"])
+def test_file_that_grows_is_not_written_through_a_link(finished, folder, capfd, name):
+    shutil.copytree(finished, folder / "run")
+    (folder / "run" / name).rename(folder / "victim")
+    (folder / "run" / name).symlink_to("../victim")
+    before = (folder / "victim").read_bytes()
+    with chdir(folder):
+        assert commands.train(["--resume", "--out", "run", "--steps", "24"]) == 2
+    assert f"run/{name} is a symbolic link" in capfd.readouterr().err.splitlines()[-1]
+    assert (folder / "victim").read_bytes() == before
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_failed_write_says_what_stands_only_where_something_was_saved(folder, capfd, monkeypatch, saved):
+    write = training.save_checkpoint
+
+    def failing(path, checkpoint):
+        if not saved or path.name == "best.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, checkpoint)
+
+    monkeypatch.setattr(training, "save_checkpoint", failing)
+    with chdir(folder):
+        assert commands.train([*TEXT, "--steps", "1", "--out", "run"]) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert "No space left" in said and ("what was saved before still stands" in said) == saved
+
+
 @pytest.mark.parametrize(("arguments", "part"), [((), "no run under runs"), (("--out", "none"), "none")])
 def test_resuming_nothing_is_refused(tmp_path, capfd, arguments, part):
     assert part in refused_here(tmp_path, capfd, "--resume", *arguments)
@@ -705,7 +782,7 @@ def test_resuming_a_damaged_run_is_refused(tmp_path, capfd, finished):
     altered[-1] ^= 1
     (tmp_path / "run").mkdir()
     for content, part in ((raw[:-100], "cut short"), (bytes(altered), "altered"),
-                          ((finished / "best.safetensors").read_bytes(), "nothing to resume from")):
+                          ((finished / "best.safetensors").read_bytes(), "--init-from run/last.safetensors")):
         (tmp_path / "run" / "last.safetensors").write_bytes(content)
         assert part in refused_here(tmp_path, capfd, "--resume", "--out", "run")
 
