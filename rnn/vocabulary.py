@@ -137,20 +137,21 @@ def beginning_of(text: str) -> str:
     """A character after which a text that is not empty often begins anew, judged by its first 4 million characters.
 
     It is a line's end, where the text has one inside, not too rarely, and no line has more separators than there are
-    line ends, as the one after a heading has; else the first of `SEPARATORS` that stands there not too rarely and
-    mostly not before a space (after which a sentence would go on); else the space. Where there is none of these, it is
-    the most frequent character that is no letter or digit, and in a text of letters the most frequent one. Of a
-    separator of several characters that stand only together (`=>`), it is the last.
+    line ends, as the one after a heading has (` ; ` separates, too); else the first of `SEPARATORS` that stands there
+    not too rarely and mostly not before a space (after which a sentence would go on); else the space. Where there is
+    none of these, it is the most frequent character that is no letter or digit, and in a text of letters the most
+    frequent one. Of a separator of several characters that stand only together (`=>`), it is the last.
     """
     text = text[:_CHUNK]
     inside = text[:-1]  # nothing follows the last character
     needed = max(1, len(text) // RARE)
-    separators = [character for character in SEPARATORS
-                  if inside.count(character) >= needed and 2 * text.count(character + " ") < inside.count(character)]
+    found = [character for character in SEPARATORS if inside.count(character) >= needed]
+    separators = [character for character in found if 2 * text.count(character + " ") < inside.count(character)]
+    between = [character for character in found if 2 * text.count(f" {character} ") >= inside.count(character)]
     for character in LINE_ENDS:
         count = inside.count(character)
         if count >= needed and not any(line.count(separator) > count
-                                       for separator in separators for line in inside.split(character)):
+                                       for separator in separators + between for line in inside.split(character)):
             return character
     if separators:
         return _last_of_separator(separators[0], text)

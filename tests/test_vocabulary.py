@@ -158,6 +158,7 @@ def test_ids_of_no_character_are_refused(ids):
     ("anna;" * RARE + "x\ny" * 6, ";"),  # nor do six, beside so many semicolons in a line
     ("anna;bo\n" * RARE, "\n"), ("name,age,town,street\n" + "bo,5,Ulm,Ring\n" * 9, "\n"),
     ("names\n" + "anna;bo;cleo;" * 9, ";"), ("names\n\n" + "anna,bo,cleo," * 9, ","),
+    ("names\n" + "anna ; bo ; " * 9, " "), ("two names\n" + "Anna; Bo, the dog, " * 9, "\n"),
     ("anna##bo##cleo", "#"), ("anna ; bo ; cleo", " "), ("anna\n\nbo\n\ncleo", "\n"), ("anna=>bo=>cleo", ">"),
     ("anna;|bo;|cleo;|", "|"),
 ])
