@@ -30,6 +30,8 @@ BAR = 0.98
 
 _FEW = "the compiler's loop of several turns: fewer {} than threads of a block"
 _INDEX = "a 64-bit division, for an index above 2^32"
+_COLUMNS = "the compiler's loop of four turns: the logits of one tile, 80 columns, take a warp three"
+_SUMS = "the compiler's loop of sixteen turns: a thread adds at most four of 1,024 sums"
 _NO_STEPS = "the compiler's code for a window of no steps"
 
 EXPLAINED = {  # kernel, or "" for any, and a text of the first instruction's source line -> why it never runs
@@ -45,7 +47,10 @@ EXPLAINED = {  # kernel, or "" for any, and a text of the first instruction's so
     ("output_layer", "int unit_of_warp"): _INDEX,
     ("step_first", "int unit_of_warp"): _INDEX,
     ("step_upper", "int unit_of_warp"): _INDEX,
-    ("gru_backward_step", "gru.cu: const int m = element"): _NO_STEPS,
+    ("gru_backward_step", "gru.cu: const int element"): _NO_STEPS,
+    ("cross_entropy_forward", "float &tile_c"): _COLUMNS,
+    ("norm_of_sums", "common.cuh: for (int i = threadIdx.x"): _SUMS,
+    ("norm_of_sums", "common.cuh: sum += values[i]"): _SUMS,
     ("gru_backward_step", "gru.cu: const bool has_later"): _NO_STEPS,
     ("sample", "naive.cu: for (float reached"): "the compiler's code for a V of 1",
     ("sum_by_id", "for (int column"): "the compiler's code for a block without warps",
