@@ -48,6 +48,7 @@ EXPLAINED = {  # kernel, or "" for any, and a text of the first instruction's so
     ("step_first", "int unit_of_warp"): _INDEX,
     ("step_upper", "int unit_of_warp"): _INDEX,
     ("gru_backward_step", "gru.cu: const int element"): _NO_STEPS,
+    ("gru_backward_step", "gru.cu: continue;"): _NO_STEPS,
     ("cross_entropy_forward", "float &tile_c"): _COLUMNS,
     ("norm_of_sums", "common.cuh: for (int i = threadIdx.x"): _SUMS,
     ("norm_of_sums", "common.cuh: sum += values[i]"): _SUMS,
