@@ -217,8 +217,9 @@ def command(arguments: Sequence[str] | None = None) -> int:
     mode = modes[0] if modes else "compile"
     for name in options:
         if name not in (mode, *_OPTIONS[mode]):
-            where = [f"--{other}" for other in _OPTIONS if name in _OPTIONS[other] and other != "compile"]
-            parser.error(f"--{name.replace('_', '-')} is for {' or '.join(where) or 'compiling'}")
+            where = ["compiling" if other == "compile" else f"--{other}" for other in _OPTIONS
+                     if name in _OPTIONS[other]]
+            parser.error(f"--{name.replace('_', '-')} is for {' or '.join(where)}")
     try:
         if mode == "compile":
             return main(**options)

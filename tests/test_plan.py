@@ -265,7 +265,7 @@ def test_command_is_what_the_module_runs():
     (["--plan", "--bogus"], "unrecognized arguments: --bogus"),
     (["--device-like", "t4"], "--device-like is for --plan"),
     (["--precision", "tf32"], "--precision is for --plan or --run"),
-    (["--plan", "--arch", "sm_75"], "--arch is for compiling"),
+    (["--plan", "--arch", "sm_75"], "--arch is for compiling or --sass"),
     (["--plan", "--trace"], "--trace is for --run"),
     (["--plan", "--run", "adam"], "--plan and --run exclude each other"),
     (["--check", "--plan"], "--check and --plan exclude each other"),
