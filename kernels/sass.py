@@ -6,11 +6,13 @@ loads wait, they do not say.
 
 import collections
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from char_gru.kernels.modules import modules_for
@@ -221,12 +223,14 @@ def entries(architecture: str, stem: str) -> Iterator[Entry]:
 
     Raises: DeviceError where NVRTC or nvdisasm is missing; CompileError.
     """
-    for module, constants in modules_for(architecture):
-        if module == stem:
+    chosen = [constants for module, constants in modules_for(architecture) if module == stem]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # the compiler takes seconds for some, without Python's lock
+        cubins = threads.map(lambda constants: cubin_for(source(stem, constants), architecture), chosen)
+        for constants, cubin in zip(chosen, cubins):
             sizes = " ".join(f"{name}={value}" for name, value in constants.items())
-            for kernel, code in disassembled(cubin_for(source(module, constants), architecture)).items():
+            for kernel, code in disassembled(cubin).items():
                 for loop in loops(code):
-                    yield Entry(architecture, module, sizes, kernel, loop)
+                    yield Entry(architecture, stem, sizes, kernel, loop)
 
 
 def lines(found: Iterable[Entry]) -> Iterator[str]:

@@ -285,5 +285,10 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, numbers.Integral)
 
 
+def described(value: object) -> str:
+    """A value that is no string, for an error that expected one."""
+    return "bytes; decode them first" if isinstance(value, bytes | bytearray) else f"{value!r:.50}"
+
+
 def _flag(option: str) -> str:
     return "--" + option.replace("_", "-")

@@ -11,7 +11,7 @@ import numpy as np
 
 from char_gru.rnn import cpu
 from char_gru.rnn.checkpoint import find_checkpoint, load_checkpoint
-from char_gru.rnn.config import Sizes, UserError, check_length, check_sampling, check_seed
+from char_gru.rnn.config import Sizes, UserError, check_length, check_sampling, check_seed, described
 from char_gru.rnn.devices import op_set
 from char_gru.rnn.scoring import ForwardPass, Part, Score, Scorer, score_of
 from char_gru.rnn.vocabulary import Vocabulary
@@ -150,7 +150,7 @@ class Generator:
     def ids_to_score(self, text: str, on_unknown: str = "error") -> np.ndarray:
         """Ids (N,) of a text to score. Raises: UserError as `score`."""
         if not isinstance(text, str):
-            raise UserError(f"text: expected a string, got {_shown(text)}")
+            raise UserError(f"text: expected a string, got {described(text)}")
         ids = self.vocabulary.encode_prompt(self.vocabulary.as_learnt(text), on_unknown)
         if len(ids) < 2:
             raise UserError("the text to score is too short; its first known character is not scored, so give two")
@@ -166,13 +166,13 @@ class Generator:
         if isinstance(chars, str):
             chars = [chars]
         if not isinstance(chars, Iterable) or isinstance(chars, bytes):
-            raise UserError(f"give one character per row, as strings, not {_shown(chars)}")
+            raise UserError(f"give one character per row, as strings, not {described(chars)}")
         chars = list(chars)
         if not chars or any(not isinstance(char, str) or len(char) != 1 for char in chars):
             raise UserError(f"give one character per row, not {chars!r:.60}")
         shape = (self.sizes.layers, len(chars), self.sizes.H)
         if state is not None and not hasattr(state, "shape"):
-            raise UserError(f"state is {_shown(state)}, but must be an array: what the last call returned, or None")
+            raise UserError(f"state is {described(state)}, but must be an array: what the last call returned, or None")
         if state is not None and state.shape != shape:
             raise UserError(f"state has shape {state.shape}, but must have {shape}: (layers, rows, H)")
         return self.vocabulary.encode("".join(chars))
@@ -287,13 +287,8 @@ def _strings(name: str, given: str | Sequence[str]) -> list[str]:
     strings = list(given) if several else [given]
     for string in strings:
         if not isinstance(string, str):
-            raise UserError(f"{name}: expected a string or several, got {_shown(string)}")
+            raise UserError(f"{name}: expected a string or several, got {described(string)}")
     return strings
-
-
-def _shown(value: object) -> str:
-    """A value that is no string, for an error."""
-    return "bytes; decode them first" if isinstance(value, bytes) else f"{value!r:.50}"
 
 
 def new_seed() -> int:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from char_gru.rnn.config import UserError
+from char_gru.rnn.config import UserError, described
 
 UNK = "[UNK]"
 MOST_SHOWN = 20
@@ -184,8 +184,7 @@ def _is_of_words(character: str) -> bool:
 def _string(name: str, text: object) -> str:
     """The text. Raises: UserError that names the argument, if it is no string."""
     if not isinstance(text, str):
-        what = "bytes; decode them first" if isinstance(text, bytes | bytearray) else f"{text!r:.50}"
-        raise UserError(f"{name}: expected a string, got {what}")
+        raise UserError(f"{name}: expected a string, got {described(text)}")
     return text
 
 

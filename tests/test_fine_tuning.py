@@ -3,22 +3,20 @@
 import json
 import math
 import shutil
-from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from char_gru.rnn import commands
 from char_gru.rnn.checkpoint import load_checkpoint
 from char_gru.rnn.sampler import Generator
 from char_gru.rnn.vocabulary import Vocabulary
 from tests.helpers.commands import (
     TINY,
     assert_equal_runs,
-    assert_refused,
     contents,
     make_text,
+    refused_here,
     stop_here,
     train_here,
 )
@@ -47,16 +45,6 @@ def folder(tmp_path) -> Path:
 
 def tune(source: Path, folder: Path, *options, **expected) -> Path:
     return train_here("--init-from", source, "--data", "new.txt", *FREE, *options, cwd=folder, **expected)
-
-
-def refused(folder: Path, capfd, *arguments: object) -> str:
-    before = sorted(folder.rglob("*"))
-    with chdir(folder):
-        status = commands.train(list(map(str, arguments)))
-    stdout, stderr = capfd.readouterr()
-    assert_refused(status, stdout, stderr)
-    assert sorted(folder.rglob("*")) == before
-    return stderr
 
 
 def initial(run: Path):
@@ -128,7 +116,7 @@ def test_options_of_a_fine_tuning_may_be_given_again_when_it_resumes(first, fold
 @pytest.mark.parametrize(("option", "value", "wanted"), [
     ("--rnn-units", 32, 16), ("--embedding-dim", 16, 8), ("--layers", 1, 2)])
 def test_another_size_than_the_checkpoints_is_refused(first, folder, capfd, option, value, wanted):
-    said = refused(folder, capfd, "--init-from", first / "run", "--data", "new.txt", *FREE, option, value)
+    said = refused_here(folder, capfd, "--init-from", first / "run", "--data", "new.txt", *FREE, option, value)
     assert f"{option} is {value}, but the model of --init-from {first / 'run'} has {wanted}" in said
 
 
@@ -138,38 +126,38 @@ def test_size_of_the_checkpoint_may_be_given(first, folder):
 
 @pytest.mark.parametrize("source", ["none", "new.txt", "."])
 def test_init_from_what_is_no_checkpoint_is_refused(folder, capfd, source):
-    assert source in refused(folder, capfd, "--init-from", source, "--data", "new.txt", *FREE)
+    assert source in refused_here(folder, capfd, "--init-from", source, "--data", "new.txt", *FREE)
 
 
 def test_run_folder_of_the_weights_is_not_overwritten(first, folder, capfd):
     before = contents(first / "run")
-    said = refused(first, capfd, "--init-from", "run", "--data", "text.txt", *FREE, "--out", "run")
+    said = refused_here(first, capfd, "--init-from", "run", "--data", "text.txt", *FREE, "--out", "run")
     assert "run holds another run" in said and contents(first / "run") == before
 
 
 # --resume
 
 def test_resuming_with_another_checkpoint_to_begin_from_is_refused(first, capfd):
-    said = refused(first, capfd, "--resume", "--out", "run", "--init-from", "run")
+    said = refused_here(first, capfd, "--resume", "--out", "run", "--init-from", "run")
     assert "--init-from starts a new run" in said and "--resume continues" in said
 
 
 @pytest.mark.parametrize(("option", "value"), [("--batch-size", 3), ("--seq-length", 7)])
 def test_refusal_of_a_changed_size_names_init_from(first, capfd, option, value):
-    said = refused(first, capfd, "--resume", "--out", "run", option, value)
+    said = refused_here(first, capfd, "--resume", "--out", "run", option, value)
     assert f"{option} is {value}" in said and "--init-from run" in said
 
 
 @pytest.mark.parametrize("option", ["--rnn-units", "--embedding-dim", "--layers"])
 def test_refusal_of_a_changed_model_does_not_name_init_from_which_refuses_it_too(first, capfd, option):
-    said = refused(first, capfd, "--resume", "--out", "run", option, 32)
+    said = refused_here(first, capfd, "--resume", "--out", "run", option, 32)
     assert f"{option} is 32" in said and "train a new model" in said and "--init-from" not in said
 
 
 def test_commands_in_messages_quote_a_path_with_spaces(first, tmp_path, capfd):
     shutil.copy(first / "text.txt", tmp_path)
     shutil.copytree(first / "run", tmp_path / "my run")
-    assert "with --init-from 'my run'" in refused(tmp_path, capfd, "--resume", "--out", "my run", "--seed", 3)
+    assert "with --init-from 'my run'" in refused_here(tmp_path, capfd, "--resume", "--out", "my run", "--seed", 3)
     last = load_checkpoint(tmp_path / "my run" / "last.safetensors").resumable.progress["step"]
     stop_here(last + 1, "--resume", "--epochs", 3, "--out", "my run", cwd=tmp_path)
     assert "continue with --resume --out 'my run'" in capfd.readouterr().err
@@ -179,7 +167,7 @@ def test_commands_in_messages_quote_a_path_with_spaces(first, tmp_path, capfd):
 
 def test_run_resumes_elsewhere_with_the_same_text_under_another_name(first, tmp_path, capfd):
     shutil.copytree(first / "run", tmp_path / "run")
-    said = refused(tmp_path, capfd, "--resume", "--out", "run", "--epochs", 3)
+    said = refused_here(tmp_path, capfd, "--resume", "--out", "run", "--epochs", 3)
     assert "cannot read text.txt" in said and "give --data the place where it is now" in said
     (tmp_path / "other").mkdir()
     shutil.copy(first / "text.txt", tmp_path / "other" / "name.txt")
@@ -190,7 +178,7 @@ def test_run_resumes_elsewhere_with_the_same_text_under_another_name(first, tmp_
 
 def test_another_text_is_refused_with_what_to_do(first, folder, capfd):
     shutil.copytree(first / "run", folder / "run")
-    said = refused(folder, capfd, "--resume", "--out", "run", "--data", "new.txt")
+    said = refused_here(folder, capfd, "--resume", "--out", "run", "--data", "new.txt")
     assert "the text of new.txt is not the one that run was trained on" in said
     assert "--data" in said and "--init-from run" in said
 

@@ -30,6 +30,7 @@ from tests.helpers.commands import (
     contents,
     finish,
     make_text,
+    refused_here,
     run,
     running,
     start,
@@ -592,17 +593,6 @@ def refused(folder: Path, *arguments: object) -> str:
     assert_refused(result.returncode, result.stdout, result.stderr)
     assert sorted(folder.rglob("*")) == before
     return result.stderr
-
-
-def refused_here(folder: Path, capfd, *arguments: object) -> str:
-    """As `refused`, but in this process."""
-    before = sorted(folder.rglob("*"))
-    with chdir(folder):
-        status = commands.train(list(map(str, arguments)))
-    stdout, stderr = capfd.readouterr()
-    assert_refused(status, stdout, stderr)
-    assert sorted(folder.rglob("*")) == before
-    return stderr
 
 
 @pytest.mark.parametrize(("raw", "arguments", "parts"), [

@@ -11,7 +11,6 @@ is kept, if one of this fails.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -31,6 +30,7 @@ from char_gru.rnn.checkpoint import METADATA_KEY, Checkpoint, Resumable, load_ch
 from char_gru.rnn.config import Sizes, TrainConfig, UserError
 from char_gru.rnn.params import parameter_shapes
 from char_gru.rnn.vocabulary import Vocabulary
+from tests.campaigns.children import options_of
 from tests.helpers.commands import DEADLINE, ROOT, environment
 
 SECONDS, MIB = 1.0, 300
@@ -265,11 +265,7 @@ def check_command(path: Path, refused: bool) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.campaigns.checkpoints", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("count", nargs="?", type=int, default=10_000, help="altered checkpoints (default: 10,000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the alterations")
-    options = parser.parse_args()
+    options = options_of("checkpoints", __doc__, 10_000, "altered checkpoints")
     rng, folder, ends = random.Random(options.seed), Path(tempfile.mkdtemp(prefix="checkpoints-")), Counter()
     originals, longest, most, path = [], 0.0, 0.0, folder / "altered.safetensors"
     for model in MODELS:

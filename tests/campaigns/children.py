@@ -1,7 +1,9 @@
-"""Training runs in forked children, which need not import anything: the campaigns start hundreds of them."""
+"""What the campaigns share: their command lines, and training runs in forked children, which need not import anything,
+since hundreds of them are started."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import signal
@@ -13,6 +15,15 @@ from char_gru.rnn import process
 from tests.helpers.commands import REPRODUCIBLE, TINY
 
 TEXT = ("--data", "text.txt", *TINY)
+
+
+def options_of(campaign: str, about: str, count: int, what: str) -> argparse.Namespace:
+    """The command line of a campaign: how many times it tries (`count`), and the seed of its random choices."""
+    parser = argparse.ArgumentParser(prog=f"python -m tests.campaigns.{campaign}", description=about,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("count", nargs="?", type=int, default=count, help=f"{what} (default: {count:,})")
+    parser.add_argument("--seed", type=int, default=0, help="of the random choices")
+    return parser.parse_args()
 
 
 def prepare() -> None:

@@ -11,7 +11,6 @@ other files, or other bytes, at its end.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
@@ -21,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.campaigns.children import TEXT, differences, prepare, start, wait
+from tests.campaigns.children import TEXT, differences, options_of, prepare, start, wait
 from tests.helpers.commands import make_text
 
 OPTIONS = (
@@ -100,11 +99,7 @@ def kill_before(number: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.campaigns.kills", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("count", nargs="?", type=int, default=500, help="kills (default: 500)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    options = parser.parse_args()
+    options = options_of("kills", __doc__, 500, "kills")
     prepare()
     rng, folder = random.Random(options.seed), Path(tempfile.mkdtemp(prefix="kills-"))
     by_clock = at_operation = runs = 0

@@ -11,7 +11,6 @@ and the other is refused with one line that names the first one's process, or th
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
 import sys
@@ -20,7 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.campaigns.children import TEXT, differences, prepare, start, wait
+from tests.campaigns.children import TEXT, differences, options_of, prepare, start, wait
 from tests.helpers.commands import make_text
 
 NEW = (*TEXT, "--epochs", 3, "--steps", 20)
@@ -83,11 +82,7 @@ def try_pair(kind: str, pause: float, folder: Path) -> tuple[int, ...]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.campaigns.starts", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("count", nargs="?", type=int, default=200, help="pairs (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random pauses")
-    options = parser.parse_args()
+    options = options_of("starts", __doc__, 200, "pairs")
     prepare()
     rng, folder, trained = random.Random(options.seed), Path(tempfile.mkdtemp(prefix="starts-")), Counter()
     kinds = list(PAIRS)

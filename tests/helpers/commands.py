@@ -147,3 +147,15 @@ def assert_refused(status: int, stdout: str, stderr: str, *parts: str) -> None:
     assert stdout == ""
     missing = [part for part in parts if part not in stderr]
     assert not missing, f"{missing} not in {stderr!r}"
+
+
+def refused_here(folder: Path, capfd, *arguments: object) -> str:
+    """Give `train.py` arguments in a folder, in this process, and assert that it refuses them and leaves the folder as
+    it was; returns its line on stderr."""
+    before = sorted(folder.rglob("*"))
+    with contextlib.chdir(folder):
+        status = commands.train(list(map(str, arguments)))
+    stdout, stderr = capfd.readouterr()
+    assert_refused(status, stdout, stderr)
+    assert sorted(folder.rglob("*")) == before
+    return stderr
