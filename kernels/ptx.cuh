@@ -4,6 +4,9 @@
 //   add_release            sm_75   adds to a counter in global memory and releases what the thread wrote before
 //   load_relaxed           sm_75   reads a counter, and orders nothing; wait_at_least repeats it
 //   load_acquire           sm_75   reads a counter and acquires what was released to it; wait_at_least ends with it
+//   store_word             sm_75   writes 64 bits at once, and orders nothing
+//   load_two_words         sm_75   reads two neighbouring 64 bits, each of them at once, and orders nothing
+//   any_missing            sm_75   a vote of the warp, for loops that load words until they have come
 //   opaque                 sm_75   no instruction at all: hides a value from the compiler
 //   to_bf16, pack_bf16     sm_80   round one float, or two, to bfloat16
 //   to_tf32                sm_80   rounds a float to tf32
@@ -67,8 +70,8 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned *counter)
     return value;
 }
 
-// Spins until the counter has reached `target`, modulo 2^32. The only way for a kernel to wait for another block: on a
-// CPU, the other blocks get their turns in here.
+// Spins until the counter has reached `target`, modulo 2^32. On a CPU, the other blocks get
+// their turns in here.
 //
 // An acquire invalidates L1, so the loop polls with relaxed loads. The acquire after the loop reads the value of the
 // last poll or a later one, which came about by releasing adds only, so that it acquires all of them. Its value is not
@@ -78,6 +81,31 @@ __device__ __forceinline__ void wait_at_least(const unsigned *counter, unsigned 
     while (int(load_relaxed(counter) - target) < 0) {
     }
     load_acquire(counter);
+}
+
+// Writes a word that blocks hand each other. A word is written at once, and read at once below: whoever reads one half
+// of it as it was written has the other half, too. Nothing else is ordered.
+__device__ __forceinline__ void store_word(unsigned long long *to, unsigned long long word)
+{
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
+}
+
+// Reads two neighbouring words, 16-byte aligned, each of them at once.
+__device__ __forceinline__ void load_two_words(unsigned long long (&words)[2], const unsigned long long *from)
+{
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+                 : "=l"(words[0]), "=l"(words[1])
+                 : "l"(from)
+                 : "memory");
+}
+
+// Whether a lane of the warp misses a word that another block writes; a loop that loads words again and again asks it
+// in each turn. Next to wait_at_least the only way to wait for another block: on a CPU, the other blocks get their
+// turns in here. `from` is where a word lies that this lane needs, and `tag` what its upper half has to show, as far as
+// `mask` goes.
+__device__ __forceinline__ bool any_missing(bool missing, const unsigned long long *, unsigned, unsigned)
+{
+    return __any_sync(0xffffffffu, missing);
 }
 
 // The same bits, of which the compiler knows nothing: it computes again, in each turn of a loop, whatever is derived

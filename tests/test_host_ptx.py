@@ -203,6 +203,10 @@ INTEGERS = {  # instruction on a, b, c -> its result by NumPy, in 64 bits
     "not.b32 d, a": lambda a, b, c: ~a,
     "neg.s32 d, a": lambda a, b, c: 0 - a,
     "bfi.b32 d, a, b, 8, 4": lambda a, b, c: (b & 0xFFFFF0FF) | (a & 0xF) << 8,
+    "shf.l.wrap.b32 d, a, b, 19": lambda a, b, c: b << 19 | a >> 13,
+    "prmt.b32 d, a, b, 0x5410": lambda a, b, c: (b & 0xFFFF) << 16 | a & 0xFFFF,
+    "prmt.b32 d, a, b, 0xF246": lambda a, b, c: (b >> 31) * 0xFF000000 | (a >> 16 & 0xFF) << 16 | (b & 0xFF) << 8
+                                                | b >> 16 & 0xFF,
     "clz.b32 d, a": lambda a, b, c: np.array([32 - int(x).bit_length() for x in a]),
 }
 

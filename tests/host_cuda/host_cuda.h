@@ -246,6 +246,21 @@ inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned bits)
+{
+    return unsigned((std::uint64_t(high) << 32 | low) << (bits & 31) >> 32);
+}
+
+// Byte i of the result is the one of the eight bytes of y and x that bits 4 i to 4 i + 2 of the selector name.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector)
+{
+    const std::uint64_t bytes = std::uint64_t(y) << 32 | x;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i)
+        result |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return result;
+}
+
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }

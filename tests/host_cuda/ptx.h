@@ -120,6 +120,30 @@ __device__ __forceinline__ void wait_at_least(const unsigned *counter, unsigned 
     load_acquire(counter);
 }
 
+__device__ __forceinline__ void store_word(unsigned long long *to, unsigned long long word)
+{
+    host_cuda::count_write(to, sizeof(word));
+    __atomic_store_n(to, word, __ATOMIC_RELAXED);
+}
+
+// Not counted: how often a word is read depends on which block comes first.
+__device__ __forceinline__ void load_two_words(unsigned long long (&words)[2], const unsigned long long *from)
+{
+    for (int i = 0; i < 2; ++i)
+        words[i] = __atomic_load_n(from + i, __ATOMIC_RELAXED);
+}
+
+__device__ __forceinline__ bool any_missing(bool missing, const unsigned long long *from, unsigned tag, unsigned mask,
+                                            HOST_CUDA_SITE)
+{
+    const unsigned *upper = reinterpret_cast<const unsigned *>(from) + 1;
+    host_cuda::record_wait(upper, tag);
+    if (!host_cuda::ballot("any_missing", 0xffffffffu, missing, file, line))
+        return false;
+    host_cuda::spin_pause(upper, __atomic_load_n(upper, __ATOMIC_RELAXED) & mask, tag & mask, file, line);
+    return true;
+}
+
 __device__ __forceinline__ unsigned opaque(unsigned bits) { return bits; }
 
 #if __CUDA_ARCH__ >= 800
@@ -140,7 +164,7 @@ __device__ __forceinline__ unsigned to_tf32(float x)
 {
     const unsigned bits = __float_as_uint(x);
     if ((bits & 0x7fffffffu) >= 0x7f800000u)
-        return bits;  // infinity and NaN
+        return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fffffffu : bits;  // NaN, as the instruction writes it; infinity
     return (bits + 0x1000u) & 0xffffe000u;
 }
 

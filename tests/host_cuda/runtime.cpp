@@ -268,6 +268,12 @@ struct Fiber {
     unsigned value, target;
     bool moved;  // since the turn before
 
+    // A loop of a warp that waits for another block has a collective in each turn. A fiber that spins in vain, once
+    // from one collective to the next, and comes back to the same one, has not moved.
+    int collective = 0;         // the line of the last one
+    bool spun = false;          // in vain, since then
+    bool back_in_loop = false;  // since its turn began
+
     std::vector<PendingCopy> copies;
     std::size_t copies_finished = 0;
     int copy_groups = 0;
@@ -495,7 +501,10 @@ void Block::settle([[maybe_unused]] void *fake_stack)
 
 void Block::run()
 {
+    // A turn of a loop that waits, from one look to the next, takes up to three turns of its fibers.
+    constexpr int LOOKS = 4;
     std::uint64_t looked_since = ~std::uint64_t(0);
+    int looks = 0;
     while (returned < fibers.size() && !launch.stopped) {
         if (launch.request.order == Order::RANDOM)
             shuffle_order(order, random);
@@ -505,12 +514,13 @@ void Block::run()
             Fiber &fiber = fibers[i];
             if (fiber.state != State::READY && fiber.state != State::SPINNING)
                 continue;
+            fiber.back_in_loop = false;
             enter(fiber);
             launch.switches[index].fetch_add(1, std::memory_order_relaxed);
             if (launch.stopped)
                 break;
-            spinning |= fiber.state == State::SPINNING;
-            moved |= fiber.state != State::SPINNING || fiber.moved;
+            spinning |= fiber.state == State::SPINNING || fiber.back_in_loop;
+            moved |= fiber.state == State::SPINNING ? fiber.moved : !fiber.back_in_loop;
             may_interrupt(launch, index, At::TURN);
         }
         if (moved) {
@@ -518,9 +528,10 @@ void Block::run()
         } else if (!spinning) {
             launch.stop("deadlock inside a block");
         } else {
-            if (looked_since != since)
-                launch.looked_in_vain(since);
+            looks = looked_since == since ? looks + 1 : 1;
             looked_since = since;
+            if (looks == LOOKS)
+                launch.looked_in_vain(since);
             if (launch.deadlocked(since))
                 launch.stop("deadlock between blocks");
             if (launch.schedule.used()) {
@@ -641,6 +652,9 @@ bool Block::meet(const Fiber &candidate)
 void wait_in_collective(const char *name, unsigned mask, bool whole, void *data, Work work, const char *file, int line)
 {
     Fiber &fiber = *self;
+    fiber.back_in_loop = fiber.spun && line == fiber.collective;
+    fiber.collective = line;
+    fiber.spun = false;
     fiber.state = State::IN_COLLECTIVE;
     fiber.name = name;
     fiber.file = file;
@@ -861,6 +875,7 @@ void spin_pause(const unsigned *counter, unsigned value, unsigned target, const 
 {
     Fiber &fiber = *self;
     fiber.moved = counter != fiber.counter || value != fiber.value || target != fiber.target;
+    fiber.spun = !fiber.moved;
     fiber.state = State::SPINNING;
     fiber.file = file;
     fiber.line = line;

@@ -71,6 +71,18 @@ PTX T shr(T a, u32 n)  // of a signed type: fills with the sign
     return n > last ? std::is_signed<T>::value ? T(a >> last) : T(0) : T(a >> n);
 }
 
+// "prmt": byte i of the result is the one of the eight bytes of b and a that bits 4 i to 4 i + 2 of the selector name,
+// or eight times its sign where bit 4 i + 3 is set.
+PTX u32 permuted_bytes(u32 a, u32 b, u32 selector)
+{
+    u32 result = 0;
+    for (int i = 0; i < 4; ++i) {
+        const u32 chosen = selector >> 4 * i & 15, from = (chosen & 4 ? b : a) >> 8 * (chosen & 3) & 0xff;
+        result |= (chosen & 8 ? (from & 0x80 ? 0xff : 0) : from) << 8 * i;
+    }
+    return result;
+}
+
 template <class T>
 PTX T bfi(T a, T b, u32 position, u32 length)
 {

@@ -278,22 +278,37 @@ PTX_CALL void finish_copies(const Shared &shared, int pending)
 
 constexpr const char *SITE = "PTX";
 
-// What a thread polled last: a loop that waits for another block reads one word again and again, and must let other
-// fibers run.
+// What a thread has polled: a loop that waits for another block reads the same words again and again, and must let
+// other fibers run.
 struct Poll {
-    u64 address = 0, value = 0;
-    int repeated = 0;
-    static constexpr int PATIENCE = 64;  // equal reads in a row that are no wait
+    static constexpr int PATIENCE = 64;  // reads in a row that see no change, and are no wait
+    static constexpr int WORDS = 64;     // remembered, each where its address says
 
-    bool is_waiting(u64 at) const { return at == address && repeated > PATIENCE / 2; }
+    u64 addresses[WORDS] = {}, values[WORDS] = {};
+    int unchanged = 0;  // reads since one saw a change
+    u64 waited_at = 0;  // of the words that are read in turns, the one at which the fiber pauses
+    int elsewhere = 0;  // reads since the last at waited_at
+
+    static int place(u64 at) { return int(at / 4 * 0x9e3779b97f4a7c15u >> 58); }
+
+    bool is_waiting(u64 at) const
+    {
+        return unchanged > 4 * PATIENCE || (unchanged > PATIENCE / 2 && at == addresses[place(at)]);
+    }
 
     template <class T>
     T read(u64 at, T now, int line)
     {
-        repeated = at == address && u64(now) == value ? repeated + 1 : 0;
+        u64 &address = addresses[place(at)], &value = values[place(at)];
+        unchanged = at == address && u64(now) != value ? 0 : unchanged + 1;
         address = at;
         value = u64(now);
-        if (repeated > PATIENCE)
+        elsewhere = at == waited_at ? 0 : elsewhere + 1;
+        if (unchanged > PATIENCE && elsewhere > WORDS) {
+            waited_at = at;
+            elsewhere = 0;
+        }
+        if (unchanged > PATIENCE && at == waited_at)
             host_cuda::spin_pause(reinterpret_cast<const unsigned *>(at), unsigned(now), unsigned(now) + 1, SITE, line);
         return now;
     }

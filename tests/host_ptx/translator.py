@@ -394,6 +394,18 @@ def _(code, statement, match):
                           match[3]) + " }")
 
 
+@rule(r"ld\.relaxed\.gpu\.global\.v2\.u64")  # each element is an access of its own
+def _(code, statement, match):
+    array, line = code.array(statement.operands[1]), statement.line
+    lines = [f"const u64 at = {code.address(statement.operands[1])};", f"check_global<{array}>(at, 16, {line});"]
+    for i, register in enumerate(_vector(statement.operands[0])):
+        place = f"at + {8 * i}"
+        load = f"load_strong<u64, {array}>({place}, false, Scope::GPU, poll.is_waiting({place}))"
+        lines.append(f"const u64 t{i} = poll.read({place}, written_value<{array}>({load}, {place}, {line}), {line});")
+        lines.append(code.assign(register, f"t{i}", "u64"))
+    return "{ " + " ".join(lines) + " }"
+
+
 @rule(rf"st\.(?:(relaxed|release)\.{SCOPES}|volatile)\.global\.([usbf](?:32|64))")
 def _(code, statement, match):
     c, array = C_TYPES[match[3]], code.array(statement.operands[0])
@@ -662,6 +674,16 @@ def _(code, statement, match):
 @rule(r"bfi\.(b32|b64)")
 def _(code, statement, match):
     return code.computed(statement, f"bfi<{C_TYPES[match[1]]}>({{}}, {{}}, u32({{}}), u32({{}}))", match[1])
+
+
+@rule(r"shf\.l\.wrap\.b32")
+def _(code, statement, match):
+    return code.computed(statement, "u32((u64({1}) << 32 | {0}) << ({2} & 31) >> 32)", "b32")
+
+
+@rule(r"prmt\.b32")  # the mode without a name: each byte of the result is chosen by four bits, of which one is a sign
+def _(code, statement, match):
+    return code.computed(statement, "permuted_bytes({}, {}, {})", "b32")
 
 
 @rule(r"clz\.(b32|b64)")
