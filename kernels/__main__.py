@@ -20,7 +20,7 @@ from char_gru.kernels import sass
 from char_gru.kernels.modules import MODULES, PLANNED, modules_for
 from char_gru.kernels.plan.generation import GenerationPlan, generation_plan
 from char_gru.kernels.plan.gpus import GPU, GPUS, precisions
-from char_gru.kernels.plan.recurrence import PACK, RecurrencePlan, backward_plan, forward_plan
+from char_gru.kernels.plan.recurrence import ELEMENT_BYTES, RecurrencePlan, backward_plan, forward_plan
 from char_gru.kernels.runtime import (
     ARCHITECTURES,
     CompileError,
@@ -197,7 +197,7 @@ def command(arguments: Sequence[str] | None = None) -> int:
                         help="print how recurrence and generation run on a GPU; compile nothing")
     parser.add_argument("--run", metavar="OP", help="run the kernels of an op, such as gru_forward, on the CPU, print "
                                                     "their accesses and waits, and check their results; in a checkout")
-    parser.add_argument("--precision", choices=("auto", *PACK), help="with --plan or --run (default: auto)")
+    parser.add_argument("--precision", choices=("auto", *ELEMENT_BYTES), help="with --plan or --run (default: auto)")
     of_plan = parser.add_argument_group("with --plan")
     of_plan.add_argument("--device-like", choices=GPUS, help="the GPU to plan for (default: this machine's)")
     of_plan.add_argument("--batch-size", type=_positive, help="(default: 64)")

@@ -5,11 +5,9 @@
 from pathlib import Path
 
 from char_gru.kernels.plan.gpus import GPUS
-from char_gru.kernels.plan.recurrence import RecurrencePlan, forward_plan, weights_bytes
+from char_gru.kernels.plan.recurrence import PACKET_BYTES, RecurrencePlan, forward_plan
 
 DRAWING = Path(__file__).with_name("persistent.svg")
-
-ELEMENT_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2}  # of h in the exchange
 
 _WIDTH, _HEIGHT = 1080, 532
 _ROW_HEIGHT, _TOP = 74, 112
@@ -67,7 +65,7 @@ def drawing(plan: RecurrencePlan) -> str:
     picture.words(_ON_CHIP + 90, _TOP + 2 * _ROW_HEIGHT + 12, "⋮", size=16)
     _exchange(picture, plan, bottom)
     picture.words(_ON_CHIP, _HEIGHT - 44, f"Groups 1 to {plan.groups - 1} do the same with their own rows of the "
-                  "batch, their own blocks, exchange and barrier.", size=12)
+                  "batch, their own blocks and exchange.", size=12)
     picture.words(_ON_CHIP, _HEIGHT - 24, f"Predicted: {plan.predicted_us:.1f} us a step. Launched step by step "
                   f"(gru.cu), every step would read the {12 * plan.H**2 / 1e6:.1f} MB of W_hh again, and wait for a "
                   "launch.", size=12)
@@ -76,8 +74,8 @@ def drawing(plan: RecurrencePlan) -> str:
 
 def _block(picture: _Picture, plan: RecurrencePlan, block: int, y: float) -> None:
     units = plan.units_of(block)
-    in_registers = weights_bytes(plan.register_steps, plan.columns) >> 10
-    in_shared = weights_bytes(plan.k_steps - plan.register_steps, plan.columns) >> 10
+    in_registers = plan.weights_bytes(plan.register_steps) >> 10
+    in_shared = plan.weights_bytes(plan.k_steps - plan.register_steps) >> 10
     picture.box(_ON_CHIP, y, 196, 54, "#eeeeee")
     picture.words(_ON_CHIP + 8, y + 15, f"block {block}: units {units.start:,} to {units.stop - 1:,}", weight="bold")
     picture.box(_ON_CHIP + 8, y + 22, 118, 26, "#fd8d3c", f"W_hh {in_shared} KiB shared")
@@ -93,7 +91,7 @@ def _block(picture: _Picture, plan: RecurrencePlan, block: int, y: float) -> Non
             x += width
         picture.box(x, y + 10, _WAIT, 34, "#d9d9d9")
         picture.words(x + 3, y + 24, "save gates, h;", size=7)
-        picture.words(x + 3, y + 36, "load P; wait", size=7)
+        picture.words(x + 3, y + 36, "load P", size=7)
 
 
 def _exchange(picture: _Picture, plan: RecurrencePlan, y: float) -> None:
@@ -110,12 +108,13 @@ def _exchange(picture: _Picture, plan: RecurrencePlan, y: float) -> None:
                          'stroke-width="1.4" marker-end="url(#arrow)"')
             picture.line(published + _WAIT, _TOP - 4, published + _WAIT, top,
                          'stroke-width="1.2" stroke-dasharray="5 4"')
-            picture.words(published + _WAIT + 4, top + 46, f"barrier of the group before step {step + 1}", "middle", 10)
-    element_bytes = ELEMENT_BYTES[plan.precision]
+            picture.words(published + _WAIT + 4, top + 46, f"each warp waits for its packets with tag {step + 2}",
+                          "middle", 10)
+    packet_bytes, of_block = PACKET_BYTES[plan.precision], plan.packets // plan.blocks
     x = _TIME + _LOAD + _STEP - _WAIT
-    picture.words(x - 22, y + 18, f"each block publishes {plan.rows * plan.units * element_bytes / 1024:g} KiB", "end")
-    picture.words(x - 22, y + 33, "(its units of h)", "end")
-    picture.words(x + _WAIT + 34, y + 18, f"and gathers {plan.rows * plan.H * element_bytes / 1024:g} KiB")
+    picture.words(x - 22, y + 18, f"each block publishes {plan.rows * of_block * packet_bytes / 1024:g} KiB", "end")
+    picture.words(x - 22, y + 33, f"(h of its units, {plan.values} and a tag to a packet)", "end")
+    picture.words(x + _WAIT + 34, y + 18, f"and gathers {plan.rows * plan.packets * packet_bytes / 1024:g} KiB")
     picture.words(x + _WAIT + 34, y + 33, "(all units of its rows)")
     picture.words(_ON_CHIP, top + 14, "L2 cache", weight="bold")
     picture.words(_ON_CHIP, top + 28, "two halves of the exchange take turns")

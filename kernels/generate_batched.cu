@@ -4,9 +4,9 @@
 // Why not the plain way, generate.cu: for 64 rows at H 1024 it reads the 12.6 MB of W_hh eight times per character, for
 // eight rows each, and multiplies without tensor cores. Here W_hh stays on chip, and a block reads 128 KiB of states.
 //
-// exchange (2, groups, row tiles, WARPS K_STEPS, X_STEP) words, zero where k >= H: the states before a step and after
-// it, in turns. partial_logits (blocks, group_rows, 4 ceil(V / 4)) float32: the sums of the logits over the units of
-// each block. counters (groups, COUNTER_WORDS) uint32, zero before and after.
+// exchange (2, groups, row tiles, WARPS K_GROUPS, X_GROUP) uint32, zero where k >= H: the states before a step and
+// after it, in turns. partial_logits (blocks, group_rows, 4 ceil(V / 4)) float32: the sums of the logits over the units
+// of each block. counters (groups, COUNTER_WORDS) uint32, zero before and after.
 //
 // Groups never wait for each other: group g owns group_rows rows of text, in tiles of ROWS. A block owns UNITS units
 // for all rows of its group: on chip, their rows of W_hh (resident.cuh), their columns of P and W_out, their states.
@@ -18,9 +18,10 @@
 //   drawing    wait | the owner of a row sums its partial_logits, draws and publishes the character | arrive
 // That makes two barriers per character, of which the product hides the one behind the drawing.
 //
-// Bytes per step and block: 32 ROWS WARPS K_STEPS of states through L2 for each tile (4 H for each row), 4 group_rows V
-// of partial_logits written; a drawing reads 4 blocks V of them. Multiply-adds of tf32: three (bf16: two) ROWS COLUMNS
-// H for each tile. At 64 rows, V 66, H 1024 on an H100: 2 groups of 64 blocks, which gather 128 KiB a block and step.
+// Bytes per step and block: 32 ROWS WARPS K_GROUPS of states through L2 for each tile (4 H for each row), 4 group_rows
+// V of partial_logits written; a drawing reads 4 blocks V of them. Multiply-adds of tf32: three (bf16: two) ROWS
+// COLUMNS H for each tile. At 64 rows, V 66, H 1024 on an H100: 2 groups of 64 blocks, which gather 128 KiB a block and
+// step.
 //
 // Variants: fp32 and bf16 weights (BF16); generate_persistent.cu for few rows, several layers, and GPUs without tensor
 // cores; generate.cu for any sizes. plan/generation.py chooses.
@@ -69,8 +70,7 @@ struct Block : Arguments {
     int rows = min(group_rows, R - first_row);
     // A stride of 4 more than a multiple of 8 spreads the states of neighbouring units over the banks.
     int padded_rows = round_up(group_rows, LOGIT_ROWS) + 4, logits_stride = round_up(V, 4);
-    int own_steps = min(ceil_div(H, STEP_K) - warp() * K_STEPS, K_STEPS);  // of this warp, none from H on
-    size_t tile_words = size_t(WARPS) * K_STEPS * X_STEP, group_words = ceil_div(group_rows, ROWS) * tile_words;
+    size_t group_words = ceil_div(group_rows, ROWS) * X_WORDS;
 
     // Shared memory, weights first. Arrays that are read 16 bytes at a time come first, in multiples of 16 bytes.
     float *sums = reinterpret_cast<float *>(shared + ResidentWeights::SHARED_WORDS);
@@ -89,13 +89,13 @@ struct Block : Arguments {
 
     __device__ __forceinline__ void publish_state(int t, int row, int j, float state) const
     {
-        store_x(states_of(t) + row / ROWS * tile_words, row % ROWS, j, state);
+        states_of(t)[row / ROWS * X_WORDS + place_of(row % ROWS, j)] = __float_as_uint(state);
     }
 
     // Fills shared memory and the registers of weights, and hands the states before step 0 to the group.
     __device__ __forceinline__ void load(ResidentWeights &weights)
     {
-        weights.load(shared, [this](int k, int column) {
+        weights.load(shared, [this](int k, int, int column) {
             const int gate = column / UNITS, j = first_unit + column % UNITS;
             return gate < 3 && j < H && k < H ? W_hh[(size_t(gate) * H + j) * H + k] : 0.0f;
         });
@@ -127,7 +127,7 @@ struct Block : Arguments {
     {
         for (int first = 0; first < rows; first += ROWS) {
             ResidentSums product;
-            weights.multiply(product, states_of(t) + first / ROWS * tile_words, own_steps);
+            weights.multiply(product, states_of(t) + first / ROWS * X_WORDS, H);
             product.reduce_warps(sums);
             for (int e = threadIdx.x; e < min(ROWS, rows - first) * COLUMNS; e += THREADS)
                 a[first * COLUMNS + e] = sum_of(sums, e / COLUMNS, e % COLUMNS) + own_b[e % COLUMNS];

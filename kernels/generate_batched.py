@@ -3,8 +3,8 @@
 import numpy as np
 
 from char_gru.kernels import runtime
-from char_gru.kernels.plan.generation import GenerationPlan
-from char_gru.kernels.plan.recurrence import THREADS, WARPS, WORDS
+from char_gru.kernels.plan.generation import STEP_K, GenerationPlan
+from char_gru.kernels.plan.recurrence import THREADS, WARPS
 from char_gru.kernels.scratch import scratch
 from char_gru.kernels.sizes import ceil_div, round_up
 
@@ -16,7 +16,7 @@ def generate_batched(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, counters
         return
     (T, R), V, H, rows = forced_tr.shape, len(P), h.shape[2], plan.constants["ROWS"]
     # Zero at k >= H in exchange and at v >= V in partial_logits: no kernel writes there.
-    shape = 2, plan.groups, ceil_div(plan.group_rows, rows), WARPS * plan.constants["K_STEPS"], WORDS * rows
+    shape = 2, plan.groups, ceil_div(plan.group_rows, rows), WARPS * plan.constants["K_GROUPS"], STEP_K * rows
     exchange = scratch(f"generate batched exchange {H}", shape, np.uint32, zeros=True)
     partial_logits = scratch("generate partial_logits",
                              (plan.groups * plan.blocks, plan.group_rows, round_up(V, 4)), zeros=True)

@@ -10,43 +10,45 @@
 //   sums by id: it needs da_tb, in bf16 too, and di_n_tb (T, B, H)
 //   dh0 (B, H); dP_g (groups, V, 3H) and db_g (groups, 3H): sums over the rows of each group
 //   dh_z_b (B, H): z dh of the step done last
-//   exchange (2, row tiles, SPLITS WARPS K_STEPS, X_STEP) words, zero where k >= 3H
-//   partial_sums (row tiles, ranges, SPLITS, ROWS, UNITS)
-//   counters (groups, COUNTER_WORDS), range_counters (groups ranges, COUNTER_WORDS) uint32, zero before and after
+//   exchange (2, row tiles, SPLITS WARPS K_GROUPS, X_GROUP) words; partial_sums (2, row tiles, ranges, ROWS, UNITS,
+//   SPLITS) words; counters (2 groups, COUNTER_WORDS) uint32, for da and then for partial sums: all zero at first and
+//   then left to the launches of one plan (words.cuh)
 //   dy_tb (T, B, N) with W_y (N, H); or, where N = 0, dy_tb (T, B, H), which is added to dh as it is
 //   W_hh (3H, H); h_tb (T+1, B, H), gates_tb (T, B, 3H), a_n_tb (T, B, H) from the forward pass; ids_tb (T, B) int32
 //
-// Tiles of rows, groups, exchange and barriers are as in gru_forward_persistent.cu, but blocks exchange da, which is
-// three times as wide as h. So K = 3H may be split among SPLITS blocks (split-K), which share a range of UNITS units of
-// dh. Each of them gathers its part of da and writes partial sums; after a barrier of the range, it adds the partial
-// sums of all splits, in ascending order, for FINISHED of the units, and takes these through the gates.
+// Tiles of rows, groups and exchange are as in gru_forward_persistent.cu, but blocks exchange da, which is three times
+// as wide as h; a packet has the three gates of a unit. So K = 3H may be split among SPLITS blocks
+// (split-K), which share a range of UNITS units of dh. Each of them gathers its part of da and hands its partial sums
+// to the others, in tagged words of one fp32 each. When it has the sums of all splits, it adds them, in ascending
+// order, for FINISHED of the units, and takes these through the gates.
 //
 // Two more results need no other launch. dy_t W_y is multiplied as N more rows of K, before a block waits for da: the
 // gradient of the output layer's input never exists in memory. And a block adds di to the sums by id in shared memory,
 // row by row, so that the order of each sum is fixed, while it waits for the other blocks.
 //
-// Bytes per step and block: 4 ROWS * 8 WARPS K_STEPS from L2 for each row tile (3H / SPLITS elements for each row);
-// with more than one split 4 ROWS (UNITS + SPLITS FINISHED) of partial sums written and read; 24 ROWS FINISHED read (28
-// where N = 0) and 28 written, 16 in bf16 (32 in both where V = 0). At B 64, H 1024 on an H100: tf32, 2 groups of 16
-// ranges and 4 splits, gathers 96 KiB a block and step (unsplit, 384); bf16, 4 groups of 32 ranges, unsplit, 96 KiB.
+// Bytes per step and block: 8 ROWS H / SPLITS from L2 for each row tile (fp32: 16); with more than one split 8 ROWS
+// (UNITS + SPLITS FINISHED) of partial sums written and read; 24 ROWS FINISHED read (28 where N = 0) and 28 written, 16
+// in bf16 (32 in both where V = 0). At B 64, H 1024 on an H100: SPLITS_BYTES
 // Why not naive.cu's way: there every element of dh reads a row of da and a column of W_hh, 1.6 GB a step at these
 // sizes, and every step is a launch. Here W_hh, 12.6 MB, is read once per group and window.
 //
 // Variants: fp32, tf32, bf16; gru.cu for sizes and GPUs that this one does not fit. plan/recurrence.py chooses.
 // Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip".
-#include "barrier.cuh"
+#include "exchange.cuh"
 #include "gru.cuh"
 #include "resident.cuh"
 #include "row_tiles.cuh"
+#include "words.cuh"
 
 #ifndef SPLITS
 #error "the launcher defines SPLITS"
 #endif
 
+static_assert(VALUES == 3, "a packet has the three gates of a unit");
 constexpr int UNITS = COLUMNS;
-constexpr int FINISHED = ceil_div(UNITS, 2 * SPLITS) * 2;  // even: two bf16 of a word come from one block
-constexpr int SUM_COLUMNS = 3 * FINISHED;                  // of a sum by id: the three gates of the finished units
-constexpr int ROWS_AT_A_TIME = 8;                          // rows of di that a thread loads before it adds them
+constexpr int FINISHED = ceil_div(UNITS, SPLITS);
+constexpr int SUM_COLUMNS = 3 * FINISHED;  // of a sum by id: the three gates of the finished units
+constexpr int ROWS_AT_A_TIME = 8;          // rows of di that a thread loads before it adds them
 using Elements = OwnElements<FINISHED>;
 
 // The fused output layer, dy_t W_y: N more rows of K, of which each warp multiplies `steps` steps. W_y stays on chip.
@@ -70,7 +72,7 @@ struct FusedOutput {
     __device__ __forceinline__ void add_to(ResidentSums &product, const float *__restrict__ dy, int b0, int B) const
     {
         for (int i = 0; i < steps; ++i) {
-            ResidentSums::X y;
+            ResidentSums::Step y;
             y.load_each([=](int row, int k) {
                 const int b = b0 + row, v = (first_step + i) * STEP_K + k;
                 return b < B && v < N ? dy[size_t(b) * N + v] : 0.0f;
@@ -177,53 +179,83 @@ struct Saved {
 };
 
 // Adds to dh the products of this thread's elements over all of K. `sums` holds this split's after reduce_warps; with
-// more than one split, the range exchanges them through partial_sums (SPLITS, ROWS, UNITS).
-__device__ __forceinline__ void add_products(float (&dh)[Elements::COUNT], const Elements &own, int tile,
-                                             const float *sums, float *partial_sums, Group &range)
+// more than one split, the range exchanges them through partial_sums (ROWS, UNITS, SPLITS), with `tag`.
+__device__ __forceinline__ void add_products(float (&dh)[Elements::COUNT], const Elements &own, int tile, int split,
+                                             const float *sums, Word *partial_sums, unsigned tag)
 {
-    if (SPLITS > 1) {
+    constexpr int COUNT = Elements::COUNT;
+    float sum[COUNT];
+    if constexpr (SPLITS == 1) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            sum[i] = sum_of(sums, min(own.row(i), ROWS - 1), own.unit(i));
+    } else {
         for (int i = threadIdx.x; i < ROWS * UNITS; i += THREADS)
-            partial_sums[range.block * ROWS * UNITS + i] = sum_of(sums, i / UNITS, i % UNITS);
-        range.barrier();
-    }
-    own.each(tile, [&](int i, int, int) {
-        const int row = own.row(i), unit = range.block * FINISHED + own.unit(i);
-        float sum = 0.0f;
-        if (SPLITS == 1)
-            sum = sum_of(sums, row, unit);
-        else
+            store_word(partial_sums + i * SPLITS + split,
+                       word_of(__float_as_uint(sum_of(sums, i / UNITS, i % UNITS)), tag));
+        const Word *from[COUNT];
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)  // a thread without an element i reads another one's
+            from[i] = partial_sums + (min(own.row(i), ROWS - 1) * UNITS +
+                                      min(split * FINISHED + own.unit(i), UNITS - 1)) * SPLITS;
+        Word words[COUNT][ceil_div(SPLITS, 2)][2];
+        unsigned wrong;
+        do {
+            wrong = 0;
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i)
+#pragma unroll
+                for (int s = 0; s < SPLITS / 2; ++s)
+                    load_two_words(words[i][s], from[i] + 2 * s);
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i)
+#pragma unroll
+                for (int s = 0; s < SPLITS; ++s)
+                    wrong |= upper_half(words[i][s / 2][s % 2]) ^ tag;
+        } while (any_missing(wrong, from[0], tag, ~0u));
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            sum[i] = 0.0f;
 #pragma unroll
             for (int s = 0; s < SPLITS; ++s)
-                sum += partial_sums[(s * ROWS + row) * UNITS + unit];
-        dh[i] += sum;
-    });
+                sum[i] += __uint_as_float(lower_half(words[i][s / 2][s % 2]));
+        }
+    }
+    own.each(tile, [&](int i, int, int) { dh[i] += sum[i]; });
 }
 
 // One block: x counts the splits of the first range of the first group, then those of its second range, ...
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ da16_tb, float *__restrict__ di_n_tb,
                         float *__restrict__ dh0, float *__restrict__ dP_g, float *__restrict__ db_g, float *dh_z_b,
-                        unsigned *exchange, float *partial_sums, unsigned *counters, unsigned *range_counters,
+                        Word *exchange, Word *partial_sums, unsigned *counters,
                         const float *__restrict__ dy_tb, const float *__restrict__ W_y, const float *__restrict__ W_hh,
                         const float *__restrict__ h_tb, const float *__restrict__ gates_tb,
                         const float *__restrict__ a_n_tb, const int *__restrict__ ids_tb, int T, int B, int H, int N,
                         int V, int groups)
 {
-    const int blocks = gridDim.x / groups, ranges = blocks / SPLITS, split = blockIdx.x % SPLITS;
-    Group group(counters, blockIdx.x / blocks, blockIdx.x % blocks, blocks);
-    Group range(range_counters, blockIdx.x / SPLITS, split, SPLITS);
-    const RowTiles tiles(B, groups, group.index);
-    const int j0 = group.block / SPLITS * UNITS, j_end = min(j0 + UNITS, H);
+    const int blocks = gridDim.x / groups, group = blockIdx.x / blocks, split = blockIdx.x % SPLITS;
+    const int ranges = blocks / SPLITS, range = blockIdx.x % blocks / SPLITS;
+    const RowTiles tiles(B, groups, group);
+    const int j0 = range * UNITS, j_end = min(j0 + UNITS, H);
     const Elements own = {B, j0 + split * FINISHED, j_end};
+    // The exchanges of da of the last step and of the partial sums ahead of it; a step further back, a number more.
+    const unsigned first = first_number(counters, group), first_sums = first_number(counters, groups + group);
     // da of a tile in step t, as the product reads it; one split of K after the other.
-    const auto exchanged = [=](int t, int tile) { return exchange + (t % 2 * tiles.all + tile) * SPLITS * X_WORDS; };
+    const auto exchanged = [=](int t, int tile) {
+        return exchange + ((first + T - 1 - t) % 2 * tiles.all + tile) * SPLITS * X_WORDS;
+    };
+    // Hands da of one row of a tile and one unit in step t to the group.
+    const auto publish = [=](int t, int tile, int row, int j, const float (&da)[3]) {
+        store_packet(exchanged(t, tile) + place_of(row, j), da, tag_of(first + T - 1 - t));
+    };
 
     extern __shared__ __align__(16) unsigned shared[];
     ResidentWeights weights;
-    const int k0 = split * WARPS * K_STEPS * STEP_K;
-    weights.load(shared, [=](int k, int column) {
-        const int j = j0 + column;
-        return column < UNITS && j < H && k0 + k < 3 * H ? W_hh[size_t(k0 + k) * H + j] : 0.0f;
+    const int first_unit = split * WARPS * K_GROUPS * GROUP_PACKETS;  // of this split: a packet has a unit's gates
+    weights.load(shared, [=](int packet, int gate, int column) {
+        const int unit = first_unit + packet, j = j0 + column;
+        return column < UNITS && j < H && unit < H ? W_hh[(size_t(gate) * H + unit) * H + j] : 0.0f;
     });
     unsigned *output_weights = shared + ResidentWeights::SHARED_WORDS;
     const FusedOutput output(output_weights, N, split, [=](int v, int column) {
@@ -237,7 +269,7 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
     for (int t = T - 1; t >= -1; --t)  // step -1 stands for the initial state: it only computes dh0
         for (int tile = tiles.first; tile < tiles.end; ++tile) {
             Saved saved[Elements::COUNT];
-            float dh[Elements::COUNT];
+            float dh[Elements::COUNT] = {};
             own.each(tile, [&](int i, int b, int j) {
                 dh[i] = t + 1 < T ? dh_z_b[size_t(b) * H + j] : 0.0f;  // this thread wrote it
                 if (t < 0)
@@ -253,14 +285,13 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
             ResidentSums product;
             if (t >= 0)
                 output.add_to(product, dy_tb + size_t(t) * B * N, tile * ROWS, B);
-            if (t + 1 < T) {
-                if (tile == tiles.first)
-                    group.wait();  // all blocks have written da of step t + 1
-                weights.multiply(product, exchanged(t + 1, tile) + split * X_WORDS);
-            }
+            if (t + 1 < T)
+                weights.multiply(product, exchanged(t + 1, tile) + split * X_WORDS, H - first_unit,
+                                 tag_of(first + T - 2 - t));
             product.reduce_warps(sums);
-            const size_t range_of_tile = size_t(tile) * ranges + group.block / SPLITS;
-            add_products(dh, own, tile, sums, partial_sums + range_of_tile * SPLITS * ROWS * UNITS, range);
+            const unsigned number = first_sums + T - 1 - t;
+            const size_t range_of_tile = (size_t(number % 2) * tiles.all + tile) * ranges + range;
+            add_products(dh, own, tile, split, sums, partial_sums + range_of_tile * ROWS * UNITS * SPLITS, number + 1);
 
             GRUCellGradient gradient[Elements::COUNT] = {};  // left undefined, it would take more registers
             if (t < 0) {
@@ -273,16 +304,14 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
                 const Saved &cell = saved[i];
                 dh[i] += cell.dy;
                 gradient[i] = gru_cell_gradient(dh[i], cell.r, cell.z, cell.n, cell.a_n, cell.h_before);
-#pragma unroll
-                for (int gate = 0; gate < 3; ++gate)
-                    store_x(exchanged(t, tile), own.row(i), gate * H + j, gradient[i].da[gate]);
-                gradient_sums.add(i, gradient[i]);
             });
+#pragma unroll
+            for (int i = 0; i < Elements::COUNT; ++i)  // outside the batch, too, where da is zero
+                if (own.row(i) < ROWS && own.j0 + own.unit(i) < j_end)
+                    publish(t, tile, own.row(i), own.j0 + own.unit(i), gradient[i].da);
+            own.each(tile, [&](int i, int, int) { gradient_sums.add(i, gradient[i]); });
             gradient_sums.end_tile(rows);
-            if (tile + 1 < tiles.end)
-                __syncthreads();  // before the next tile's sums overwrite this tile's
-            else
-                group.arrive();
+            __syncthreads();  // before the next product's sums overwrite this one's
             own.each(tile, [&](int i, int b, int j) {
                 const size_t row = size_t(t) * B + b;
                 dh_z_b[size_t(b) * H + j] = dh[i] * saved[i].z;
@@ -297,8 +326,10 @@ gru_backward_persistent(float *__restrict__ da_tb, unsigned short *__restrict__ 
                 }
             });
         }
-    gradient_sums.write(dP_g, db_g, group.index, H, own.j0, j_end);
-    group.leave();
-    if (SPLITS > 1)
-        range.leave();
+    gradient_sums.write(dP_g, db_g, group, H, own.j0, j_end);
+    if (threadIdx.x == 0) {
+        leave_group(counters, group, blocks, T);
+        if (SPLITS > 1)
+            leave_group(counters, groups + group, blocks, T + 1);
+    }
 }

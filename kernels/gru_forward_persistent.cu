@@ -6,68 +6,84 @@
 // Arguments, float32 but for the integers and the bf16 copy:
 //   h_tb (T+1, B, H), h_tb[0] a copy of h0; gates_tb (T, B, 3H): r, z, n; a_n_tb (T, B, H)
 //   h16_tb (T, B, H) bf16, only in bf16: the states before each step, an operand of dW_hh
-//   exchange (2, row tiles, WARPS K_STEPS, X_STEP) words, zero where k >= H
-//   counters (groups, COUNTER_WORDS) uint32, zero before and after a launch
+//   exchange (2, row tiles, WARPS K_GROUPS, X_GROUP) words and counters (groups, COUNTER_WORDS) uint32, both zero at
+//   first and then left to the launches of one plan (words.cuh)
 //   P (N, 3H); ids_tb (T, B) int32, in [0, N); W_hh (3H, H); b_hh (3H,); h0 (B, H)
 //
 // The batch is cut into tiles of ROWS rows, and the tiles among groups of blocks that never wait for each other
 // (row_tiles.cuh). In a group, every block owns UNITS hidden units with their three gates, and keeps their rows of
 // W_hh. So the blocks of a group have only the new states to exchange: each block writes the states of its units to
-// `exchange`, rounded and in the order in which warps load them (resident.cuh), and after one barrier per step reads
-// the states of all units. Its threads share the elements of a tile, a row and a unit each, to compute the gates.
+// `exchange`, in packets with tags (exchange.cuh) and in the order in which warps load them (resident.cuh); each warp
+// waits for the packets that it multiplies, and for nothing else. A packet has the states of a row in VALUES units of a
+// block, so that one thread computes them. While its packets travel, a block saves r, z, n, a_n and h of the step and
+// loads the input products of the next.
 //
-// The two halves of `exchange` hold the states before even and before odd steps. A block overwrites a half only after
-// the barrier at which all blocks arrived when they had read it. The barrier takes a while, which a block fills with
-// work that needs no other block: it saves r, z, n, a_n and h of this step and loads the input products of the next.
-//
-// Bytes per step and block: 4 ROWS * 8 WARPS K_STEPS from L2 for each row tile (H elements for each row), 12 ROWS UNITS
-// of input products from L2, 24 ROWS UNITS written (bf16: as many, two bytes of exchange and two of h16_tb). At B 64,
-// H 1024 on an H100: tf32, 2 groups of 64 blocks, which gather 128 KiB a block and step; bf16, 4 groups of 32, 32 KiB.
-// Why not naive.cu's way: there every gate of every unit reads a row of h and a row of W_hh, 1.6 GB a step at these
-// sizes, and every step is a launch. Here W_hh, 12.6 MB, is read once per group and window.
+// Bytes per step and block: 8 ROWS * ceil(UNITS / VALUES) (fp32: 16) from L2 for each block of the group and row tile,
+// 12 ROWS UNITS of input products from L2, 24 ROWS UNITS written (bf16: 2 ROWS UNITS of h16_tb in addition). At B 64, H
+// 1024 on an H100: tf32, 2 groups of 64 blocks, which gather 96 KiB a block and step; bf16, 4 groups of 32, 44 KiB. Why
+// not naive.cu's way: there every gate of every unit reads a row of h and a row of W_hh, 1.6 GB a step at these sizes,
+// and every step is a launch. Here W_hh, 12.6 MB, is read once per group and window.
 //
 // Variants: fp32, tf32, bf16; gru.cu for sizes and GPUs that this one does not fit. plan/recurrence.py chooses.
 // Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip".
-#include "barrier.cuh"
+#include "exchange.cuh"
 #include "gru.cuh"
 #include "resident.cuh"
 #include "row_tiles.cuh"
+#include "words.cuh"
 
 static_assert(COLUMNS % 3 == 0, "a block owns the three gates of its units");
 constexpr int UNITS = COLUMNS / 3;
-using Elements = OwnElements<UNITS>;
+using Elements = OwnElements<UNITS, VALUES>;
 
 // One block: x counts the blocks of the first group, then those of the second, ...
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 gru_forward_persistent(float *h_tb, float *__restrict__ gates_tb, float *__restrict__ a_n_tb,
-                       unsigned short *__restrict__ h16_tb, unsigned *exchange, unsigned *counters,
+                       unsigned short *__restrict__ h16_tb, Word *exchange, unsigned *counters,
                        const float *__restrict__ P, const int *__restrict__ ids_tb, const float *__restrict__ W_hh,
                        const float *__restrict__ b_hh, const float *__restrict__ h0, int T, int B, int H, int groups)
 {
     extern __shared__ __align__(16) unsigned shared[];  // the weights that are not in registers, then the sums
     float *sums = reinterpret_cast<float *>(shared + ResidentWeights::SHARED_WORDS);
-    const int blocks = gridDim.x / groups;
-    Group group(counters, blockIdx.x / blocks, blockIdx.x % blocks, blocks);
-    const RowTiles tiles(B, groups, group.index);
-    const int j0 = group.block * UNITS;
+    const int blocks = gridDim.x / groups, group = blockIdx.x / blocks, block = blockIdx.x % blocks;
+    const RowTiles tiles(B, groups, group);
+    const int j0 = block * UNITS;
     const Elements own = {B, j0, H};
+    const unsigned first = first_number(counters, group);  // of the exchange of the states before step 0
     // The states of a tile before step t, as the product reads them.
-    const auto exchanged = [=](int t, int tile) { return exchange + (t % 2 * tiles.all + tile) * X_WORDS; };
+    const auto exchanged = [=](int t, int tile) {
+        return exchange + ((first + t) % 2 * tiles.all + tile) * X_WORDS;
+    };
+    // Hands this thread's states before step t to the group, zero outside the batch and from H on.
+    const auto publish = [=](int t, int tile, const auto &h) {
+#pragma unroll
+        for (int i = 0; i < Elements::COUNT; i += VALUES) {
+            float values[VALUES];
+#pragma unroll
+            for (int v = 0; v < VALUES; ++v)
+                values[v] = h(i + v);
+            if (own.row(i) < ROWS)
+                store_packet(exchanged(t, tile) + place_of(own.row(i), block * Elements::WIDTH + own.place(i)), values,
+                             tag_of(first + t));
+        }
+    };
 
     ResidentWeights weights;
-    weights.load(shared, [=](int k, int column) {
-        const int gate = column / UNITS, j = j0 + column % UNITS;
-        return gate < 3 && j < H && k < H ? W_hh[(size_t(gate) * H + j) * H + k] : 0.0f;
+    weights.load(shared, [=](int packet, int value, int column) {
+        const int unit = packet % Elements::WIDTH + value * Elements::WIDTH;  // of the block that writes the packet
+        const int k = packet / Elements::WIDTH * UNITS + unit, gate = column / UNITS, j = j0 + column % UNITS;
+        return gate < 3 && j < H && unit < UNITS && k < H ? W_hh[(size_t(gate) * H + j) * H + k] : 0.0f;
     });
-    for (int tile = tiles.first; tile < tiles.end; ++tile)
-        own.each(tile, [=](int i, int b, int j) {
-            const float h = h0[size_t(b) * H + j];
-            h_tb[size_t(b) * H + j] = h;
-            store_x(exchanged(0, tile), own.row(i), j, h);
+    for (int tile = tiles.first; tile < tiles.end; ++tile) {
+        float h[Elements::COUNT] = {};
+        own.each(tile, [&](int i, int b, int j) {
+            h[i] = h0[size_t(b) * H + j];
+            h_tb[size_t(b) * H + j] = h[i];
             if (PRECISION == 2)
-                h16_tb[size_t(b) * H + j] = to_bf16(h);
+                h16_tb[size_t(b) * H + j] = to_bf16(h[i]);
         });
-    group.arrive();
+        publish(0, tile, [&](int i) { return h[i]; });
+    }
 
     float bias[Elements::COUNT][3];
 #pragma unroll
@@ -91,10 +107,8 @@ gru_forward_persistent(float *h_tb, float *__restrict__ gates_tb, float *__restr
                     input[i][gate] = P[(size_t(id[i]) * 3 + gate) * H + j];
             });
 
-            if (tile == tiles.first)
-                group.wait();  // all blocks have written their states before step t
             ResidentSums product;
-            weights.multiply(product, exchanged(t, tile));
+            weights.multiply(product, exchanged(t, tile), blocks * Elements::WIDTH, tag_of(first + t));
             product.reduce_warps(sums);
 
             float a[Elements::COUNT][3];
@@ -102,16 +116,13 @@ gru_forward_persistent(float *h_tb, float *__restrict__ gates_tb, float *__restr
             for (int i = 0; i < Elements::COUNT; ++i)
 #pragma unroll
                 for (int gate = 0; gate < 3; ++gate)
-                    a[i][gate] = sum_of(sums, min(own.row(i), ROWS - 1), gate * UNITS + own.unit(i)) + bias[i][gate];
+                    a[i][gate] = bias[i][gate] + sum_of(sums, min(own.row(i), ROWS - 1),
+                                                        gate * UNITS + min(own.unit(i), UNITS - 1));
             GRUCell cell[Elements::COUNT] = {};  // left undefined, it would take more registers
-            own.each(tile, [&](int i, int, int j) {
-                cell[i] = gru_cell(input[i], a[i], h_before[i]);
-                store_x(exchanged(t + 1, tile), own.row(i), j, cell[i].h);
-            });
-            if (tile + 1 < tiles.end)
-                __syncthreads();  // before the next tile's sums overwrite this tile's
-            else if (t + 1 < T)
-                group.arrive();
+            own.each(tile, [&](int i, int, int) { cell[i] = gru_cell(input[i], a[i], h_before[i]); });
+            if (t + 1 < T)
+                publish(t + 1, tile, [&](int i) { return cell[i].h; });
+            __syncthreads();  // before the next product's sums overwrite this one's
 
             own.each(tile, [&](int i, int b, int j) {
                 const size_t row = size_t(t) * B + b;
@@ -125,5 +136,6 @@ gru_forward_persistent(float *h_tb, float *__restrict__ gates_tb, float *__restr
                     h16_tb[(row + B) * H + j] = to_bf16(cell[i].h);
             });
         }
-    group.leave();
+    if (threadIdx.x == 0)
+        leave_group(counters, group, blocks, T);
 }

@@ -1,59 +1,77 @@
 // A weight-stationary product: c (ROWS, COLUMNS) = x (ROWS, K) w (K, COLUMNS), by one block, many times with other x,
 // while w stays on chip.
 //
-// Constants from the launcher: PRECISION (precision.cuh); ROWS: 16, 32 or 64; COLUMNS; K_STEPS; REGISTER_STEPS. K is
-// cut into steps of STEP_K: 8 words, each of one element or, in bf16, of two of neighbouring k. A block has WARPS
-// warps. Each owns K_STEPS steps of K, with all ROWS and COLUMNS, so that it reads its share of x from L2 once,
-// straight into registers. It alone reads its share of w, from two places:
+// Constants from the launcher: PRECISION (precision.cuh); ROWS: 16 or 32; COLUMNS; K_GROUPS; REGISTER_STEPS.
+//
+// x comes from other blocks, in packets of VALUES elements (exchange.cuh) or, in 3xTF32, of one fp32 and no tag, which
+// a barrier has handed over. Which elements a packet holds, the caller says when it loads w: the order of K does not
+// matter to a sum. K is cut into groups of GROUP_PACKETS packets of each row, of which a warp makes GROUP_STEPS steps
+// of its product, with STEP_K elements of K each. A block has WARPS warps. Each owns K_GROUPS groups, with all ROWS and
+// COLUMNS, so that it reads its share of x from L2 once, straight into registers. It alone reads its share of w, from
+// two places:
 //   REGISTER_STEPS steps   in registers, LANE_WORDS per thread for each 8 columns (tensor cores only)
 //   the other steps        in shared memory, WEIGHT_STEP words each
 // Each warp ends with sums of its own. reduce_warps adds them, in shared memory of SUMS floats: the upper half of the
 // warps stores its sums, the lower half adds its own to them; sum_of adds the sums of the lower half, in ascending
 // order.
 //
-// Blocks hand x to each other through global memory, in the order in which warps load it: steps of K, of X_STEP words
-// each. x_offset says where an element lies. Elements at k >= K must be zero there; rows beyond the matrix may hold
-// anything.
+// Packets lie in the order in which warps load them (place_of). Those behind the last of a row stay zero, tag and all;
+// of the others, all ROWS rows have to be written where they have tags, whether or not the matrix has these rows.
 //
-// Bytes per product and block: for each step of each warp 32 ROWS from L2 and, unless its weights are in registers,
-// 4 WEIGHT_STEP from shared memory; then 4 WARPS * ROWS * COLUMNS of sums, written to shared memory and read.
+// Bytes per product and block: for each group of each warp ROWS GROUP_PACKETS packets from L2 and, for each step whose
+// weights are not in registers, 4 WEIGHT_STEP from shared memory; then 4 WARPS * ROWS * COLUMNS of sums, written to
+// shared memory and read.
 // Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip".
 #include "block.cuh"
+#include "exchange.cuh"
 #include "precision.cuh"
 
-#if !defined(ROWS) || !defined(COLUMNS) || !defined(K_STEPS) || !defined(REGISTER_STEPS)
-#error "the launcher defines ROWS, COLUMNS, K_STEPS and REGISTER_STEPS"
+#if !defined(ROWS) || !defined(COLUMNS) || !defined(K_GROUPS) || !defined(REGISTER_STEPS)
+#error "the launcher defines ROWS, COLUMNS, K_GROUPS and REGISTER_STEPS"
 #endif
-static_assert(ROWS == 16 || ROWS == 32 || ROWS == 64, "rows come in fragments of 16");
+static_assert(ROWS == 16 || ROWS == 32, "rows come in fragments of 16");
+
+// XWord is a word of x; a packet is X_PACKET of them. A step has STEP_K elements of K, a group GROUP_STEPS steps.
+#if PRECISION == 3
+using XWord = unsigned;
+constexpr int X_PACKET = 1, PACKET_VALUES = 1, STEP_K = 8, GROUP_STEPS = 1;
+#else
+using XWord = Word;
+constexpr int X_PACKET = PACKET_WORDS, PACKET_VALUES = VALUES;
+constexpr int STEP_K = PRECISION == 0 ? 4 * VALUES : 8 * PACK, GROUP_STEPS = PRECISION == 0 ? 1 : VALUES;
+#endif
+constexpr int TILES_N = ceil_div(COLUMNS, 8);
+constexpr int GROUP_PACKETS = STEP_K * GROUP_STEPS / PACKET_VALUES;  // of each row
+constexpr int K_STEPS = K_GROUPS * GROUP_STEPS;
+constexpr int X_GROUP = ROWS * GROUP_PACKETS * X_PACKET;        // words of x per group
+constexpr size_t X_WORDS = size_t(WARPS) * K_GROUPS * X_GROUP;  // of x as multiply takes it
 static_assert(REGISTER_STEPS <= K_STEPS, "no more steps in registers than there are");
 
-constexpr int STEP_K = 8 * PACK;
-constexpr int TILES_N = ceil_div(COLUMNS, 8);
-constexpr int X_STEP = ROWS * 8;                              // words of x per step
-constexpr size_t X_WORDS = size_t(WARPS) * K_STEPS * X_STEP;  // of x as multiply takes it
+// Which element of x a step multiplies: a packet of its group, and one of the packet's values.
+struct Slot {
+    int packet, value;
+};
 
 // The tensor-core half and the scalar half: PRECISION makes one of the two files empty, and the other one defines
-//   WEIGHT_STEP, X_STEPS          words of a step of w in shared memory; steps of x that a warp loads at a time
-//   word_in_step(row, word)       where a word of x lies in its step
+//   WEIGHT_STEP                   words of a step of w in shared memory
+//   place_in_group(row, packet)   where a packet of x lies in its group
+//   slot_of(step, k)              the Slot of element k of a step of a group
 //   WarpSums                      the sums of one warp over its share of K, zero at first
-//     X                             a step of x in registers: load(words) from x_offset's layout, or load_each(read)
-//                                   from read(row, k), where x lies elsewhere
-//     add(x, words)                 adds a step, whose w lies where store_weights left it
-//     each(take)                    calls take(row, column, sum, sum of the next column) for the sums of this lane
+//     Step                        a step of x in registers: load_each(read) from read(row, k), where x lies elsewhere
+//     X                           a group of x in registers: load(words); step<s>(), one of its steps; but for 3xTF32
+//                                 missing(tag, packets), whether one of the first so many packets of a row shows
+//                                 another tag, and place(), where the first packet of this lane lies
+//     add(step, words)            adds a step, whose w lies where store_weights left it
+//     each(take)                  calls take(row, column, sum, sum of the next column) for the sums of this lane
 //   store_weights(words, read)    puts a step of w into shared memory, from read(k, column)
-//   RegisterWeights               a step of w in registers: load(read), add_to(sums, x)
+//   RegisterWeights               a step of w in registers: load(read), add_to(sums, step)
 #include "resident_mma.cuh"
 #include "resident_scalar.cuh"
 
-// Where element (row, k) of x lies, counted in elements.
-__device__ __forceinline__ size_t x_offset(int row, int k)
+// Where a packet of a row of x lies.
+__device__ __forceinline__ size_t place_of(int row, int packet)
 {
-    return (size_t(k / STEP_K) * X_STEP + word_in_step(row, k % STEP_K / PACK)) * PACK + k % PACK;
-}
-
-__device__ __forceinline__ void store_x(unsigned *x, int row, int k, float value)
-{
-    reinterpret_cast<StoredElement *>(x)[x_offset(row, k)] = to_stored(value);
+    return size_t(packet / GROUP_PACKETS) * X_GROUP + place_in_group(row, packet % GROUP_PACKETS);
 }
 
 // Rows of sums are 8 or 24 banks apart, so that the pairs of columns that half a warp stores together do not collide.
@@ -104,67 +122,80 @@ struct ResidentWeights {
     static constexpr int SHARED_STEPS = K_STEPS - REGISTER_STEPS;
     static constexpr int SHARED_WORDS = WARPS * SHARED_STEPS * WEIGHT_STEP;  // of all warps
 
-    // `all` is SHARED_WORDS of shared memory. read(k, column) is 0 outside the matrix; k counts over all warps.
+    // `all` is SHARED_WORDS of shared memory. read(packet, value, column) is 0 outside the matrix; packets count over
+    // all warps.
     template <class Read>
     __device__ __forceinline__ void load(unsigned *all, Read read)
     {
-        const int first = warp() * K_STEPS;
         shared = all + warp() * SHARED_STEPS * WEIGHT_STEP;
+        const auto read_step = [=](int step, int k, int column) {
+            const Slot slot = slot_of(step % GROUP_STEPS, k);
+            return read((warp() * K_GROUPS + step / GROUP_STEPS) * GROUP_PACKETS + slot.packet, slot.value,
+                        column);
+        };
 #pragma unroll
         for (int s = 0; s < REGISTER_STEPS; ++s)
-            registers[s].load([=](int k, int column) { return read((first + s) * STEP_K + k, column); });
-        for (int s = 0; s < SHARED_STEPS; ++s) {
-            const int k0 = (first + REGISTER_STEPS + s) * STEP_K;
-            store_weights(shared + s * WEIGHT_STEP, [=](int k, int column) { return read(k0 + k, column); });
-        }
+            registers[s].load([=](int k, int column) { return read_step(s, k, column); });
+        for (int s = 0; s < SHARED_STEPS; ++s)
+            store_weights(shared + s * WEIGHT_STEP,
+                          [=](int k, int column) { return read_step(REGISTER_STEPS + s, k, column); });
         __syncwarp();  // lanes read the words that other lanes stored
     }
 
-    // Adds this warp's share of x w, or the first `steps` steps of it; x is X_WORDS. A caller that gives `steps` at run
-    // time keeps the code of the steps apart: in 3xTF32 the compiler would else begin more steps at once than it has
-    // registers for.
-    __device__ __forceinline__ void multiply(ResidentSums &sums, const unsigned *x, int steps = K_STEPS) const
+    // Adds this warp's share of x w. x is X_WORDS words; a row has `packets`, which are to show `tag`.
+    __device__ __forceinline__ void multiply(ResidentSums &sums, const XWord *x, int packets, unsigned tag = 0) const
     {
-        constexpr int WITH_REGISTERS = ceil_div(REGISTER_STEPS, X_STEPS) * X_STEPS;
-        const unsigned *own_x = x + size_t(warp()) * K_STEPS * X_STEP;
-        WarpSums::X next[X_STEPS];
-        load_x(next, own_x, 0);
+        constexpr int WITH_REGISTERS = ceil_div(REGISTER_STEPS, GROUP_STEPS);
+        const XWord *own_x = x + size_t(warp()) * K_GROUPS * X_GROUP;
+        packets -= warp() * K_GROUPS * GROUP_PACKETS;  // of this warp
+        WarpSums::X next;
+        next.load(own_x);
 #pragma unroll
-        for (int step = 0; step < WITH_REGISTERS; step += X_STEPS)
-            add_steps<true>(sums, next, own_x, step, steps);
+        for (int group = 0; group < WITH_REGISTERS; ++group)
+            add_group<true>(sums, next, own_x, group, packets - group * GROUP_PACKETS, tag);
 #pragma unroll 1
-        for (int step = WITH_REGISTERS; step < K_STEPS; step += X_STEPS)
-            add_steps<false>(sums, next, own_x, step, steps);
+        for (int group = WITH_REGISTERS; group < K_GROUPS; ++group)
+            add_group<false>(sums, next, own_x, group, packets - group * GROUP_PACKETS, tag);
     }
 
-    static __device__ __forceinline__ void load_x(WarpSums::X (&next)[X_STEPS], const unsigned *own_x, int step)
-    {
-#pragma unroll
-        for (int i = 0; i < X_STEPS; ++i)
-            if (step + i < K_STEPS)
-                next[i].load(own_x + (step + i) * X_STEP);
-    }
-
-    // Adds X_STEPS steps, whose x is in `next`, while the x of the following steps is on its way to `next`. With
-    // IN_REGISTERS, `step` has to be a constant after unrolling: an index that is known only at run time would put all
-    // registers into local memory.
+    // Adds a group, which is in `next` or on its way there, while the group behind it is on its way to `next`; `words`
+    // are left of a row. With IN_REGISTERS, `group` has to be a constant after unrolling: an index that is known only
+    // at run time would put all registers into local memory. The branch also keeps the code of the groups apart: in
+    // 3xTF32 the compiler would else begin more steps at once than it has registers for.
     template <bool IN_REGISTERS>
-    __device__ __forceinline__ void add_steps(ResidentSums &sums, WarpSums::X (&next)[X_STEPS], const unsigned *own_x,
-                                              int step, int steps) const
+    __device__ __forceinline__ void add_group(ResidentSums &sums, WarpSums::X &next, const XWord *own_x, int group,
+                                              int packets, unsigned tag) const
     {
-        WarpSums::X now[X_STEPS];
-#pragma unroll
-        for (int i = 0; i < X_STEPS; ++i)
-            now[i] = next[i];
-        load_x(next, own_x, step + X_STEPS);
-#pragma unroll
-        for (int i = 0; i < X_STEPS; ++i) {
-            if (step + i >= steps)
-                return;
-            if (IN_REGISTERS && step + i < REGISTER_STEPS)
-                registers[step + i].add_to(sums, now[i]);
-            else
-                sums.add(now[i], shared + (step + i - REGISTER_STEPS) * WEIGHT_STEP);
+        if (packets <= 0)
+            return;
+        const XWord *from = own_x + group * X_GROUP;
+        WarpSums::X now = next;
+        const auto load_next = [&] {
+            if (group + 1 < K_GROUPS)
+                next.load(from + X_GROUP);
+        };
+        load_next();
+#if PRECISION != 3
+        const auto misses = [&] { return any_missing(now.missing(tag, packets), from + now.place(), tag, TAG_MASK); };
+        if (misses()) {
+            do
+                now.load(from);
+            while (misses());
+            load_next();  // what has been loaded is likely to be too old, too
         }
+#endif
+        add_steps<IN_REGISTERS, 0>(sums, now, group * GROUP_STEPS);
+    }
+
+    template <bool IN_REGISTERS, int STEP>
+    __device__ __forceinline__ void add_steps(ResidentSums &sums, const WarpSums::X &x, int first) const
+    {
+        const int step = first + STEP;
+        if (IN_REGISTERS && step < REGISTER_STEPS)
+            registers[step].add_to(sums, x.template step<STEP>());
+        else
+            sums.add(x.template step<STEP>(), shared + (step - REGISTER_STEPS) * WEIGHT_STEP);
+        if constexpr (STEP + 1 < GROUP_STEPS)
+            add_steps<IN_REGISTERS, STEP + 1>(sums, x, first);
     }
 };

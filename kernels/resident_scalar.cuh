@@ -4,11 +4,15 @@
 #if PRECISION == 0
 static_assert(REGISTER_STEPS == 0, "fp32 weights lie in shared memory");
 
-constexpr int WEIGHT_STEP = 8 * TILES_N * 8;                                // a step of w: 8 k of all columns
-constexpr int X_STEPS = ROWS * TILES_N * 8 > 1024 || ROWS == 64 ? 1 : 2;  // two where few sums leave registers for them
+constexpr int WEIGHT_STEP = STEP_K * TILES_N * 8;  // a step of w: STEP_K rows of all columns
 
-// Each of the 8 k of a step has ROWS rows: first the rows of thread_row() 0, which are 8 apart, then those of 1, ...
-__device__ __forceinline__ int word_in_step(int row, int word) { return word * ROWS + row % 8 * (ROWS / 8) + row / 8; }
+// Each of the packets of a row has ROWS rows: first the rows of thread_row() 0, which are 8 apart, then those of 1, ...
+__device__ __forceinline__ int place_in_group(int row, int packet)
+{
+    return (packet * ROWS + row % 8 * (ROWS / 8) + row / 8) * PACKET_WORDS;
+}
+
+__device__ __forceinline__ Slot slot_of(int, int k) { return {k / VALUES, k % VALUES}; }
 
 // A lane owns every 8th row from thread_row() on, and COLUMNS / 4 neighbouring columns from thread_column() on.
 struct WarpSums {
@@ -20,43 +24,76 @@ struct WarpSums {
     static __device__ __forceinline__ int thread_column() { return lane() / 8 * LANE_COLUMNS; }
 
     // A step of x: the rows of this lane.
-    struct X {
-        float elements[8][LANE_ROWS];
-
-        __device__ __forceinline__ void load(const unsigned *x)
-        {
-#pragma unroll
-            for (int k = 0; k < 8; ++k) {
-                const unsigned *from = x + k * ROWS + thread_row() * LANE_ROWS;
-                if constexpr (LANE_ROWS % 4 == 0) {
-#pragma unroll
-                    for (int i = 0; i < LANE_ROWS; i += 4) {
-                        const float4 rows = *reinterpret_cast<const float4 *>(from + i);
-                        elements[k][i] = rows.x, elements[k][i + 1] = rows.y;
-                        elements[k][i + 2] = rows.z, elements[k][i + 3] = rows.w;
-                    }
-                } else {
-                    const float2 rows = *reinterpret_cast<const float2 *>(from);
-                    elements[k][0] = rows.x, elements[k][1] = rows.y;
-                }
-            }
-        }
+    struct Step {
+        float elements[STEP_K][LANE_ROWS];
 
         template <class Read>
         __device__ __forceinline__ void load_each(Read read)
         {
 #pragma unroll
-            for (int k = 0; k < 8; ++k)
+            for (int k = 0; k < STEP_K; ++k)
 #pragma unroll
                 for (int i = 0; i < LANE_ROWS; ++i)
                     elements[k][i] = read(thread_row() + 8 * i, k);
         }
     };
 
-    __device__ __forceinline__ void add(const X &x, const unsigned *weights)
+    // A group of x, which is one step: the rows of this lane, both words of each packet.
+    struct X {
+        unsigned lower[GROUP_PACKETS][LANE_ROWS][2], upper[GROUP_PACKETS][LANE_ROWS][2];
+
+        static __device__ __forceinline__ int place() { return thread_row() * LANE_ROWS * PACKET_WORDS; }
+
+        __device__ __forceinline__ void load(const Word *x)
+        {
+#pragma unroll
+            for (int p = 0; p < GROUP_PACKETS; ++p)
+#pragma unroll
+                for (int i = 0; i < LANE_ROWS; ++i) {
+                    Word words[2];
+                    load_two_words(words, x + place() + (p * ROWS + i) * PACKET_WORDS);
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        lower[p][i][j] = lower_half(words[j]);
+                        upper[p][i][j] = upper_half(words[j]);
+                    }
+                }
+        }
+
+        __device__ __forceinline__ bool missing(unsigned tag, int packets) const
+        {
+            unsigned wrong = 0;
+#pragma unroll
+            for (int p = 0; p < GROUP_PACKETS; ++p) {
+                const unsigned expected = p < packets ? tag : 0;
+#pragma unroll
+                for (int i = 0; i < LANE_ROWS; ++i)
+                    wrong |= (upper[p][i][0] ^ expected) | (upper[p][i][1] ^ expected);
+            }
+            return wrong & TAG_MASK;
+        }
+
+        template <int>
+        __device__ __forceinline__ Step step() const
+        {
+            Step result;
+#pragma unroll
+            for (int p = 0; p < GROUP_PACKETS; ++p)
+#pragma unroll
+                for (int i = 0; i < LANE_ROWS; ++i) {
+                    result.elements[VALUES * p][i] = __uint_as_float(lower[p][i][0]);
+                    result.elements[VALUES * p + 1][i] = __uint_as_float(lower[p][i][1]);
+                    if constexpr (VALUES == 3)
+                        result.elements[VALUES * p + 2][i] = __uint_as_float(value_2(upper[p][i][0], upper[p][i][1]));
+                }
+            return result;
+        }
+    };
+
+    __device__ __forceinline__ void add(const Step &x, const unsigned *weights)
     {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) {
+        for (int k = 0; k < STEP_K; ++k) {
             float w[LANE_COLUMNS];
             const float *from = reinterpret_cast<const float *>(weights) + k * TILES_N * 8 + thread_column();
 #pragma unroll
@@ -102,6 +139,6 @@ struct RegisterWeights {
     {
     }
 
-    __device__ __forceinline__ void add_to(WarpSums &, const WarpSums::X &) const {}
+    __device__ __forceinline__ void add_to(WarpSums &, const WarpSums::Step &) const {}
 };
 #endif

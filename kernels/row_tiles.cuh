@@ -18,16 +18,19 @@ struct RowTiles {
 };
 
 // The elements of this thread in any tile, when the block owns the hidden units from `j0` on and before `j_end`, which
-// are UNITS at most: COUNT elements at most, of which neighbouring threads take neighbouring units.
-template <int UNITS>
+// are UNITS at most. A thread owns places, of which a row has WIDTH, and neighbouring threads own neighbouring ones; a
+// place is TOGETHER units, WIDTH apart. A thread has COUNT elements at most, place by place.
+template <int UNITS, int TOGETHER = 1>
 struct OwnElements {
-    static constexpr int COUNT = ceil_div(ROWS * UNITS, THREADS);
+    static constexpr int WIDTH = ceil_div(UNITS, TOGETHER);
+    static constexpr int COUNT = ceil_div(ROWS * WIDTH, THREADS) * TOGETHER;
 
     int B, j0, j_end;
 
-    // Row of the tile, and unit of the block, of element i.
-    static __device__ __forceinline__ int row(int i) { return (int(threadIdx.x) + i * THREADS) / UNITS; }
-    static __device__ __forceinline__ int unit(int i) { return (int(threadIdx.x) + i * THREADS) % UNITS; }
+    // Row of the tile, place of that row and unit of the block, of element i.
+    static __device__ __forceinline__ int row(int i) { return (int(threadIdx.x) + i / TOGETHER * THREADS) / WIDTH; }
+    static __device__ __forceinline__ int place(int i) { return (int(threadIdx.x) + i / TOGETHER * THREADS) % WIDTH; }
+    static __device__ __forceinline__ int unit(int i) { return place(i) + i % TOGETHER * WIDTH; }
 
     // Calls take(i, b, j) for each element i that lies inside the batch and the block's units: row b, hidden unit j.
     template <class Take>
@@ -36,7 +39,7 @@ struct OwnElements {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
             const int b = tile * ROWS + row(i), j = j0 + unit(i);
-            if (row(i) < ROWS && b < B && j < j_end)
+            if (row(i) < ROWS && b < B && unit(i) < UNITS && j < j_end)
                 take(i, b, j);
         }
     }

@@ -36,24 +36,29 @@ def both_plans(gpu: GPU, B: int, H: int, precision: str, **options) -> tuple[Rec
 def assert_fits(plan: RecurrencePlan, gpu: GPU) -> None:
     """The limits of the GPU, with everything a block holds counted again."""
     assert 1 <= plan.grid == plan.groups * plan.blocks * plan.splits <= gpu.multiprocessors
-    assert plan.units >= 2 and plan.units % 2 == 0
-    assert plan.columns % 8 == 0 and 0 <= plan.columns - plan.unit_columns * plan.units < 8
-    assert plan.rows in (16, 32, 64) and plan.splits in ((1,) if plan.unit_columns == 3 else (1, 2, 4, 8))
+    assert plan.units >= 1
+    assert plan.columns % 8 == 0 and 0 <= plan.columns - plan.unit_columns * plan.units < plan.unit_columns + 8
+    assert plan.rows in (16, 32) and plan.splits in ((1,) if plan.unit_columns == 3 else (1, 2, 4, 8))
 
     assert 0 <= plan.register_steps <= plan.k_steps
     assert plan.precision != "fp32" or plan.register_steps == 0
+    forward = plan.unit_columns == 3
+    together = (2 if plan.precision == "fp32" else 3) if forward else 1
+    packets = plan.blocks * ceil_div(plan.units, together) if forward else plan.H
+    in_group, steps, step_k = {"fp32": (4, 1, 8 if forward else 12), "tf32": (8, 3, 8), "bf16": (16, 3, 16)}[
+        plan.precision]
+    assert plan.k_steps == ceil_div(packets, plan.splits * 8 * in_group) * steps
     accumulators = plan.rows // 16 * (plan.columns // 8) * 4
-    finished = ceil_div(plan.rows * plan.finished_units, 256) * (8 if plan.unit_columns == 3 else 12)
-    operands = 48 if plan.rows == 64 else 32
-    if plan.precision == "fp32":
-        operands = 2 * plan.rows * (1 if plan.rows * plan.columns > 1024 or plan.rows == 64 else 2)
+    finished = ceil_div(plan.rows * ceil_div(plan.finished_units, together), 256) * together * (8 if forward else 12)
+    operands = plan.rows // 16 * {"fp32": 56, "tf32": 16, "bf16": 32}[plan.precision]
     weights = plan.register_steps * (plan.columns // 8) * 2
     assert accumulators + weights + operands + finished + 72 == plan.registers <= 255
 
-    weights = (plan.k_steps - plan.register_steps + plan.fused_output_steps) * 8 * plan.columns * 8 * 4
+    element_bytes = 2 if plan.precision == "bf16" else 4
+    weights = (plan.k_steps - plan.register_steps + plan.fused_output_steps) * 8 * plan.columns * step_k * element_bytes
     reduction = 4 * plan.rows * (plan.columns + (8 if plan.columns % 16 == 0 else 0)) * 4
     by_row = plan.rows + (plan.V_in if plan.sums_on_chip else 0)
-    gradients = by_row * 3 * plan.finished_units * 4 + plan.rows * 4 if plan.unit_columns == 1 else 0
+    gradients = 0 if forward else by_row * 3 * plan.finished_units * 4 + plan.rows * 4
     assert weights + reduction + gradients == plan.shared_bytes <= gpu.shared_bytes
 
 
@@ -74,7 +79,7 @@ def assert_covers(plan: RecurrencePlan) -> None:
         units = plan.units_of(block)
         assert 1 <= len(units) <= plan.units
         assert list(itertools.chain.from_iterable(plan.finished_of(block, split) for split in splits)) == list(units)
-    assert covers_once((plan.k_of(split, warp) for split in splits for warp in warps), plan.K)
+    assert covers_once((plan.packets_of(split, warp) for split in splits for warp in warps), plan.packets)
     characters = plan.V_out if plan.fused_output_steps else 0
     assert covers_once((plan.fused_output_of(split, warp) for split in splits for warp in warps), characters)
 
@@ -102,14 +107,6 @@ def test_plans_fit_and_cover_on_gpus_and_sizes_of_all_kinds(multiprocessors, sha
         if plan.variant == "persistent":
             assert_fits(plan, gpu)
             assert_covers(plan)
-
-
-@pytest.mark.parametrize("units, splits", [(8, 8), (24, 8), (40, 4), (56, 8), (16, 1)])
-def test_two_units_of_a_word_are_finished_by_one_block(units, splits):
-    plan = backward_plan(GPUS["h100"], 64, 1000, "bf16")
-    plan = plan._replace(units=units, blocks=ceil_div(1000, units), splits=splits)
-    parts = [plan.finished_of(block, split) for block in range(plan.blocks) for split in range(splits)]
-    assert covers_once(parts, 1000) and all(part.start % 2 == 0 for part in parts)
 
 
 # ---- Choices --------------------------------------------------------------------------------------------------------

@@ -22,18 +22,16 @@ extern "C" __global__ void relay(float *numbers, Word *words, unsigned *counters
     for (int t = 0; t < steps; ++t) {
         const unsigned tag = tag_of(first + t);
         Word *half = words + (first + t) % 2 * blocks * 2;
-        float values[VALUES];
-        for (int i = 0; i < VALUES; ++i)
-            values[i] = number;
-        if (threadIdx.x < 2)
-            store_word(half + blockIdx.x * 2 + threadIdx.x, packed(values, tag));
+        const float values[VALUES] = {number, number, number};
+        if (threadIdx.x < 2 / PACKET_WORDS)
+            store_packet(half + blockIdx.x * 2 + threadIdx.x * PACKET_WORDS, values, tag);
         for (int block = 0; block < blocks; ++block) {
             Word two[2];
             do
                 load_two_words(two, half + block * 2);
             while (any_missing((upper_half(two[0]) ^ tag | upper_half(two[1]) ^ tag) & TAG_MASK, half + block * 2, tag,
                                TAG_MASK));
-            number += decoded(block % 2 ? two[1] : two[0]);
+            number += decoded(two[0], two[1]);
         }
         while (number >= 256.0f)
             number -= 256.0f;
@@ -49,22 +47,21 @@ extern "C" __global__ void packs(Word *words, const float *values, unsigned tag)
     float mine[VALUES];
     for (int i = 0; i < VALUES; ++i)
         mine[i] = values[thread_in_grid() * VALUES + i];
-    words[thread_in_grid()] = packed(mine, tag_of(tag));
+    store_packet(words + thread_in_grid() * PACKET_WORDS, mine, tag_of(tag));
 }
 """
-DECODED = {
-    "fp32": "__device__ float decoded(Word word) { return __uint_as_float(lower_half(word)); }",
-    "tf32": "__device__ float decoded(Word word)"
-            "{ return __uint_as_float(value_2(lower_half(word), upper_half(word)) & 0xffffe000u); }",
-    "bf16": "__device__ float decoded(Word word) { return from_bf16(upper_half(word) & 0xffffu); }",
+DECODED = {  # value 2 of the first packet of two words
+    "fp32": "__uint_as_float(value_2(upper_half(word_0), upper_half(word_1)))",
+    "tf32": "__uint_as_float(value<2>(lower_half(word_0), upper_half(word_0)) & 0xffffe000u)",
+    "bf16": "from_bf16(upper_half(word_0) & 0xffffu)",
 }
 PRECISIONS = {"fp32": 0, "tf32": 1, "bf16": 2}
-TAGGED = {"fp32": 1, "tf32": 3, "bf16": 3}  # precision -> values of a word
 
 
 def source(precision: str) -> str:
-    text = RELAY.replace('#include "exchange.cuh"\n', f'#include "exchange.cuh"\n{DECODED[precision]}\n')
-    return runtime.assemble("relay.cu", text, {"PRECISION": PRECISIONS[precision]})
+    decoded = f"__device__ float decoded(Word word_0, Word word_1) {{ return {DECODED[precision]}; }}"
+    text = RELAY.replace('#include "exchange.cuh"\n', f'#include "exchange.cuh"\n{decoded}\n')
+    return runtime.assemble("relay.cu", text, {"PRECISION": PRECISIONS[precision], "VALUES": 3})
 
 
 def relayed(executor, precision: str, blocks: int, launches: tuple[int, ...]) -> np.ndarray:
@@ -131,22 +128,26 @@ def test_wrong_tags_are_noticed(right, wrong, steps):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_any_value_survives_beside_any_tag(executor, precision):
     rng = np.random.default_rng(0)
-    values = rng.standard_normal(48 * TAGGED[precision]).astype(np.float32)
-    values[::5], values[1::7], values[2::11], values[3::13] = np.nan, np.inf, -np.inf, -0.0
-    words = executor.empty((48,), np.uint64)
+    values = rng.standard_normal((48, 3)).astype(np.float32)
+    every = values.ravel()
+    every[::5], every[1::7], every[2::11], every[3::13] = np.nan, np.inf, -np.inf, -0.0
+    words = executor.empty((48, 2 if precision == "fp32" else 1), np.uint64)
     for tag in (0, 62, 126, 127, 65534, 65535, 2**31):
         executor.launch(source(precision), "packs", (1, 1, 1), (48, 1, 1),
                         [words, executor.to_device(values), np.uint32(tag)], 0, False)
-        lower, upper = (executor.to_host(words) >> np.uint64(shift) & np.uint64(0xFFFFFFFF) for shift in (0, 32))
-        lower, upper = lower.astype(np.uint32), upper.astype(np.uint32)
+        halves = executor.to_host(words).view(np.uint32)  # of each word the lower, then the upper
+        lower, upper = halves[:, 0], halves[:, 1]
+        sixteen = np.uint32(16)
         if precision == "fp32":
-            bits, tags = [lower], upper
+            bits = lower, halves[:, 2], upper << sixteen | halves[:, 3] & 0xFFFF
+            tags = halves[:, 1::2] >> sixteen
         elif precision == "tf32":
-            bits, tags = [lower, upper << np.uint32(6), lower << np.uint32(19) | upper >> np.uint32(13)], upper & 0x7F
+            bits = lower, upper << np.uint32(6), lower << np.uint32(19) | upper >> np.uint32(13)
+            tags = upper & 0x7F
         else:
-            bits, tags = [lower << np.uint32(16), lower, upper << np.uint32(16)], upper >> np.uint32(16)
+            bits, tags = (lower << sixteen, lower, upper << sixteen), upper >> sixteen
         kept = {"fp32": 0xFFFFFFFF, "tf32": 0xFFFFE000, "bf16": 0xFFFF0000}[precision]
-        read = np.stack([bit & np.uint32(kept) for bit in bits], axis=1).view(np.float32).ravel()
+        read = np.stack([bit & np.uint32(kept) for bit in bits], axis=1).view(np.float32)
         np.testing.assert_array_equal(read, rounded(values, precision))
         np.testing.assert_array_equal(np.signbit(read[~np.isnan(read)]), np.signbit(values[~np.isnan(values)]))
-        assert (tags == (tag + 1) % {"fp32": 2**32, "tf32": 128, "bf16": 65536}[precision]).all()
+        assert (tags == (tag + 1) % (128 if precision == "tf32" else 65536)).all()

@@ -24,13 +24,10 @@ from char_gru.kernels.plan.recurrence import (
     SHARED_RATE,
     THREADS,
     WARPS,
-    WORDS,
     accumulators,
     operand_registers,
     reduction_bytes,
-    steps_of,
     weight_registers,
-    weights_bytes,
 )
 from char_gru.kernels.sizes import ceil_div, kib, round_up
 
@@ -48,6 +45,7 @@ STAGES = (8, 4, 2)  # of the ring
 TILE_UNITS = (1, 2, 4)  # of a warp's tile, which is GATES times as many rows of a matrix
 STAGE_LATENCY, L2_LATENCY = 130, 300  # cycles: of a stage of the ring, and of weights that come through L2
 
+STEP_K = 8  # batched: elements of k that a warp multiplies in a step
 PRECISION_3XTF32 = 3  # as precision numbers go in the kernels
 TILE_ROWS = (16, 32)  # batched: of a tile; with more rows, sums take the registers of weights
 FEWEST_ROWS = 9  # batched: of text; with fewer, half of the rows of a fragment would be empty
@@ -268,31 +266,36 @@ def _batched_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
     of the first layer's weights."""
     if layers > 1 or R < FEWEST_ROWS or "tf32" not in rates_of(gpu).multiply:
         return
-    bf16, k_steps = int(weights == "bf16"), steps_of(H, 1, "tf32")
+    bf16, k_steps = int(weights == "bf16"), ceil_div(H, WARPS * STEP_K)
     for groups in range(1, min(ceil_div(R, TILE_ROWS[0]), gpu.multiprocessors) + 1):
         group_rows = ceil_div(R, groups)
         if group_rows * (groups - 1) >= R:
             continue  # the last group would own no row
         columns = round_up(GATES * ceil_div(H, gpu.multiprocessors // groups), 8)
         units = columns // GATES
-        blocks, step_bytes = ceil_div(H, units), weights_bytes(1, columns) >> bf16
+        blocks, step_bytes = ceil_div(H, units), _step_bytes(columns, bf16)
         for rows in TILE_ROWS:
             shared_bytes = (k_steps * step_bytes + reduction_bytes(rows, columns)
                             + _batched_other_bytes(V, group_rows, units))
             too_much = max(0, shared_bytes + STATIC_SHARED_BYTES - gpu.shared_bytes)
             register_steps = ceil_div(too_much, step_bytes)
-            registers = (REGISTERS_OTHER + REGISTERS_3XTF32[rows] + operand_registers(rows, columns, "tf32")
+            registers = (REGISTERS_OTHER + REGISTERS_3XTF32[rows] + operand_registers(rows, "tf32")
                          + accumulators(rows, columns) + (register_steps * weight_registers(columns) >> bf16))
             if registers > REGISTERS or register_steps > k_steps:
                 continue
             shared_bytes -= register_steps * step_bytes
             module = {"PRECISION": PRECISION_3XTF32, "BF16": bf16, "ROWS": rows, "COLUMNS": GATES * units,
-                      "K_STEPS": k_steps, "REGISTER_STEPS": register_steps}
+                      "K_GROUPS": k_steps, "REGISTER_STEPS": register_steps}
             reason = (f"{groups} x {blocks} blocks hold {weights} weights on chip, in {kib(shared_bytes)} each, "
                       "2 barriers per character")
             plan = GenerationPlan("batched", reason, module, groups, group_rows, blocks, units,
                                   shared_bytes=shared_bytes)
             yield _batched_cycles(gpu, plan, V), plan
+
+
+def _step_bytes(columns: int, bf16: int) -> int:
+    """Weights that all warps of a block multiply with in a step."""
+    return WARPS * STEP_K * columns * 4 >> bf16
 
 
 def _batched_other_bytes(V: int, group_rows: int, units: int) -> int:
@@ -316,8 +319,8 @@ def _batched_product_cycles(gpu: GPU, plan: GenerationPlan) -> float:
     a latency, as long as that of the cell."""
     rates, (_, bf16, rows, columns, k_steps, register_steps) = rates_of(gpu), plan.constants.values()
     columns, tiles = round_up(columns, 8), ceil_div(plan.group_rows, rows)
-    gather = rows * k_steps * WARPS * WORDS * 4 / rates.l2
-    multiply = (3 - bf16) * rows * columns * k_steps * WARPS * WORDS / rates.multiply["tf32"]
-    shared = (weights_bytes(k_steps - register_steps, columns) >> bf16) / SHARED_RATE
+    gather = rows * k_steps * WARPS * STEP_K * 4 / rates.l2
+    multiply = (3 - bf16) * rows * columns * k_steps * WARPS * STEP_K / rates.multiply["tf32"]
+    shared = (k_steps - register_steps) * _step_bytes(columns, bf16) / SHARED_RATE
     reduction = 2 * WARPS * rows * columns * 4 / SHARED_RATE
     return tiles * (max(gather, multiply, shared) + reduction) + (tiles - 1) * CELL_CYCLES

@@ -7,10 +7,11 @@ step multiplies rows of the batch, which other blocks have written, with a slice
     backward   dh (B, H) = da (B, 3H) W_hh      K = 3H; a block owns its units' columns of one part of K
 
 The batch is cut into tiles of `rows` rows. The `groups` never wait for each other; each owns `row_tiles` tiles, one
-after the other in every step, and all of H. K is cut into `splits` parts, one for each block of a range of units, and a
-part is cut among the 8 warps of a block. A warp takes `k_steps` steps of 8 words: a word holds one element of k (fp32,
-tf32) or two (bf16). With more than one split (split-K), the blocks of a range exchange their partial sums, and each
-finishes some of the units. The weights of `register_steps` of the steps stay in registers, the weights of the other
+after the other in every step, and all of H. Blocks hand each other rows of packets of `values` elements of k
+(kernels/exchange.cuh). K is cut into `splits` parts, one for each block of a range of units, and a part is cut
+among the 8 warps of a block, each of which takes `k_groups` groups of its packets, in `k_steps` steps of its product.
+With more than one split (split-K), the blocks of a range exchange their partial sums, and each finishes some of the
+units. The weights of `register_steps` of the steps stay in registers, the weights of the other
 steps in shared memory. The backward launch may do two more things, where they fit and pay: add the output layer's
 share of dh, dlogits W_out, as V more rows of K (`fused_output_steps` steps of each warp), and sum di by character
 (`sums_on_chip`).
@@ -45,10 +46,13 @@ from typing import NamedTuple
 from char_gru.kernels.plan.gpus import GPU, precisions, rates_of
 from char_gru.kernels.sizes import ceil_div, kib, round_up
 
-WARPS, WORDS = 8, 8  # warps of a block; words of k that a warp multiplies in a step
+WARPS = 8  # of a block
 THREADS = 32 * WARPS
-PACK = {"fp32": 1, "tf32": 1, "bf16": 2}  # elements of k per word
-ROWS = (16, 32, 64)  # of a tile
+ELEMENT_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2}  # of an operand
+PACKET_BYTES = {"fp32": 16, "tf32": 8, "bf16": 8}
+GROUP_PACKETS = {"fp32": 4, "tf32": 8, "bf16": 16}  # packets of a row that a warp loads together
+GROUP_STEPS = {"fp32": 1, "tf32": 3, "bf16": 3}  # steps of a product that it makes of them
+ROWS = (16, 32)  # of a tile
 SPLITS = (1, 2, 4, 8)  # of K, backward
 REGISTERS = 255  # of a thread
 REGISTERS_OTHER = 72  # of a thread: addresses, counters, sums of other warps
@@ -79,9 +83,8 @@ class RecurrencePlan(NamedTuple):
     splits: int = 0
     rows: int = 0  # of a tile
     row_tiles: int = 0  # of a group
-    units: int = 0  # of a block; even: the two bf16 of a word never come from two blocks
+    units: int = 0  # of a block
     columns: int = 0  # of a block's product: unit_columns for each of its units, padded to a multiple of 8
-    k_steps: int = 0  # of a warp
     register_steps: int = 0
     fused_output_steps: int = 0  # of a warp; 0: another launch computes dlogits W_out
     sums_on_chip: bool = False  # of di by character; False: another launch computes them
@@ -103,22 +106,64 @@ class RecurrencePlan(NamedTuple):
 
     @property
     def finished_units(self) -> int:
-        """Units that a block takes through the gates, with the partial sums of the other splits; even, as `units`."""
-        return round_up(ceil_div(self.units, self.splits), 2)
+        """Units that a block takes through the gates, with the partial sums of the other splits."""
+        return ceil_div(self.units, self.splits)
+
+    @property
+    def values(self) -> int:
+        """Elements of k of a packet. Forward these are units of a block, and packets that are not full take memory for
+        weights, which fp32 cannot keep in registers: so there, there are only two. Backward they are a unit's gates."""
+        return 2 if self.precision == "fp32" and self.direction == "forward" else 3
+
+    @property
+    def packets(self) -> int:
+        """Packets of a row of the batch."""
+        return self.blocks * ceil_div(self.units, self.values) if self.direction == "forward" else self.H
+
+    @property
+    def k_groups(self) -> int:
+        """Groups of packets that a warp multiplies."""
+        return ceil_div(self.packets, self.splits * WARPS * GROUP_PACKETS[self.precision])
+
+    @property
+    def step_k(self) -> int:
+        """Elements of k that a warp multiplies in a step."""
+        return GROUP_PACKETS[self.precision] * self.values // GROUP_STEPS[self.precision]
+
+    @property
+    def k_steps(self) -> int:
+        """Steps of a warp's product."""
+        return self.k_groups * GROUP_STEPS[self.precision]
+
+    @property
+    def finished_elements(self) -> int:
+        """Rows and units that a thread takes through the gates: forward those of a word together."""
+        together = self.values if self.direction == "forward" else 1
+        return ceil_div(self.rows * ceil_div(self.finished_units, together), THREADS) * together
 
     @property
     def registers(self) -> int:
         """Estimated registers of a thread."""
         weights = self.register_steps * weight_registers(self.columns)
-        finished = ceil_div(self.rows * self.finished_units, THREADS) * REGISTERS_PER_ELEMENT[self.direction]
-        operands = operand_registers(self.rows, self.columns, self.precision)
+        finished = self.finished_elements * REGISTERS_PER_ELEMENT[self.direction]
+        operands = operand_registers(self.rows, self.precision)
         return REGISTERS_OTHER + operands + accumulators(self.rows, self.columns) + weights + finished
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a block, all of it dynamic."""
-        weights = weights_bytes(self.k_steps + self.fused_output_steps - self.register_steps, self.columns)
+        """Shared memory of a block of the persistent launch, all of it dynamic."""
+        if self.variant == "stepwise":
+            return 0
+        weights = self.weights_bytes(self.k_steps + self.fused_output_steps - self.register_steps)
         return weights + reduction_bytes(self.rows, self.columns) + gradients_bytes(self)
+
+    def weights_bytes(self, steps: int) -> int:
+        """Weights that all warps of a block multiply with in a number of steps."""
+        return steps * WARPS * self.step_k * self.columns * ELEMENT_BYTES[self.precision]
+
+    def with_fused_output(self) -> "RecurrencePlan":
+        """The plan with as many `fused_output_steps` as `V_out` needs."""
+        return self._replace(fused_output_steps=ceil_div(self.V_out, self.splits * WARPS * self.step_k))
 
     def rows_of(self, group: int) -> range:
         """Rows of the batch that a group owns."""
@@ -133,13 +178,13 @@ class RecurrencePlan(NamedTuple):
         units = self.units_of(block)
         return units[split * self.finished_units:(split + 1) * self.finished_units]
 
-    def k_of(self, split: int, warp: int) -> range:
-        """Part of K that a warp multiplies and sums."""
-        return _part(self.k_steps * WORDS * PACK[self.precision], split * WARPS + warp, self.K)
+    def packets_of(self, split: int, warp: int) -> range:
+        """Packets of a row that a warp waits for and multiplies."""
+        return _part(self.k_groups * GROUP_PACKETS[self.precision], split * WARPS + warp, self.packets)
 
     def fused_output_of(self, split: int, warp: int) -> range:
         """Characters whose dlogits a warp multiplies with W_out and adds to its sums."""
-        return _part(self.fused_output_steps * WORDS * PACK[self.precision], split * WARPS + warp, self.V_out)
+        return _part(self.fused_output_steps * self.step_k, split * WARPS + warp, self.V_out)
 
 
 def _part(size: int, index: int, end: int) -> range:
@@ -148,16 +193,6 @@ def _part(size: int, index: int, end: int) -> range:
 
 
 # Memory of a block and registers of a thread
-
-def steps_of(n: int, splits: int, precision: str) -> int:
-    """Steps of a warp when the warps of all splits share n elements of k."""
-    return ceil_div(n, splits * WARPS * WORDS * PACK[precision])
-
-
-def weights_bytes(steps: int, columns: int) -> int:
-    """Weights that all warps of a block multiply with in a number of steps."""
-    return steps * WARPS * WORDS * columns * 4
-
 
 def weight_registers(columns: int) -> int:
     """Registers of a thread for the weights of one step."""
@@ -169,12 +204,9 @@ def accumulators(rows: int, columns: int) -> int:
     return rows * columns // 32
 
 
-def operand_registers(rows: int, columns: int, precision: str) -> int:
-    """Registers of a thread for the gathered operands of the steps that it multiplies and of the steps that it loads
-    ahead (X_STEPS of resident.cuh). With 64 rows, the compiler has been seen to take more."""
-    if precision != "fp32":
-        return 48 if rows == 64 else 32
-    return 2 * rows * (1 if rows * columns > 1024 or rows == 64 else 2)
+def operand_registers(rows: int, precision: str) -> int:
+    """Registers of a thread for the group of words that it multiplies and the group that it loads ahead."""
+    return {"fp32": 7, "tf32": 2, "bf16": 4}[precision] * rows // 2
 
 
 def reduction_bytes(rows: int, columns: int) -> int:
@@ -187,7 +219,7 @@ def reduction_bytes(rows: int, columns: int) -> int:
 def gradients_bytes(plan: "RecurrencePlan") -> int:
     """Shared memory of the backward pass for di of a tile and a block's finished units, its sums by character, and the
     ids of the tile's rows."""
-    if plan.variant == "stepwise" or plan.direction == "forward":
+    if plan.direction == "forward":
         return 0
     characters = plan.V_in if plan.sums_on_chip else 0
     return (plan.rows + characters) * 3 * plan.finished_units * 4 + plan.rows * 4
@@ -252,14 +284,14 @@ def _persistent_plans(gpu: GPU, stepwise: RecurrencePlan) -> Iterator[Recurrence
     """All plans with a multiprocessor for every block, whether or not registers and shared memory are enough. Of
     equally quick plans, the caller takes the first."""
     for cut in _cuts(gpu, stepwise):
-        output_steps = (steps_of(cut.V_out, cut.splits, cut.precision), 0) if cut.V_out else (0,)
+        output_steps = (cut.with_fused_output().fused_output_steps, 0) if cut.V_out else (0,)
         sums_on_chip = (True, False) if cut.V_in else (False,)
         most = 0 if cut.precision == "fp32" else min(
             cut.k_steps, max(REGISTERS - cut.registers, 0) // weight_registers(cut.columns))
         for fused_output_steps, on_chip in itertools.product(output_steps, sums_on_chip):
             plan = cut._replace(fused_output_steps=fused_output_steps, sums_on_chip=on_chip)
             too_much = max(plan.shared_bytes - gpu.shared_bytes, 0)
-            fewest = min(ceil_div(too_much, weights_bytes(1, plan.columns)), most)
+            fewest = min(ceil_div(too_much, plan.weights_bytes(1)), most)
             # More weights in registers are quicker where reading shared memory limits a step.
             for register_steps in sorted({fewest, (fewest + most) // 2, most}):
                 yield plan._replace(register_steps=register_steps)
@@ -277,20 +309,22 @@ def _cuts(gpu: GPU, stepwise: RecurrencePlan) -> Iterator[RecurrencePlan]:
                 most_blocks = gpu.multiprocessors // (groups * splits)
                 if most_blocks == 0:
                     continue
-                columns = round_up(stepwise.unit_columns * round_up(ceil_div(stepwise.H, most_blocks), 2), 8)
-                units = columns // stepwise.unit_columns // 2 * 2
-                yield stepwise._replace(
-                    variant="persistent", groups=groups, blocks=ceil_div(stepwise.H, units), splits=splits, rows=rows,
-                    row_tiles=row_tiles, units=units, columns=columns,
-                    k_steps=steps_of(stepwise.K, splits, stepwise.precision))
+                fewest = ceil_div(stepwise.H, most_blocks)
+                together = stepwise.values if stepwise.direction == "forward" else 1
+                for units in sorted({fewest, round_up(fewest, together)}):  # with packets that are full
+                    columns = round_up(stepwise.unit_columns * units, 8)
+                    units = columns // stepwise.unit_columns
+                    yield stepwise._replace(
+                        variant="persistent", groups=groups, blocks=ceil_div(stepwise.H, units), splits=splits,
+                        rows=rows, row_tiles=row_tiles, units=units, columns=columns)
 
 
 def _described(plan: RecurrencePlan) -> str:
     groups = f"{plan.groups} group{'s' * (plan.groups > 1)} of {plan.blocks * plan.splits} blocks"
     splits = f", K cut in {plan.splits}" if plan.splits > 1 else ""
-    in_registers = weights_bytes(plan.register_steps, plan.columns)
+    in_registers = plan.weights_bytes(plan.register_steps)
     registers = f" ({kib(in_registers)} in registers)" if in_registers else ""
-    return (f"{groups}{splits}: W_hh takes {kib(weights_bytes(plan.k_steps, plan.columns))} a block{registers}, "
+    return (f"{groups}{splits}: W_hh takes {kib(plan.weights_bytes(plan.k_steps))} a block{registers}, "
             f"a step gathers {kib(_gathered_bytes(plan) * plan.row_tiles)} per block")
 
 
@@ -300,9 +334,9 @@ def _persistent_cycles(gpu: GPU, plan: RecurrencePlan) -> float:
     rates, sums = rates_of(gpu), plan.rows * plan.columns
     steps = plan.k_steps + plan.fused_output_steps
     gather = _gathered_bytes(plan) / rates.l2
-    multiply = sums * steps * WARPS * WORDS * PACK[plan.precision] / rates.multiply[plan.precision]
-    weights = weights_bytes(steps - plan.register_steps, plan.columns) / SHARED_RATE
-    exchange = 2 * sums * 4 * (plan.splits - 1) / plan.splits / rates.l2
+    multiply = sums * steps * WARPS * plan.step_k / rates.multiply[plan.precision]
+    weights = plan.weights_bytes(steps - plan.register_steps) / SHARED_RATE
+    exchange = 2 * sums * 8 / rates.l2 if plan.splits > 1 else 0
     reduction = 2 * WARPS * sums * 4 / SHARED_RATE
     barriers = BARRIER_CYCLES * (2 if plan.splits > 1 else 1)
     tile = max(gather, multiply, weights) + exchange + reduction + CELL_CYCLES
@@ -339,6 +373,6 @@ def _memory_cycles(gpu: GPU, size: int) -> float:
 
 
 def _gathered_bytes(plan: RecurrencePlan) -> float:
-    """Bytes that a block gathers for each row tile."""
-    k = plan.K + (plan.V_out if plan.fused_output_steps else 0)
-    return min(plan.rows, plan.B) * k / plan.splits * 4 / PACK[plan.precision]
+    """Bytes that a block gathers for each row tile: packets, and dlogits where the output layer is fused."""
+    dlogits = 4 * plan.V_out if plan.fused_output_steps else 0
+    return plan.rows * (PACKET_BYTES[plan.precision] * plan.packets + dlogits) / plan.splits

@@ -37,6 +37,7 @@ T *recorded(volatile T *address, int order)
 
 #define ATOMICS(bits, T)                                                                                              \
     T __tsan_atomic##bits##_load(const volatile T *address, int) { return __atomic_load_n(address, ORDER); }          \
+    void __tsan_atomic##bits##_store(volatile T *address, T value, int) { __atomic_store_n(address, value, ORDER); }  \
     T __tsan_atomic##bits##_exchange(volatile T *address, T value, int order)                                         \
     {                                                                                                                 \
         return __atomic_exchange_n(recorded(address, order), value, ORDER);                                           \

@@ -22,7 +22,7 @@ from char_gru.kernels.matmul import OPERANDS, column_sums, matmul
 from char_gru.kernels.plan.generation import STATIC_SHARED_BYTES, WEIGHTS, generation_plan
 from char_gru.kernels.plan.gpus import precisions
 from char_gru.kernels.plan.products import MULTISTAGE_TILES, TILES
-from char_gru.kernels.plan.recurrence import backward_plan, forward_plan, steps_of
+from char_gru.kernels.plan.recurrence import backward_plan, forward_plan
 from char_gru.kernels.sizes import ceil_div
 from char_gru.rnn import check, reference
 from tests.helpers.compare import assert_close
@@ -164,8 +164,7 @@ def _split(precision: str) -> None:
     forward = forward_plan(gpu, B, H, precision, variant="persistent")
     backward = backward_plan(gpu, B, H, precision, V_out=V, V_in=V, variant="persistent")
     forward, backward = (plan._replace(rows=32, register_steps=register_steps) for plan in (forward, backward))
-    backward = backward._replace(splits=2, k_steps=steps_of(3 * H, 2, precision), units=36, columns=40,
-                                 blocks=ceil_div(H, 36))
+    backward = backward._replace(splits=2, units=36, columns=40, blocks=ceil_div(H, 36))
     _both_ways(precision, layer(T, 70, H, 147, V), forward, backward, groups=1)
     _both_ways(precision, layer(T, 70, H, 30), forward, backward, groups=1)
 
@@ -177,7 +176,7 @@ def _both_ways(precision: str, case, forward, backward, groups: int) -> None:
     if forward.variant == "persistent":
         backward = backward._replace(V_in=len(case.P), sums_on_chip=fused, fused_output_steps=0)
         if fused:
-            backward = backward._replace(fused_output_steps=steps_of(len(case.W_y), backward.splits, precision))
+            backward = backward._replace(V_out=len(case.W_y)).with_fused_output()
         plans = [plan._replace(B=B, groups=groups, row_tiles=ceil_div(ceil_div(B, plan.rows), groups))
                  for plan in (forward, backward)]
     assert_matches_reference(case, on_device(case, precision, plans), precision)

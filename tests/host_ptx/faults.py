@@ -152,41 +152,73 @@ COPIES = {
 }
 
 COUNTERS = {
-    "add: two": Fault(PTX, "void add_release(", '"r"(value)', '"r"(value + 1)', FORWARD),
-    "add: to another counter": Fault(PTX, "void add_release(", '"l"(counter)', '"l"(counter + 1)', FORWARD),
-    "poll: of another counter": Fault(PTX, "unsigned load_relaxed(", '"l"(counter)', '"l"(counter + 1)', FORWARD),
-    "poll: for one more": Fault(PTX, "void wait_at_least(", "< 0", "<= 0", FORWARD),
-    "poll: for one less": Fault(PTX, "void wait_at_least(", "< 0", "< -1", FORWARD, weak=True),
-    "acquire: left out": Fault(PTX, "void wait_at_least(", "    load_acquire(counter);\n", "", FORWARD, weak=True),
-    "acquire: relaxed": Fault(PTX, "unsigned load_acquire(", "ld.acquire.gpu", "ld.relaxed.gpu", FORWARD, weak=True),
-    "acquire: of another counter": Fault(PTX, "unsigned load_acquire(", '"l"(counter)', '"l"(counter + 1)', FORWARD,
+    "add: two": Fault(PTX, "void add_release(", '"r"(value)', '"r"(value + 1)', BATCHED),
+    "add: to another counter": Fault(PTX, "void add_release(", '"l"(counter)', '"l"(counter + 1)', BATCHED),
+    "poll: of another counter": Fault(PTX, "unsigned load_relaxed(", '"l"(counter)', '"l"(counter + 1)', BATCHED),
+    "poll: for one more": Fault(PTX, "void wait_at_least(", "< 0", "<= 0", BATCHED),
+    "poll: for one less": Fault(PTX, "void wait_at_least(", "< 0", "< -1", BATCHED, weak=True),
+    "acquire: left out": Fault(PTX, "void wait_at_least(", "    load_acquire(counter);\n", "", BATCHED, weak=True),
+    "acquire: relaxed": Fault(PTX, "unsigned load_acquire(", "ld.acquire.gpu", "ld.relaxed.gpu", BATCHED, weak=True),
+    "acquire: of another counter": Fault(PTX, "unsigned load_acquire(", '"l"(counter)', '"l"(counter + 1)', BATCHED,
                                          weak=True),
-    "acquire: volatile": Fault(PTX, "unsigned load_acquire(", "ld.acquire.gpu", "ld.volatile", FORWARD, weak=True),
-    "acquire: within a block": Fault(PTX, "unsigned load_acquire(", "ld.acquire.gpu", "ld.acquire.cta", FORWARD,
+    "acquire: volatile": Fault(PTX, "unsigned load_acquire(", "ld.acquire.gpu", "ld.volatile", BATCHED, weak=True),
+    "acquire: within a block": Fault(PTX, "unsigned load_acquire(", "ld.acquire.gpu", "ld.acquire.cta", BATCHED,
                                      weak=True),
-    "release: relaxed": Fault(PTX, "void add_release(", "red.release.gpu", "red.relaxed.gpu", FORWARD, weak=True),
-    "release: within a block": Fault(PTX, "void add_release(", "red.release.gpu", "red.release.cta", FORWARD,
+    "release: relaxed": Fault(PTX, "void add_release(", "red.release.gpu", "red.relaxed.gpu", BATCHED, weak=True),
+    "release: within a block": Fault(PTX, "void add_release(", "red.release.gpu", "red.release.cta", BATCHED,
                                      weak=True),
-    "poll: volatile": Fault(PTX, "unsigned load_relaxed(", "ld.relaxed.gpu", "ld.volatile", FORWARD,
+    "poll: volatile": Fault(PTX, "unsigned load_relaxed(", "ld.relaxed.gpu", "ld.volatile", BATCHED,
                             "a volatile load is a relaxed one of a wider scope", weak=True),
 }
 
+WORDS = {
+    "word: to the next": Fault(PTX, "void store_word(", '"l"(to)', '"l"(to + 1)', FORWARD_TF32),
+    "word: low half alone": Fault(PTX, "void store_word(", "st.relaxed.gpu.global.u64", "st.relaxed.gpu.global.u32",
+                                  FORWARD_TF32),
+    "words: the next two": Fault(PTX, "void load_two_words(", '"l"(from)', '"l"(from + 2)', FORWARD_TF32),
+    "words: not aligned": Fault(PTX, "void load_two_words(", '"l"(from)', '"l"(from + 1)', FORWARD_TF32),
+    "words: exchanged": Fault(PTX, "void load_two_words(", "{%0, %1}", "{%1, %0}", FORWARD_TF32),
+    "words: one twice": Fault(PTX, "void load_two_words(", '"=l"(words[1])', '"=l"(words[0])', FORWARD_TF32),
+    "words: missing in all lanes": Fault(PTX, "bool any_missing(", "__any_sync", "__all_sync", FORWARD),
+    "words: never missing": Fault(PTX, "bool any_missing(", "__any_sync(0xffffffffu, missing)", "false", FORWARD),
+    **{f"tag {name}: {what}": Fault("exchange.cuh", place, old, new, check)
+       for name, place, check in (("tf32", "constexpr unsigned TAG_MASK = 0x7fu;", FORWARD_TF32),
+                                  ("fp32", "constexpr unsigned TAG_MASK = 0xffff0000u;", FORWARD))
+       for what, old, new in (("of the number before", "number + 1", "number"), ("never another", "number + 1", "1"))},
+    "packet tf32: a bit less of value 2": Fault("exchange.cuh", "word_of((a & TF32)", "c << 13", "c << 14",
+                                                FORWARD_TF32),
+    "packet tf32: no tag": Fault("exchange.cuh", "#if PRECISION == 1", "TAG_MASK = 0x7fu", "TAG_MASK = 0",
+                                 FORWARD_TF32),
+    "half: always the first": Fault("gru_forward_persistent.cu", "const auto exchanged", "% 2", "% 1", FORWARD),
+    "half: always the first, backward": Fault("gru_backward_persistent.cu", "const auto exchanged", "% 2", "% 1",
+                                              FORWARD),
+    "half: always the first, partial sums": Fault("gru_backward_persistent.cu", "const size_t range_of_tile",
+                                                  "number % 2", "number % 1", SPLIT),
+    "sums: overwritten early": Fault("gru_forward_persistent.cu", "publish(t + 1", "            __syncthreads();", "",
+                                     FORWARD),
+    "sums: overwritten early, backward": Fault("gru_backward_persistent.cu", "gradient_sums.end_tile(rows);\n",
+                                               "            __syncthreads();", "", FORWARD),
+    "numbers: begin again": Fault("words.cuh", "void leave_group(", "+ exchanges", "", TRAINING),
+    "leave: one block early": Fault("words.cuh", "void leave_group(", "blocks - 1", "blocks - 2", TRAINING),
+    "leave: leavers not reset": Fault("words.cuh", "void leave_group(", "atomicExch(left, 0u);", ";", TRAINING),
+}
+
 BARRIERS = {
-    "target: one less": Fault(BARRIER, "void arrive()", "target += blocks", "target += blocks - 1", FORWARD),
-    "target: one more": Fault(BARRIER, "void arrive()", "target += blocks", "target += blocks + 1", FORWARD),
-    "arrival: by two threads": Fault(BARRIER, "void arrive()", "threadIdx.x == 0", "threadIdx.x < 2", FORWARD),
-    "arrival: by another thread": Fault(BARRIER, "void arrive()", "threadIdx.x == 0", "threadIdx.x == 33", FORWARD,
+    "target: one less": Fault(BARRIER, "void arrive()", "target += blocks", "target += blocks - 1", BATCHED),
+    "target: one more": Fault(BARRIER, "void arrive()", "target += blocks", "target += blocks + 1", BATCHED),
+    "arrival: by two threads": Fault(BARRIER, "void arrive()", "threadIdx.x == 0", "threadIdx.x < 2", BATCHED),
+    "arrival: by another thread": Fault(BARRIER, "void arrive()", "threadIdx.x == 0", "threadIdx.x == 33", BATCHED,
                                         "any thread may arrive for its block"),
-    "arrival: no barrier ahead": Fault(BARRIER, "void arrive()", "        __syncthreads();\n", "", FORWARD,
+    "arrival: no barrier ahead": Fault(BARRIER, "void arrive()", "        __syncthreads();\n", "", BATCHED,
                                         weak=True),
-    "wait: no barrier behind": Fault(BARRIER, "void wait() const", "        __syncthreads();\n", "", FORWARD),
+    "wait: no barrier behind": Fault(BARRIER, "void wait() const", "        __syncthreads();\n", "", BATCHED),
     "wait: left out": Fault(BARRIER, "void wait() const", "            wait_at_least(counter, target);\n",
-                            "            ;\n", FORWARD),
-    "leave: one block early": Fault(BARRIER, "void leave() const", "blocks - 1", "blocks - 2", TRAINING),
-    "leave: arrivals not reset": Fault(BARRIER, "void leave() const", "            atomicExch(counter, 0u);\n", "",
-                                       TRAINING),
-    "leave: leavers not reset": Fault(BARRIER, "void leave() const", "            atomicExch(left, 0u);\n", "",
-                                      TRAINING),
+                            "            ;\n", BATCHED),
+    "leave the barrier: one block early": Fault(BARRIER, "void leave() const", "blocks - 1", "blocks - 2", BATCHED),
+    "leave the barrier: arrivals not reset": Fault(BARRIER, "void leave() const",
+                                                   "            atomicExch(counter, 0u);\n", "", BATCHED),
+    "leave the barrier: leavers not reset": Fault(BARRIER, "void leave() const",
+                                                  "            atomicExch(left, 0u);\n", "", BATCHED),
     "last block: one early": Fault(GRU, "bool arrives_last(", "blocks - 1", "blocks - 2", STEPWISE),
     "last block: no barrier ahead": Fault(GRU, "__shared__ bool last;", "    __syncthreads();\n", "", STEPWISE,
                                           weak=True),
@@ -212,17 +244,12 @@ def _read_only(file: str, place: str, type_: str, address: str, check: str) -> F
 
 
 READ_ONLY = {
-    "__ldg: states, tensor cores": _read_only(
-        "resident_mma.cuh", "const uint4 words = ", "uint4", "x + m * 128 + lane() * 4", FORWARD_TF32),
-    "__ldg: states, two rows": _read_only("resident_scalar.cuh", "const float2 rows = ", "float2", "from", FORWARD),
+    "__ldg: states, batched": _read_only(
+        "resident_mma.cuh", "const uint4 words = ", "uint4", "x + m * 128 + lane() * 4", BATCHED),
     "__ldg: partial logits": _read_only(
         "generate_logits.cuh", "const float4 added = ", "float4", "partial_logits + block * stride + v", TEXT),
     "__ldg: products of the other gates": Fault(GRU, "has_later ? dh_z_b", "product[state_size]",
                                                 "__ldg(product + state_size)", STEPWISE),
-    "__ldg: partial sums of a tile": Fault(
-        "gru_backward_persistent.cu", "for (int s = 0; s < SPLITS; ++s)",
-        "partial_sums[(s * ROWS + row) * UNITS + unit]",
-        "__ldg(partial_sums + (s * ROWS + row) * UNITS + unit)", SPLIT),
     "__ldg: characters, batched": Fault(
         "generate_batched.cu", "const float *a_row", "ids[first_row + row]", "__ldg(ids + first_row + row)",
         BATCHED),
@@ -234,9 +261,6 @@ READ_ONLY = {
 WAITS = {
     f"{kernel}: no {what}": Fault(f"{kernel}.cu", place, old, ";", check)
     for kernel, what, place, old, check in (
-        ("gru_forward_persistent", "wait", "if (tile == tiles.first)\n", "group.wait();", FORWARD),
-        ("gru_backward_persistent", "wait", "if (tile == tiles.first)\n", "group.wait();", FORWARD),
-        ("gru_backward_persistent", "barrier of a range", "void add_products(", "range.barrier();", SPLIT),
         ("generate_persistent", "wait for logits", "DRAWS == OWNER_DRAWS) {\n", "group.wait();", TEXT),
         ("generate_persistent", "wait for states", "if (after)\n", "group.wait();", TEXT),
         ("generate_batched", "wait for characters", "if (t > 0)", "group.wait();", BATCHED),
@@ -249,15 +273,16 @@ VOLATILE = {
     f"{name}: {what}": Fault(PTX, place, old, new, check, SAME_PTX)
     for name, place, check in (
         ("ldmatrix", LDMATRIX, PRODUCT + "nt"), ("ldmatrix.trans", LDMATRIX_TRANS, PRODUCT + "nn"),
-        ("add", "void add_release(", FORWARD), ("poll", "unsigned load_relaxed(", FORWARD),
-        ("acquire", "unsigned load_acquire(", FORWARD), ("mma tf32", TF32, FORWARD_TF32),
+        ("add", "void add_release(", BATCHED), ("poll", "unsigned load_relaxed(", BATCHED),
+        ("acquire", "unsigned load_acquire(", BATCHED), ("store", "void store_word(", FORWARD),
+        ("words", "void load_two_words(", FORWARD), ("mma tf32", TF32, FORWARD_TF32),
         ("mma bf16", BF16, FORWARD_BF16), ("cp.async 16", COPY_16, PRODUCT_TF32), ("cp.async 4", COPY_4, PRODUCT_FP32),
         ("cp.async commit", COMMIT, PRODUCT_TF32), ("cp.async wait", WAIT, PRODUCT_TF32))
     for what, old, new in (("not volatile", "asm volatile", "asm"), ("memory not named", ' "memory"', ""))
     if not (name.startswith("mma") and "memory" in what)
 }
 
-FAULTS = _matrices() | CONVERSIONS | COPIES | COUNTERS | BARRIERS | READ_ONLY | WAITS | VOLATILE
+FAULTS = _matrices() | CONVERSIONS | COPIES | COUNTERS | WORDS | BARRIERS | READ_ONLY | WAITS | VOLATILE
 
 
 class Planted(host_ptx.PtxExecutor):

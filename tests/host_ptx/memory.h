@@ -13,6 +13,8 @@
 #pragma once
 
 #ifdef PTX_WEAK  // here, since host_cuda.h redefines words that these headers use
+#include <algorithm>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <utility>
