@@ -56,7 +56,9 @@ struct Update {
         g *= scale;
         m = beta_1 * m + new_1 * g;
         v = beta_2 * v + new_2 * (g * g);
-        p -= step_size * (m / (sqrtf(v) + epsilon));
+        // Approximate, each to 2 ulp: exact roots and divisions call functions for special operands, 0 among them.
+        const float root = v * rsqrtf(fmaxf(v, 1.17549435e-38f));  // of at least 2^-126, so that 0 gives 0
+        p -= step_size * __fdividef(m, root + epsilon);
     }
 };
 

@@ -1,5 +1,5 @@
-// Helpers that every kernel may use: indices, the logistic function, reductions in a fixed order, narrow number
-// formats.
+// Helpers that every kernel may use: indices, reciprocals, the logistic function, reductions in a fixed order, narrow
+// number formats.
 //
 // Blocks are one-dimensional and a multiple of 32 threads wide wherever a function below speaks of warps.
 // tanh needs no helper: CUDA's tanhf errs by at most 2 ulp and does not overflow.
@@ -19,12 +19,17 @@ __device__ __forceinline__ int warp() { return threadIdx.x / WARP; }
 // Index of this thread among all threads of a one-dimensional grid.
 __device__ __forceinline__ size_t thread_in_grid() { return size_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 
-// 1 / (1 + exp(-x)). The argument of the exponential is -|x|, so it cannot overflow.
-__device__ __forceinline__ float sigmoid(float x)
+// 1 / x for x in [2^-126, 2^126], to 1 ulp, exactly 1 of 1: an approximate division (2 ulp) and a step of Newton's
+// method. Above, it is 0. An exact division calls a function for special operands, and the compiler interleaves nothing
+// with such a call.
+__device__ __forceinline__ float reciprocal(float x)
 {
-    const float e = expf(-fabsf(x));
-    return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+    const float y = __fdividef(1.0f, x);
+    return fmaf(fmaf(-x, y, 1.0f), y, y);
 }
+
+// 1 / (1 + exp(-x)). Below -88 it is 0, as GPUs flush it, where the exponential may be infinite.
+__device__ __forceinline__ float sigmoid(float x) { return x < -88.0f ? 0.0f : reciprocal(1.0f + expf(-x)); }
 
 struct Sum {
     __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }

@@ -74,14 +74,16 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS)
         }
     }
 
+    const float weight = reciprocal(float(positions));
     __syncwarp();  // a lane now reads logits that other lanes of its warp have written to dlogits
     for (int r = 0; r < WARP_ROWS && first + row_in_tile(r) < positions; ++r) {
         const int position = first + row_in_tile(r), target = targets[position];
         float *row = dlogits + size_t(position) * V;
         const float row_maximum = __shfl_sync(ALL_LANES, maximum, r), row_sum = __shfl_sync(ALL_LANES, sum, r);
+        const float row_weight = reciprocal(row_sum);
         for (int v = lane(); v < V; v += WARP) {
             const float logit = (one_tile ? tile_c(shared, row_in_tile(r), v) : row[v]) - row_maximum;
-            row[v] = (expf(logit) / row_sum - float(v == target)) / float(positions);
+            row[v] = (expf(logit) * row_weight - float(v == target)) * weight;
             if (v == target)
                 losses[position] = logf(row_sum) - logit;
         }

@@ -310,7 +310,7 @@ def errors(row: np.ndarray, exact: np.ndarray, instruction: str) -> np.ndarray:
     if instruction.startswith("rsqrt"):
         return (row - exact) / exact / 2**-22.9
     nearest = exact.astype(np.float32)
-    return (row - nearest.astype(float)) / np.spacing(np.abs(nearest)) / {"ex2": 2, "rcp": 1}[instruction[:3]]
+    return (row - nearest.astype(float)) / np.spacing(np.abs(nearest)) / {"ex2": 2, "rcp": 1, "div": 2}[instruction[:3]]
 
 
 def test_approximate_instructions_round_once_or_err_by_their_bounds_in_both_directions():
@@ -335,6 +335,52 @@ def test_approximate_instructions_of_special_values(worst):
         np.testing.assert_array_equal(np.signbit(rows[instruction])[signed],
                                       np.signbit(np.resize(expected, 32))[signed], instruction)
     assert np.isnan(approximated(np.full(32, -2, np.float32), worst)["rsqrt.approx.ftz.f32"]).all()
+
+
+def approximate_quotients(a: np.ndarray, b: np.ndarray, worst: bool) -> np.ndarray:
+    out = np.zeros((1, 32), np.float32)
+    run(each(["div.approx.ftz.f32 d, a, b"], "f32"), a, b, b, out, worst=worst)
+    return out[0]
+
+
+def test_approximate_division_rounds_once_or_errs_by_two_ulps_in_both_directions():
+    rng = np.random.default_rng(2)
+    a, b = (rng.standard_normal((2, 32)) * 10.0 ** rng.integers(-15, 15, (2, 32))).astype(np.float32)
+    exact = a.astype(np.float64) / b
+    np.testing.assert_array_equal(approximate_quotients(a, b, False), exact.astype(np.float32))
+    shares = errors(approximate_quotients(a, b, True), exact, "div")
+    assert set(np.abs(shares)) <= {0.5, 1} and shares.min() < 0 < shares.max()
+
+
+@pytest.mark.parametrize("worst", [False, True])
+def test_approximate_quotients_of_special_values(worst):
+    """By zero, infinity and NaN as exact ones; by more than 2^126 zero, or NaN of an infinite dividend."""
+    huge, inf, nan = np.float32(2) ** np.float32(126.5), np.inf, np.nan
+    table = [(1, 0, inf), (-1, 0, -inf), (0, 0, nan), (1, 1e-39, inf), (3, inf, 0), (3, -inf, -0.0), (inf, inf, nan),
+             (nan, 1, nan), (1, nan, nan), (1e30, huge, 0), (-1e30, huge, -0.0), (inf, huge, nan), (0, 3, 0)]
+    a, b, expected = (np.resize(column, 32).astype(np.float32) for column in zip(*table))
+    quotients = approximate_quotients(a, b, worst)
+    np.testing.assert_array_equal(quotients, expected)
+    numbers = ~np.isnan(expected)
+    np.testing.assert_array_equal(np.signbit(quotients)[numbers], np.signbit(expected)[numbers])
+
+
+@pytest.mark.parametrize("architecture, worst", [("sm_75", False), ("sm_80", True), ("sm_90", False)])
+def test_logistic_function_errs_by_little_and_keeps_nan(architecture, worst):
+    """Within 5 ulp; a result may be 0 where a GPU flushes it."""
+    source = runtime.assemble("test.cu", """
+        #include "common.cuh"
+        extern "C" __global__ void logistic(float *y, const float *x) { y[threadIdx.x] = sigmoid(x[threadIdx.x]); }""",
+                              {})
+    x = np.concatenate([np.linspace(-87, 87, 900, dtype=np.float32),
+                        np.array([-np.inf, -3e38, -89, 0, 89, 3e38, np.inf, np.nan], np.float32)])
+    for executor in (host_ptx.PtxExecutor(architecture, worst), host_cuda.HostExecutor()):
+        y = np.full(len(x), 7, np.float32)
+        executor.launch(source, "logistic", (1, 1, 1), (len(x), 1, 1), [y, x], 0, False)
+        with np.errstate(over="ignore"):
+            exact = 1 / (1 + np.exp(-x.astype(np.float64)))
+        np.testing.assert_allclose(y, exact, rtol=5 * 2**-23, atol=1e-38)
+        assert np.isnan(y[-1]) and y[900] == 0
 
 
 def test_sums_inside_mma_are_those_that_were_measured():

@@ -6,7 +6,7 @@
 //
 // PTX_WORST: each approximate instruction errs by the bound that its section of the PTX ISA gives, up or down by the
 // bits of its argument, except where the section's table says what comes out: of zeros, infinities, NaN.
-// Source: PTX ISA, "Instruction Set", "Floating-Point Instructions: rcp", "... rsqrt", "... ex2".
+// Source: PTX ISA, "Instruction Set", "Floating-Point Instructions: div", "... rcp", "... rsqrt", "... ex2".
 #pragma once
 
 #include <cmath>
@@ -187,6 +187,15 @@ PTX_CALL f32 ex2_approx(f32 a) { return a == 0.0f ? 1.0f : within_ulps(std::exp2
 
 // "rcp": at most 1 ulp.
 PTX_CALL f32 rcp_approx(f32 a) { return within_ulps(1.0 / f64(a), 1, a); }
+
+// "div": at most 2 ulp where 2^-126 <= |b| <= 2^126; beyond, 0 of a finite dividend and NaN of an infinite one.
+PTX_CALL f32 div_approx(f32 a, f32 b)
+{
+    const f32 size = std::fabs(b);
+    if (size > 0x1p126f && size - size == 0.0f)
+        return a - a == 0.0f ? std::copysign(0.0f, F(bits<u32>(a) ^ bits<u32>(b))) : a - a;
+    return within_ulps(f64(a) / f64(b), 2, F(bits<u32>(a) ^ bits<u32>(b)));
+}
 
 // "rsqrt": a relative error of at most 2^-22.9.
 PTX_CALL f32 rsqrt_approx(f32 a) { return within_relative(1.0 / std::sqrt(f64(a)), 0x1.125fbp-23, a); }

@@ -718,6 +718,11 @@ def _(code, statement, match):
     return code.computed(statement, f"{match[1]}_approx({{}})", "f32")
 
 
+@rule(r"div\.approx\.ftz\.f32")
+def _(code, statement, match):
+    return code.computed(statement, "div_approx({}, {})", "f32")
+
+
 @rule(r"sqrt\.rn\.ftz\.f32")
 def _(code, statement, match):
     return code.computed(statement, "std::sqrt({})", "f32")
