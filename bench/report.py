@@ -312,7 +312,8 @@ def _circumstances(entry: dict) -> str:
     rates = ", ".join(f"{_figures(rate / 1e9)} GFLOP/s in {precision}"
                       for precision, rate in ceilings.flop_per_second.items())
     costs = (f"; {_figures(1e6 * ceilings.launch_seconds)} us from launch to launch, "
-             f"{_figures(1e6 * ceilings.barrier_seconds)} us for a barrier among all blocks") * ("gpu" in facts)
+             f"{_figures(1e6 * ceilings.barrier_seconds)} us for a barrier among all blocks, "
+             f"{_figures(1e6 * ceilings.exchange_seconds)} us for an exchange of words among them") * ("gpu" in facts)
     return (f"{_libraries(facts)}. {_count(rounds, 'interleaved round')}; {facts['date']}, commit {facts['commit']}. "
             f"Ceilings: memory {_figures(ceilings.bytes_per_second / 1e9)} GB/s, the library's large product "
             f"{rates}{costs}.")

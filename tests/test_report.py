@@ -17,7 +17,7 @@ GPU = {"gpu": "NVIDIA X", "driver": "for CUDA 13.0", "cuda_runtime": "13.0", "cu
 def entry(benchmark, sizes, seconds, tutorial=True, gpu=False, work=(10**9, 10**6, 1, 2), **notes) -> dict:
     """Results in fp32, or of a GPU in the precision that each name ends with."""
     ceilings = {"bytes_per_second": 1e9, "flop_per_second": dict.fromkeys(("fp32", "tf32", "bf16"), 1e12),
-                "launch_seconds": gpu * 1e-5, "barrier_seconds": gpu * 1e-6}
+                "launch_seconds": gpu * 1e-5, "barrier_seconds": gpu * 2e-6, "exchange_seconds": gpu * 1e-6}
     candidates = {name: {"precision": name.split()[-1] if gpu else "fp32", "seconds": values, "host_bound": False}
                   | notes for name, values in seconds.items()}
     return {"benchmark": benchmark, "sizes": sizes, "tutorial": tutorial, "machine": MACHINE | (GPU if gpu else {}),
@@ -130,7 +130,8 @@ def test_gpu_comes_first_with_its_driver_and_what_launches_and_barriers_cost(res
     sections = report.device_sections(results)
     assert sections.startswith("## NVIDIA X\n\nNVIDIA X, driver for CUDA 13.0, CUDA 13.0, CuPy 14.2, Some CPU, 2 core")
     assert "Keras not installed and so left out, FlashRNN 1.0. 1 interleaved round;" in sections
-    assert "10.0 us from launch to launch, 1.00 us for a barrier among all blocks." in sections
+    assert ("10.0 us from launch to launch, 2.00 us for a barrier among all blocks, 1.00 us for an exchange of words "
+            "among them.") in sections
     assert sections.index("## NVIDIA X") < sections.index("## Some CPU")
 
 
