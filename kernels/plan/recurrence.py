@@ -23,7 +23,7 @@ A step costs, in the terms of costs.py:
         multiply     rows x columns x K / splits, padded
         weights      the weights in shared memory, read once
         issue        the product's instructions beside FFMA, counted in the machine code: of tensor cores, loads of
-                     weights, and INSTRUCTIONS_PER_WORD for each gathered word
+                     weights, and INSTRUCTIONS_PER_VALUE for each gathered value
       and then
         gather       where K is split: rows x columns partial sums as words of 8 bytes, those of the other splits' units
                      written, as many read
@@ -31,11 +31,10 @@ A step costs, in the terms of costs.py:
     elsewhere        other launches, where they compute dh or di, through memory: 8 B H bytes for dh, 16 B H for di
 
 A chain passes while the block loads and saves the numbers of its elements, INSTRUCTIONS_PER_ELEMENT each, and works on
-the other row tiles of its group. A step is never shorter than memory takes for
-its states and gates, 20 B H bytes written forward, 32 B H read and written backward. Stepwise (gru.cu), a step is a
-launch whose waves of tiles bring both operands through L2; as if L2 held W_hh, which flatters it on a GPU with a
-smaller L2. Neither estimate includes the costs that arise once per launch, such as bringing the weights on chip:
-training_step.py adds them.
+the other row tiles of its group. A step is never shorter than memory takes for its states and gates, 20 B H bytes
+written forward, 32 B H read and written backward. Stepwise (gru.cu), a step is a launch whose waves of tiles bring both
+operands through L2; as if L2 held W_hh, which flatters it on a GPU with a smaller L2. Neither estimate includes the
+costs that arise once per launch, such as bringing the weights on chip: training_step.py adds them.
 """
 
 import functools
@@ -59,7 +58,7 @@ REGISTERS_PER_ELEMENT = {"forward": 8, "backward": 12}  # of a thread; an elemen
 STEPWISE_ROWS, STEPWISE_COLUMNS = 32, 48  # a tile of gru.cu
 
 CELL_CYCLES = 400  # of a row tile: the latency of its gates, and three barriers of the block
-INSTRUCTIONS_PER_WORD = 2  # of a thread, for a gathered word: loaded, compared with its tag, unpacked
+INSTRUCTIONS_PER_VALUE = 2  # of a thread, for a gathered value: its share of a word loaded, compared, unpacked
 INSTRUCTIONS_PER_ELEMENT = {"forward": 115, "backward": 200}  # of a thread, to load and save the numbers of an element
 
 
@@ -324,7 +323,7 @@ def _step_instructions(plan: RecurrencePlan) -> float:
     if plan.precision == "fp32":
         return 0
     fragments = plan.columns // 8 * (plan.rows // 16 + 1)  # products, and the weights that each of 8 columns loads
-    return fragments + INSTRUCTIONS_PER_WORD * plan.rows * WORDS * PACK[plan.precision] / 32
+    return fragments + INSTRUCTIONS_PER_VALUE * plan.rows * WORDS * PACK[plan.precision] / 32
 
 
 def _stepwise_parts(gpu: GPU, plan: RecurrencePlan, rates: Rates) -> Parts:
