@@ -3,7 +3,7 @@
 A time is a sum of parts (`Parts`), each named after what the GPU waits for:
 
     launch      a kernel begins after the one before it
-    chain       a value that one block stores is seen by another one: through L2 and back
+    chain       a value that one block stores is seen by another one: through L2 and back; or a barrier of blocks
     latency     a load that nothing hides: of the first operands, or of each turn of a loop that waits for its loads
     gather      bytes through L2 into a multiprocessor
     memory      bytes from memory or to it
