@@ -32,7 +32,11 @@ WAITS = (0.5e-3, 2e-3, 8e-3, 32e-3, 128e-3)
 
 PROBES = Path(__file__).with_name("probes.cu")
 
-PROBE_LAUNCHES, PROBE_BARRIERS = 200, 1000
+PROBE_LAUNCHES, PROBE_BARRIERS, PROBE_LOADS = 200, 1000, 4000
+"""Launches that follow each other; barriers, or exchanges, in a launch; loads that each wait for the one before."""
+
+LOADED_WORDS, LINE_WORDS = 2**18, 32
+"""Words of the array of those loads, small enough for L2, and of a line of L2."""
 
 COPIED_BYTES, PRODUCT_SIZE = 2**28, 2048
 """Bytes of the copy that measures the memory, larger than any cache; rows and columns of the CPU's product."""
@@ -188,30 +192,50 @@ class Gpu:
         copied = best(self, lambda: destination.__setitem__(slice(None), source))
         rates = {precision: flop / best(self, product)
                  for precision, (product, flop) in self._products().items() if precision in self.precisions}
-        return Ceilings(2 * COPIED_BYTES / copied, rates, self._launch_seconds(), self._barrier_seconds())
+        return Ceilings(2 * COPIED_BYTES / copied, rates, self._launch_seconds(), self._barrier_seconds(),
+                        self._exchange_seconds(), self._load_seconds())
 
-    def facts(self) -> dict[str, str]:
-        return {"gpu": self._executor.gpu.name} | self._versions
+    def facts(self) -> dict:
+        gpu = self._executor.gpu
+        return {"gpu": gpu.name, **{name: getattr(gpu, name) for name in gpu._fields[1:]}} | self._versions
 
     def memory_bytes(self, release: bool) -> int:
         return self._driver.memory_bytes(release)
 
     def _launch_seconds(self) -> float:
-        launch = functools.partial(self._probe, "empty", 1, [], cooperative=False)
+        launch = functools.partial(self._probe, "empty", 1, [])
         return min(self.sample([launch] * PROBE_LAUNCHES).seconds for _ in range(CEILING_SAMPLES))
 
     def _barrier_seconds(self) -> float:
-        counters, blocks = self._executor.zeros((2,), np.uint32), self._executor.gpu.multiprocessors
-        few, many = (best(self, functools.partial(self._probe, "barriers", blocks, [counters, np.int32(count)],
-                                                  cooperative=True)) for count in (1, 1 + PROBE_BARRIERS))
-        return max(many - few, 0.0) / PROBE_BARRIERS
+        counters = self._executor.zeros((2,), np.uint32)
+        return self._seconds_each("barriers", self._executor.gpu.multiprocessors, [counters], PROBE_BARRIERS)
 
-    def _probe(self, kernel: str, blocks: int, args: list, cooperative: bool) -> None:
+    def _exchange_seconds(self) -> float:
+        blocks = self._executor.gpu.multiprocessors
+        words, counters = self._executor.zeros((2, blocks, 2), np.uint64), self._executor.zeros((1, 32), np.uint32)
+        return self._seconds_each("exchanges", blocks, [words, counters], PROBE_BARRIERS)
+
+    def _load_seconds(self) -> float:
+        return self._seconds_each("loads", 1, [self._executor.to_device(next_places())], PROBE_LOADS)
+
+    def _seconds_each(self, kernel: str, blocks: int, args: list, count: int) -> float:
+        """Seconds of what a kernel does `count` times more in one launch than in another."""
+        few, many = (best(self, functools.partial(self._probe, kernel, blocks, [*args, np.int32(times)]))
+                     for times in (1, 1 + count))
+        return max(many - few, 0.0) / count
+
+    def _probe(self, kernel: str, blocks: int, args: list) -> None:
         source = runtime.assemble(PROBES.name, PROBES.read_text(), {})
-        self._executor.launch(source, kernel, (blocks, 1, 1), (256, 1, 1), args, 0, cooperative)
+        self._executor.launch(source, kernel, (blocks, 1, 1), (256, 1, 1), args, 0, cooperative=blocks > 1)
 
 
 Device = Cpu | Gpu
+
+
+def next_places() -> np.ndarray:
+    """The place after each place of an array in L2, an odd number of lines behind it: loads from one place after the
+    other come to all lines before they come to one again. Shape (LOADED_WORDS,) uint32."""
+    return (np.arange(LOADED_WORDS, dtype=np.uint32) + np.uint32(33 * LINE_WORDS)) % np.uint32(LOADED_WORDS)
 
 
 def best(device: Device, call: Callable[[], object]) -> float:

@@ -4,6 +4,7 @@ An op's work follows from its sizes alone. Only matrix products count as floatin
 multiply-add); elementwise operations never limit an op. Every array that comes from memory or goes there counts once,
 in float32; a table that is looked up counts as one pass over its rows. `launches` is the least number of kernels, and
 `barriers` the number of times that all blocks inside a launch must wait for each other: once per step of a recurrence.
+Such a wait takes at least as long as an exchange of words with tags, the quickest way that there is.
 A device's ceilings are measured, in the same run as the op.
 """
 
@@ -30,19 +31,23 @@ class Work(NamedTuple):
 
 class Ceilings(NamedTuple):
     """The rates and costs of a device: bytes read and written in large arrays and operations of a large product in each
-    precision, per second; seconds from one empty kernel to the next, and from one barrier among all blocks to the next.
+    precision, per second; seconds from one empty kernel to the next, from one barrier among all blocks to the next,
+    from one exchange of words with tags among all blocks to the next, and from a load from L2 to the next that needs
+    it.
     """
 
     bytes_per_second: float
     flop_per_second: dict[str, float]
     launch_seconds: float
     barrier_seconds: float
+    exchange_seconds: float = 0.0
+    load_seconds: float = 0.0
 
 
 def floor_seconds(work: Work, ceilings: Ceilings, precision: str) -> float:
     """The least time: memory and arithmetic overlap, launches and barriers do not."""
     streaming = max(work.bytes / ceilings.bytes_per_second, work.flop / ceilings.flop_per_second[precision])
-    return streaming + work.launches * ceilings.launch_seconds + work.barriers * ceilings.barrier_seconds
+    return streaming + work.launches * ceilings.launch_seconds + work.barriers * ceilings.exchange_seconds
 
 
 def matmul(M: int, N: int, K: int) -> Work:

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, past failures: bench/on_gpu.sh [--quick] OUTDIR [TEXT]
-#   python -m kernels --check; the benchmark suite; tests of all kernels on the GPU; compute-sanitizer on a small
-#   training run and a small generation; one epoch of the tutorial with and without CUDA graphs, and ten epochs twice,
-#   which must give equal bytes. TEXT is the file to train on (default: that of train.py).
-#   --quick: the benchmarks of our own kernels at the tutorial's sizes, one sanitizer, not the check and the ten epochs.
+#   python -m kernels --check; the benchmark suite, and the terms of predicted times that its results give; tests of all
+#   kernels on the GPU; compute-sanitizer on a small training run and a small generation; one epoch of the tutorial with
+#   and without CUDA graphs, and ten epochs twice, which must give equal bytes. TEXT is the file to train on (default:
+#   that of train.py).
+#   --quick: the benchmarks of our own kernels at the tutorial's sizes, one sanitizer; not the check, the terms, and the
+#   ten epochs.
 # The output of each part goes to OUTDIR/PART.log, the results of the benchmarks to OUTDIR/results, to be moved to
 # bench/results; a summary is printed last and kept in OUTDIR/summary.txt.
 set -uo pipefail
@@ -55,6 +57,7 @@ fi
 part device nvidia-smi
 [ "$quick" ] || part check timeout 120 python -m kernels --check
 part suite "${measure[@]}"
+[ "$quick" ] || part fit python -m bench.fit "$out"/results/cuda-*.json
 part tests "${check[@]}"
 
 export -f command_line

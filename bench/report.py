@@ -16,15 +16,22 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from bench import plots
+from bench import plots, tutorial
 from bench.floors import Ceilings, Work, floor_seconds
 from bench.implementations import OURS
 from bench.timing import RESULTS, spread
+from char_gru.kernels.plan.costs import EXPECTED_ERROR
+from char_gru.kernels.plan.generation import WEIGHTS, generation_plan
+from char_gru.kernels.plan.gpus import GPUS, precisions
+from char_gru.kernels.plan.training_step import training_step
 from char_gru.kernels.variants import VARIANTS, Variant
 
 ROOT = Path(__file__).parents[1]
 
 PAGES = (ROOT / "README.md", ROOT / "bench" / "RESULTS.md", ROOT / "kernels" / "README.md")
+
+PREDICTED_TEXTS = (1, 5, 64)
+"""Texts that are written at once, in the table of predictions."""
 
 WHOLE_JOBS = ("train_step", "generate", "time_to_loss")
 
@@ -209,9 +216,24 @@ def drift_table(results: Path) -> str:
     return f"{table}\n\nModel and run: {sizes}. {time}, commit {facts['commit']}."
 
 
+def predictions_table(results: Path) -> str:
+    """What the plans predict for the tutorial's model on an H100, from kernels/plan and not from results: a training
+    step, its floor, and a character of several texts at once."""
+    gpu, sizes, rows = GPUS["h100"], tutorial.SIZES, []
+    for precision in precisions(gpu):
+        step = training_step(gpu, tutorial.T, tutorial.B, sizes.V, sizes.E, sizes.H, sizes.layers, precision)
+        times = [sum(column) / 1e3 for column in zip(*((row.us, row.floor_us) for row in step))]
+        weights = precision if precision in WEIGHTS else "fp32"
+        plans = (generation_plan(gpu, R, sizes.V, sizes.H, sizes.layers, weights) for R in PREDICTED_TEXTS)
+        rows.append([precision, *map(_figures, times), *(f"{plan.predicted_us:.1f}" for plan in plans)])
+    texts = [f"us a character, {_count(R, 'text')}" for R in PREDICTED_TEXTS]
+    return (_table(["precision", "ms a step", "floor", *texts], rows)
+            + f"\n\nExpect a predicted time to be wrong by some {EXPECTED_ERROR:.0%}.")
+
+
 TABLES: Mapping[str, Callable[[Path], str]] = {
     "headline": headline, "kernels": kernels_table, "files": files_table, "devices": device_sections,
-    "plots": plots_table, "init": init_table, "drift": drift_table}
+    "plots": plots_table, "init": init_table, "drift": drift_table, "predictions": predictions_table}
 """The tables that a page can show, each a function of the folder of results."""
 
 
@@ -312,7 +334,8 @@ def _circumstances(entry: dict) -> str:
     rates = ", ".join(f"{_figures(rate / 1e9)} GFLOP/s in {precision}"
                       for precision, rate in ceilings.flop_per_second.items())
     costs = (f"; {_figures(1e6 * ceilings.launch_seconds)} us from launch to launch, "
-             f"{_figures(1e6 * ceilings.barrier_seconds)} us for a barrier among all blocks") * ("gpu" in facts)
+             f"{_figures(1e6 * ceilings.barrier_seconds)} us for a barrier among all blocks, "
+             f"{_figures(1e6 * ceilings.exchange_seconds)} us for an exchange of words among them") * ("gpu" in facts)
     return (f"{_libraries(facts)}. {_count(rounds, 'interleaved round')}; {facts['date']}, commit {facts['commit']}. "
             f"Ceilings: memory {_figures(ceilings.bytes_per_second / 1e9)} GB/s, the library's large product "
             f"{rates}{costs}.")

@@ -3,7 +3,7 @@
     python -m kernels --check [--json]                                 does this GPU compute what the reference says?
     python -m kernels [--arch sm_80 sm_90]                             registers and shared memory of every kernel
     python -m kernels --sass gru_forward_persistent --arch sm_90       what a turn of each loop executes
-    python -m kernels --plan --device-like h100                        how recurrence and generation would run on a GPU
+    python -m kernels --plan --device-like h100                        how a GPU would run a training step, and text
     python -m kernels --run gru_forward --sizes T=3,B=2,H=8 --trace    one op on the CPU: who loads, stores, waits
 """
 
@@ -18,9 +18,11 @@ from typing import NamedTuple
 
 from char_gru.kernels import sass
 from char_gru.kernels.modules import MODULES, PLANNED, modules_for
+from char_gru.kernels.plan.costs import EXPECTED_ERROR
 from char_gru.kernels.plan.generation import GenerationPlan, generation_plan
 from char_gru.kernels.plan.gpus import GPU, GPUS, precisions
 from char_gru.kernels.plan.recurrence import ELEMENT_BYTES, RecurrencePlan, backward_plan, forward_plan
+from char_gru.kernels.plan.training_step import table, training_step
 from char_gru.kernels.runtime import (
     ARCHITECTURES,
     CompileError,
@@ -33,13 +35,14 @@ from char_gru.kernels.runtime import (
 
 HEADER = ("architecture", "module", "constants", "kernel", "registers", "shared bytes", "spilled bytes")
 _CUT = RecurrencePlan._fields[RecurrencePlan._fields.index("groups"):] + ("registers", "shared_bytes")
-_GENERATION_CUT = GenerationPlan._fields[GenerationPlan._fields.index("groups"):]
+_GENERATION_CUT = GenerationPlan._fields[GenerationPlan._fields.index("groups"):-1]  # all but predicted_us
 _WIDTHS = (12, 23, 75, 23, 9, 12, 13)
 _ROOT = Path(__file__).parents[1]
 _OPTIONS = {"compile": ("arch",),
             "sass": ("arch",),
             "check": ("json",),
-            "plan": ("device_like", "precision", "batch_size", "rnn_units", "layers", "vocabulary"),
+            "plan": ("device_like", "precision", "batch_size", "rnn_units", "layers", "vocabulary", "seq_length",
+                     "embedding_dim"),
             "run": ("sizes", "precision", "variant", "order", "trace")}
 
 
@@ -124,8 +127,8 @@ def loops(stems: Sequence[str], arch: Sequence[str] = ("sm_90",)) -> int:
 
 
 def plan_lines(gpu: GPU, precision: str = "auto", batch_size: int = 64, rnn_units: int = 1024, layers: int = 1,
-               vocabulary: int = 66) -> Iterator[str]:
-    """How each layer's recurrence and the generation of text run on a GPU, and why.
+               vocabulary: int = 66, seq_length: int = 100, embedding_dim: int = 256) -> Iterator[str]:
+    """How each layer's recurrence and the generation of text run on a GPU, and why; then a training step as a timeline.
 
     Raises: ValueError for a precision that the GPU lacks.
     """
@@ -134,7 +137,7 @@ def plan_lines(gpu: GPU, precision: str = "auto", batch_size: int = 64, rnn_unit
     yield (f"{gpu.name}: {gpu.multiprocessors} multiprocessors, {gpu.shared_bytes >> 10} KiB of shared memory a block; "
            f"{batch_size} rows, {rnn_units} units, {precision}")
     for layer in range(layers):
-        V_out, V_in = vocabulary * (layer == layers - 1), vocabulary * (layer == 0)
+        V_out, V_in = vocabulary * (layer == layers - 1), vocabulary if layer == 0 else seq_length * batch_size
         for direction, plan in (
                 ("forward", forward_plan(gpu, batch_size, rnn_units, precision)),
                 ("backward", backward_plan(gpu, batch_size, rnn_units, precision, V_out=V_out, V_in=V_in))):
@@ -147,6 +150,10 @@ def plan_lines(gpu: GPU, precision: str = "auto", batch_size: int = 64, rnn_unit
         yield f"generation, {rows} row{'s' * (rows > 1)}: {plan.variant}; {plan.reason}"
         if plan.variant != "stepwise":
             yield "    " + " ".join(f"{name}={getattr(plan, name)}" for name in _GENERATION_CUT)
+    yield (f"a training step, {seq_length} characters of each row: microseconds as predicted, to be wrong by some "
+           f"{EXPECTED_ERROR:.0%}, the floor, and what a launch waits for most")
+    yield from table(training_step(gpu, seq_length, batch_size, vocabulary, embedding_dim, rnn_units, layers,
+                                   precision))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -194,7 +201,8 @@ def command(arguments: Sequence[str] | None = None) -> int:
                         help="compare every op, training and generation on this machine's GPU with the reference")
     parser.add_argument("--json", action="store_true", help="with --check: print one object of JSON")
     parser.add_argument("--plan", action="store_true",
-                        help="print how recurrence and generation run on a GPU; compile nothing")
+                        help="print how recurrence and generation run on a GPU, and what each launch of a training "
+                             "step is predicted to take; compile nothing")
     parser.add_argument("--run", metavar="OP", help="run the kernels of an op, such as gru_forward, on the CPU, print "
                                                     "their accesses and waits, and check their results; in a checkout")
     parser.add_argument("--precision", choices=("auto", *ELEMENT_BYTES), help="with --plan or --run (default: auto)")
@@ -204,6 +212,8 @@ def command(arguments: Sequence[str] | None = None) -> int:
     of_plan.add_argument("--rnn-units", type=_positive, help="(default: 1024)")
     of_plan.add_argument("--layers", type=_positive, help="(default: 1)")
     of_plan.add_argument("--vocabulary", type=_positive, help="(default: 66)")
+    of_plan.add_argument("--seq-length", type=_positive, help="(default: 100)")
+    of_plan.add_argument("--embedding-dim", type=_positive, help="(default: 256)")
     of_run = parser.add_argument_group("with --run")
     of_run.add_argument("--sizes", help="such as T=3,B=2,H=8 (default: small ones)")
     of_run.add_argument("--variant", help="of the op (default: chosen by its launcher)")

@@ -257,12 +257,34 @@ def test_ceilings_of_a_gpu_come_from_its_events(harness, monkeypatch):
     monkeypatch.setattr(devices, "COPIED_BYTES", 4096)
     monkeypatch.setattr(devices, "PROBE_LAUNCHES", 3)
     monkeypatch.setattr(devices, "PROBE_BARRIERS", 20)
+    monkeypatch.setattr(devices, "PROBE_LOADS", 50)
     ceilings = fake_gpu(harness).ceilings()
     assert ceilings.bytes_per_second == pytest.approx(2 * 4096 / 1e-3)
     assert ceilings.flop_per_second == pytest.approx({"fp32": 2e12, "bf16": 4e12})
     assert ceilings.launch_seconds == pytest.approx(1e-3 / 3)
-    assert ceilings.barrier_seconds == 0  # the fake driver's time does not depend on the queued kernels
+    # The fake driver's time does not depend on the queued kernels.
+    assert ceilings.barrier_seconds == ceilings.exchange_seconds == ceilings.load_seconds == 0
+    assert {"empty", "barriers", "exchanges", "loads"} == {launch.kernel for launch in harness.launches}
     assert max(launch.group_barriers for launch in harness.launches if launch.kernel == "barriers") == 21 * 8
+
+
+def test_every_block_waits_for_the_words_of_all_in_each_exchange(harness):
+    """Launches share words and counters; the last words of both halves are those of the last two exchanges."""
+    words, counters = harness.zeros((2, 5, 2), np.uint64), harness.zeros((1, 32), np.uint32)
+    source = runtime.assemble("probes.cu", devices.PROBES.read_text(), {})
+    for count in (1, 4, 2):
+        harness.launch(source, "exchanges", (5, 1, 1), (64, 1, 1), [words, counters, np.int32(count)], 0, True)
+    assert counters[0, 0] == 7 and not counters[0, 1:].any()
+    assert (words >> 32).tolist() == [[[7, 7]] * 5, [[6, 6]] * 5]
+    assert (words % 2**32).tolist() == [[[1, 1]] * 5, [[0, 0]] * 5]  # of the last launch, counted from block to block
+
+
+def test_loads_come_to_other_lines_of_l2_each_time():
+    following, place, lines = devices.next_places(), 0, set()
+    for _ in range(devices.PROBE_LOADS):
+        lines.add(place // devices.LINE_WORDS)
+        place = following[place]
+    assert len(lines) == devices.PROBE_LOADS
 
 
 def test_ceilings_of_a_cpu_are_positive(monkeypatch):
@@ -284,7 +306,7 @@ def test_probes_compile(architecture):
 # Floors
 
 def test_floor_is_the_slower_of_memory_and_arithmetic_plus_launches_and_barriers():
-    ceilings = floors.Ceilings(1e9, {"fp32": 1e12, "bf16": 4e12}, 1e-6, 2e-6)
+    ceilings = floors.Ceilings(1e9, {"fp32": 1e12, "bf16": 4e12}, 1e-6, barrier_seconds=3e-6, exchange_seconds=2e-6)
     work = floors.Work(flop=8 * 10**9, bytes=10**6, launches=3, barriers=5)
     assert floors.floor_seconds(work, ceilings, "fp32") == pytest.approx(8e-3 + 3e-6 + 10e-6)
     assert floors.floor_seconds(work._replace(flop=0), ceilings, "bf16") == pytest.approx(1e-3 + 13e-6)

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import devices
+from bench import devices, fit
 from bench.devices import Gpu, queued_sample
+from char_gru.kernels.plan.gpus import GPU
 from tests import cuda_device
 from tests.helpers.commands import TINY, make_text
 from tests.test_bench import BENCHMARKS, measured, one_call_a_sample
@@ -30,8 +31,8 @@ def gpu(executor, device, monkeypatch) -> Gpu:
 
 def test_facts_name_the_gpu_and_the_versions(gpu, request):
     facts, name = gpu.facts(), request.config.getoption("device_like")
-    assert facts["gpu"] == cuda_device.gpu_named(name).name
-    assert facts.keys() == {"gpu", "cupy", "driver", "cuda_runtime", "nvrtc"}
+    assert fit.gpu_of({"machine": facts}) == cuda_device.gpu_named(name)
+    assert facts.keys() == {"gpu", *GPU._fields[1:], "cupy", "driver", "cuda_runtime", "nvrtc"}
     assert facts["driver"] == f"for CUDA {facts['cuda_runtime'].partition('.')[0]}.0"
     assert "fp32" in gpu.precisions and gpu.cache_bytes > 0
 
@@ -62,8 +63,10 @@ def test_ceilings_are_measured(gpu, monkeypatch):
     monkeypatch.setattr(devices, "COPIED_BYTES", 4096)
     monkeypatch.setattr(devices, "PROBE_LAUNCHES", 3)
     monkeypatch.setattr(devices, "PROBE_BARRIERS", 4)
+    monkeypatch.setattr(devices, "PROBE_LOADS", 5)
     ceilings = gpu.ceilings()
     assert ceilings.bytes_per_second > 0 and ceilings.launch_seconds >= 0 and ceilings.barrier_seconds >= 0
+    assert ceilings.exchange_seconds >= 0 and ceilings.load_seconds >= 0
 
 
 @pytest.mark.slow

@@ -322,9 +322,9 @@ T4 = GPU("T4", 75, 40, 64 * 1024)
 
 
 @pytest.mark.parametrize("gpu, R, layers, weights, variant, groups", [
-    (H100, 1, 1, "fp32", "persistent-all-draw", 1), (H100, 1, 1, "bf16", "persistent-all-draw", 1),
+    (H100, 1, 1, "fp32", "persistent", 1), (H100, 1, 1, "bf16", "persistent-all-draw", 1),
     (H100, 2, 1, "fp32", "persistent", 1), (H100, 5, 1, "fp32", "persistent", 1),
-    (A100, 1, 1, "bf16", "persistent-all-draw", 1), (RTX_4090, 1, 1, "bf16", "persistent-all-draw", 1),
+    (A100, 1, 1, "bf16", "persistent", 1), (RTX_4090, 1, 1, "bf16", "persistent-all-draw", 1),
     (H100, 1, 2, "bf16", "persistent-all-draw", 1), (T4, 64, 1, "fp32", "stepwise", 0),
 ])
 def test_plan_of_the_tutorial_model(gpu, R, layers, weights, variant, groups):
@@ -347,7 +347,7 @@ def test_weights_that_do_not_fit_come_through_l2_where_that_is_quicker(gpu, R, w
 
 
 def test_the_plan_says_why_it_is_stepwise():
-    assert generation_plan(T4, 1, 66, 2048, 1).reason.startswith("for any sizes; predicted: stepwise 166.7 us, pers")
+    assert generation_plan(T4, 1, 66, 2048, 1).reason.startswith("for any sizes; predicted: stepwise 169.3 us, pers")
     assert "; persistent would take 254 KiB of shared memory a block" in generation_plan(T4, 64, 66, 1024, 1).reason
 
 

@@ -5,6 +5,10 @@ import json
 import pytest
 
 from bench import report
+from char_gru.kernels.plan.costs import EXPECTED_ERROR
+from char_gru.kernels.plan.generation import generation_plan
+from char_gru.kernels.plan.gpus import GPUS
+from char_gru.kernels.plan.training_step import training_step
 from char_gru.kernels.variants import VARIANTS
 
 MACHINE = {"cpu": "Some CPU", "cores": 2, "system": "Linux 6", "python": "3.11.7", "numpy": "2.4.6",
@@ -17,7 +21,7 @@ GPU = {"gpu": "NVIDIA X", "driver": "for CUDA 13.0", "cuda_runtime": "13.0", "cu
 def entry(benchmark, sizes, seconds, tutorial=True, gpu=False, work=(10**9, 10**6, 1, 2), **notes) -> dict:
     """Results in fp32, or of a GPU in the precision that each name ends with."""
     ceilings = {"bytes_per_second": 1e9, "flop_per_second": dict.fromkeys(("fp32", "tf32", "bf16"), 1e12),
-                "launch_seconds": gpu * 1e-5, "barrier_seconds": gpu * 1e-6}
+                "launch_seconds": gpu * 1e-5, "barrier_seconds": gpu * 2e-6, "exchange_seconds": gpu * 1e-6}
     candidates = {name: {"precision": name.split()[-1] if gpu else "fp32", "seconds": values, "host_bound": False}
                   | notes for name, values in seconds.items()}
     return {"benchmark": benchmark, "sizes": sizes, "tutorial": tutorial, "machine": MACHINE | (GPU if gpu else {}),
@@ -124,13 +128,28 @@ def test_device_has_a_heading_its_circumstances_and_a_table_of_each_kind(results
         "### Each op by itself", report.ops_table([ADAM])])
 
 
+def test_predictions_are_those_of_the_plans(results):
+    lines = report.predictions_table(results).splitlines()
+    assert lines[0] == ("| precision | ms a step | floor | us a character, 1 text | us a character, 5 texts | "
+                        "us a character, 64 texts |")
+    rows = {line.split(" | ")[0].removeprefix("| "): line.removesuffix(" |").split(" | ")[1:] for line in lines[2:5]}
+    step = training_step(GPUS["h100"], 100, 64, 66, 256, 1024, 1, "bf16")
+    assert [float(cell) for cell in rows["bf16"][:2]] == [
+        pytest.approx(sum(column) / 1e3, rel=5e-3) for column in zip(*((row.us, row.floor_us) for row in step))]
+    assert rows["bf16"][2:] == [
+        f"{generation_plan(GPUS['h100'], R, 66, 1024, 1, 'bf16').predicted_us:.1f}" for R in (1, 5, 64)]
+    assert rows["tf32"][2:] == rows["fp32"][2:] != rows["bf16"][2:]  # text is written in fp32 then
+    assert lines[-1] == f"Expect a predicted time to be wrong by some {EXPECTED_ERROR:.0%}."
+
+
 def test_gpu_comes_first_with_its_driver_and_what_launches_and_barriers_cost(results):
     on_gpu = entry("adam", {"N": 10}, {"char-gru fp32": [0.001]}, gpu=True)
     (results / "cuda-nvidia-x.json").write_text(json.dumps({"adam": on_gpu}))
     sections = report.device_sections(results)
     assert sections.startswith("## NVIDIA X\n\nNVIDIA X, driver for CUDA 13.0, CUDA 13.0, CuPy 14.2, Some CPU, 2 core")
     assert "Keras not installed and so left out, FlashRNN 1.0. 1 interleaved round;" in sections
-    assert "10.0 us from launch to launch, 1.00 us for a barrier among all blocks." in sections
+    assert ("10.0 us from launch to launch, 2.00 us for a barrier among all blocks, 1.00 us for an exchange of words "
+            "among them.") in sections
     assert sections.index("## NVIDIA X") < sections.index("## Some CPU")
 
 
@@ -196,7 +215,7 @@ def test_only_the_text_between_markers_is_replaced(results):
 
 def test_table_without_results_is_empty(results):
     (results / "cpu-some-cpu.json").unlink()
-    for name in report.TABLES.keys() - {"kernels", "files"}:
+    for name in report.TABLES.keys() - {"kernels", "files", "predictions"}:
         text = f"<!-- table: {name} -->\n<!-- end -->\n"
         assert report.filled(text.replace("<!-- end", "old\n<!-- end"), results) == text
 

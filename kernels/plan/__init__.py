@@ -2,8 +2,10 @@
 
 Plain arithmetic on data sheets: nothing here launches, compiles or needs a GPU.
 
-    gpus.py         the GPUs known by name, and what a multiprocessor of each generation does per cycle
-    products.py     matrix products: variant, tile, split along K
-    recurrence.py   the recurrence, forward and backward: persistent or stepwise; groups, splits, registers
-    generation.py   writing text: persistent, batched or stepwise
+    costs.py           what a predicted time is made of
+    gpus.py            the GPUs known by name, and the terms of each generation
+    products.py        matrix products: variant, tile, split along K
+    recurrence.py      the recurrence, forward and backward: persistent or stepwise; groups, splits, registers
+    generation.py      writing text: persistent, batched or stepwise
+    training_step.py   a training step: each launch, what it is predicted to take, and what bounds it
 """

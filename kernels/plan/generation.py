@@ -5,8 +5,8 @@
     persistent-all-draw   the same; every block draws all characters of its group, which saves a barrier per character
     batched               one launch, for one layer and many rows, on tensor cores (generate_batched.cu)
 
-Each variant has a section below: its plans, the dynamic shared memory of its kernel, and the cycles of a multiprocessor
-that a character of every row takes, by the rates and latencies of plan/recurrence.py. Cycles serve to rank the plans.
+Each variant has a section below: its plans, the dynamic shared memory of its kernel, and what a character of every row
+waits for, in the terms of costs.py.
 """
 
 import functools
@@ -14,14 +14,12 @@ import operator
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from char_gru.kernels.plan.costs import Parts, Rates
 from char_gru.kernels.plan.gpus import GPU, rates_of
 from char_gru.kernels.plan.recurrence import (
-    BARRIER_CYCLES,
     CELL_CYCLES,
-    LAUNCH_US,
     REGISTERS,
     REGISTERS_OTHER,
-    SHARED_RATE,
     THREADS,
     WARPS,
     accumulators,
@@ -43,7 +41,8 @@ MAX_ROWS = 8  # of states that a warp multiplies its weights with in fp32; more 
 CHUNK = 128  # elements of k in a stage of the ring of state buffers
 STAGES = (8, 4, 2)  # of the ring
 TILE_UNITS = (1, 2, 4)  # of a warp's tile, which is GATES times as many rows of a matrix
-STAGE_LATENCY, L2_LATENCY = 130, 300  # cycles: of a stage of the ring, and of weights that come through L2
+STAGE_LATENCY = 130  # cycles of a stage of the ring
+WORD_BYTES = 8  # of a state or a partial logit that blocks hand each other, with its tag
 
 STEP_K = 8  # batched: elements of k that a warp multiplies in a step
 PRECISION_3XTF32 = 3  # as precision numbers go in the kernels
@@ -66,6 +65,7 @@ class GenerationPlan(NamedTuple):
     stage_rows: int = 0  # persistent: rows of states in a stage of the ring
     shared_bytes: int = 0
     off_chip: int = 0  # persistent: columns of W_hh and W_ih that are read through L2 in every step
+    predicted_us: float = 0.0  # of a character of every row
 
     def fits(self, gpu: GPU) -> bool:
         """Whether a block gets the shared memory that it asks for."""
@@ -92,12 +92,12 @@ def generation_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
     """The best plan of each variant that a GPU can run with these sizes, the quickest first, as predicted."""
     persistent = list(_persistent_plans(gpu, R, V, H, layers, weights))
     batched = sorted(_batched_plans(gpu, R, V, H, layers, weights), key=operator.itemgetter(0))[:1]
-    stepwise = (_stepwise_cycles(gpu, R, V, H, layers),
+    stepwise = (_stepwise_parts(gpu, R, V, H, layers, rates_of(gpu)).cycles,
                 GenerationPlan("stepwise", "for any sizes", constants(R, weights)))
-    fitting = sorted([(cycles, plan) for cycles, plan in (*persistent, *batched, stepwise) if plan.fits(gpu)],
+    fitting = sorted([(cycles, plan._replace(predicted_us=rates_of(gpu).microseconds(cycles)))
+                      for cycles, plan in (*persistent, *batched, stepwise) if plan.fits(gpu)],
                      key=operator.itemgetter(0))
-    megahertz = rates_of(gpu).gigahertz * 1000
-    notes = ["predicted: " + ", ".join(f"{plan.variant} {cycles / megahertz:.1f} us" for cycles, plan in fitting)
+    notes = ["predicted: " + ", ".join(f"{plan.variant} {plan.predicted_us:.1f} us" for _, plan in fitting)
              + " a character"]
     notes += [f"{plan.variant} would take {kib(plan.shared_bytes)} of shared memory a block"
               for _, plan in persistent if not plan.fits(gpu)]
@@ -121,9 +121,17 @@ def padded_width(H: int) -> int:
     return round_up(H, 8)
 
 
-def _weights_rate(gpu: GPU) -> int:
+def character_parts(gpu: GPU, plan: GenerationPlan, R: int, V: int, H: int, layers: int, rates: Rates) -> Parts:
+    """What a character of R rows waits for."""
+    if plan.variant == "batched":
+        return _batched_parts(plan, V, rates)
+    if plan.variant == "stepwise":
+        return _stepwise_parts(gpu, R, V, H, layers, rates)
+    return _persistent_parts(gpu, plan, V, H, layers, rates)
+
+
+def _weights_rate(gpu: GPU, rates: Rates) -> float:
     """Bytes of weights off chip that a multiprocessor reads per cycle."""
-    rates = rates_of(gpu)
     return rates.memory if gpu.capability in LITTLE_L2 else rates.l2
 
 
@@ -135,13 +143,13 @@ def _logits_bytes(V: int) -> int:
 
 # ---- Stepwise -------------------------------------------------------------------------------------------------------
 
-def _stepwise_cycles(gpu: GPU, R: int, V: int, H: int, layers: int) -> float:
+def _stepwise_parts(gpu: GPU, R: int, V: int, H: int, layers: int, rates: Rates) -> Parts:
     """A launch for each layer and two for drawing; and for each tile of rows all weights, multiplied as they come
     through L2."""
-    rates, weights, rows = rates_of(gpu), ((2 * layers - 1) * GATES * H + V) * H, tile_rows(R)
-    launches = (layers + 2) * LAUNCH_US * 1000 * rates.gigahertz
-    product = ceil_div(R, rows) * weights * max(4 / _weights_rate(gpu), rows / rates.multiply["fp32"])
-    return launches + product / gpu.multiprocessors + DRAW_CYCLES
+    weights, rows = ((2 * layers - 1) * GATES * H + V) * H, tile_rows(R)
+    product = rates.overlapped(gather=4 / _weights_rate(gpu, rates), multiply=rows / rates.multiply["fp32"])
+    return (product * (ceil_div(R, rows) * weights / gpu.multiprocessors)
+            + Parts(launch=(layers + 2) * rates.launch, cell=DRAW_CYCLES))
 
 
 # ---- Persistent -----------------------------------------------------------------------------------------------------
@@ -161,11 +169,11 @@ def _persistent_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
     fitting = [plan for plan in plans if plan.fits(gpu)] or plans
     on_chip = [plan for plan in fitting if plan.fits(gpu) and not plan.off_chip]
     best = (min(on_chip, key=lambda plan: (_warp_work(plan), -plan.groups)) if on_chip else
-            min(fitting, key=lambda plan: _persistent_cycles(gpu, plan, V, H, layers)))
+            min(fitting, key=lambda plan: _persistent_parts(gpu, plan, V, H, layers, rates_of(gpu)).cycles))
     for draws, variant in enumerate(PERSISTENT):
         plan = best._replace(variant=variant, constants=best.constants | {"DRAWS": draws})
         plan = plan._replace(reason=_persistent_reason(plan, H, layers, weights))
-        yield _persistent_cycles(gpu, plan, V, H, layers), plan
+        yield _persistent_parts(gpu, plan, V, H, layers, rates_of(gpu)).cycles, plan
 
 
 def _persistent_plan(gpu: GPU, group_rows: int, R: int, V: int, H: int, layers: int, weights: str) -> GenerationPlan:
@@ -225,37 +233,34 @@ def _persistent_reason(plan: GenerationPlan, H: int, layers: int, weights: str) 
             f"barrier{'s' * (barriers > 1)} per character")
 
 
-def _persistent_cycles(gpu: GPU, plan: GenerationPlan, V: int, H: int, layers: int) -> float:
-    """The product with W_hh overlaps a barrier, except with one layer and all-draw, where it follows the only barrier.
-    The partial_logits of a row come from all blocks, through L2."""
-    rates, W_hh = rates_of(gpu), _product_cycles(gpu, plan, H)
-    partial_logits = plan.blocks * V * 4 / rates.l2
-    publishing = plan.group_rows * plan.units * V / rates.multiply["fp32"]  # a block's own partial_logits
-    first_layer = max(BARRIER_CYCLES, W_hh) if layers > 1 else BARRIER_CYCLES + W_hh
-    drawing = {
-        "persistent": (BARRIER_CYCLES + max(BARRIER_CYCLES, W_hh) - first_layer + publishing
-                       + ceil_div(plan.group_rows, plan.blocks) * (partial_logits + DRAW_CYCLES)),
-        "persistent-all-draw": publishing + plan.group_rows * (partial_logits + DRAW_CYCLES),
-    }
-    layers_above = (layers - 1) * (max(BARRIER_CYCLES, W_hh) + W_hh)
-    return first_layer + drawing[plan.variant] + layers_above + layers * CELL_CYCLES
+def _persistent_parts(gpu: GPU, plan: GenerationPlan, V: int, H: int, layers: int, rates: Rates) -> Parts:
+    """The product with W_hh overlaps a chain, except with one layer and all-draw, where it follows the only chain. The
+    partial_logits of a row come from all blocks, through L2."""
+    W_hh, chain = _product_parts(gpu, plan, H, rates), Parts(chain=rates.chain)
+    beside_W_hh = max(chain, W_hh, key=operator.attrgetter("cycles"))
+    drawing = Parts(gather=plan.blocks * V * WORD_BYTES / rates.l2, cell=DRAW_CYCLES)  # of a row
+    publishing = Parts(multiply=plan.group_rows * plan.units * V / rates.multiply["fp32"])  # own partial_logits
+    parts = publishing + Parts(cell=layers * CELL_CYCLES) + (beside_W_hh + W_hh) * (layers - 1)
+    if plan.variant == "persistent":
+        return parts + chain + beside_W_hh + drawing * ceil_div(plan.group_rows, plan.blocks)
+    return parts + drawing * plan.group_rows + (beside_W_hh if layers > 1 else chain + W_hh)
 
 
-def _product_cycles(gpu: GPU, plan: GenerationPlan, H: int) -> float:
-    """Cycles of the product of one matrix with the states of a group, the longest of: the states through L2; both
-    operands through shared memory, or weights through L2; the multiply-adds, and one operation to unpack each weight of
-    bf16; the latency of the stages of the ring. To these comes a wait for each chunk of weights through L2."""
-    rates, rows, bf16, width = rates_of(gpu), plan.constants["ROWS"], plan.constants["BF16"], padded_width(H)
+def _product_parts(gpu: GPU, plan: GenerationPlan, H: int, rates: Rates) -> Parts:
+    """The product of one matrix with the states of a group. Overlapped: the states through L2; both operands through
+    shared memory; weights through L2; the multiply-adds, and one operation to unpack each weight of bf16; the latency
+    of the stages of the ring. To these comes a wait for each chunk of weights through L2."""
+    rows, bf16, width = plan.constants["ROWS"], plan.constants["BF16"], padded_width(H)
     passes, row_tiles = ceil_div(plan.group_rows, plan.stage_rows), ceil_div(plan.group_rows, rows)
     gates, tile = GATES * plan.units, GATES * plan.constants["TILE_UNITS"]
-    rounds = ceil_div(gates, tile * WARPS)
-    loads = (((width - plan.off_chip) / SHARED_RATE + plan.off_chip / _weights_rate(gpu)) * 4 / (1 + bf16)
-             + width * 4 * rows / tile / SHARED_RATE)
-    multiply = width * (rows + bf16) / rates.multiply["fp32"]
-    gather = rounds * plan.group_rows * width * 4 / rates.l2
-    latency = passes * rounds * ceil_div(width, CHUNK) * STAGE_LATENCY
-    return (max(gather, gates * row_tiles * max(loads, multiply), latency)
-            + passes * rounds * ceil_div(plan.off_chip, CHUNK) * L2_LATENCY)
+    rounds, weight_bytes = ceil_div(gates, tile * WARPS), 4 / (1 + bf16)
+    product = rates.overlapped(
+        gather=(rounds * plan.group_rows * width * WORD_BYTES / rates.l2
+                + gates * row_tiles * plan.off_chip * weight_bytes / _weights_rate(gpu, rates)),
+        weights=(gates * row_tiles * ((width - plan.off_chip) * weight_bytes + width * 4 * rows / tile) / rates.shared),
+        multiply=gates * row_tiles * width * (rows + bf16) / rates.multiply["fp32"],
+        latency=passes * rounds * ceil_div(width, CHUNK) * STAGE_LATENCY)
+    return product + Parts(latency=passes * rounds * ceil_div(plan.off_chip, CHUNK) * rates.l2_latency)
 
 
 # ---- Batched --------------------------------------------------------------------------------------------------------
@@ -290,7 +295,7 @@ def _batched_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
                       "2 barriers per character")
             plan = GenerationPlan("batched", reason, module, groups, group_rows, blocks, units,
                                   shared_bytes=shared_bytes)
-            yield _batched_cycles(gpu, plan, V), plan
+            yield _batched_parts(plan, V, rates_of(gpu)).cycles, plan
 
 
 def _step_bytes(columns: int, bf16: int) -> int:
@@ -305,22 +310,17 @@ def _batched_other_bytes(V: int, group_rows: int, units: int) -> int:
     return _logits_bytes(V) + 4 * units * (padded_rows + GATES * group_rows + (GATES + 1) * V + GATES)
 
 
-def _batched_cycles(gpu: GPU, plan: GenerationPlan, V: int) -> float:
-    """One barrier counts: the barrier after the drawing overlaps the product of the next step."""
-    rates, drawn = rates_of(gpu), ceil_div(plan.group_rows, plan.blocks)
-    publishing = plan.group_rows * plan.units * V / rates.multiply["fp32"]  # a block's own partial_logits
-    drawing = drawn * (DRAW_CYCLES + plan.blocks * V * 4 / rates.l2)
-    return BARRIER_CYCLES + CELL_CYCLES + _batched_product_cycles(gpu, plan) + publishing + drawing
-
-
-def _batched_product_cycles(gpu: GPU, plan: GenerationPlan) -> float:
-    """For each tile of rows, the longest of gathering the states, multiplying in 3xTF32, and reading the weights; then
-    the reduction of the warps' sums. All rows and columns of a tile count, used or not. Each tile after the first adds
-    a latency, as long as that of the cell."""
-    rates, (_, bf16, rows, columns, k_steps, register_steps) = rates_of(gpu), plan.constants.values()
+def _batched_parts(plan: GenerationPlan, V: int, rates: Rates) -> Parts:
+    """One barrier counts: the barrier after the drawing overlaps the product of the next step. For each tile of rows,
+    gathering the states, multiplying in 3xTF32 and reading the weights overlap; then come the reduction of the warps'
+    sums, and the gates. All rows and columns of a tile count, used or not."""
+    _, bf16, rows, columns, k_steps, register_steps = plan.constants.values()
     columns, tiles = round_up(columns, 8), ceil_div(plan.group_rows, rows)
-    gather = rows * k_steps * WARPS * STEP_K * 4 / rates.l2
-    multiply = (3 - bf16) * rows * columns * k_steps * WARPS * STEP_K / rates.multiply["tf32"]
-    shared = (k_steps - register_steps) * _step_bytes(columns, bf16) / SHARED_RATE
-    reduction = 2 * WARPS * rows * columns * 4 / SHARED_RATE
-    return tiles * (max(gather, multiply, shared) + reduction) + (tiles - 1) * CELL_CYCLES
+    tile = rates.overlapped(
+        gather=rows * k_steps * WARPS * STEP_K * 4 / rates.l2,
+        multiply=(3 - bf16) * rows * columns * k_steps * WARPS * STEP_K / rates.multiply["tf32"],
+        weights=(k_steps - register_steps) * _step_bytes(columns, bf16) / rates.shared)
+    tile += Parts(latency=rates.l2_latency, cell=CELL_CYCLES + 2 * WARPS * rows * columns * 4 / rates.shared)
+    drawing = Parts(gather=plan.blocks * V * 4 / rates.l2, cell=DRAW_CYCLES)  # of a row
+    publishing = Parts(multiply=plan.group_rows * plan.units * V / rates.multiply["fp32"])  # own partial_logits
+    return Parts(chain=rates.barrier) + tile * tiles + publishing + drawing * ceil_div(plan.group_rows, plan.blocks)

@@ -1,6 +1,9 @@
-"""The GPUs that a plan can be made for, and how fast a multiprocessor of each generation is."""
+"""The GPUs that a plan can be made for, and the terms of each generation that predicted times are made of (costs.py).
+"""
 
 from typing import NamedTuple
+
+from char_gru.kernels.plan.costs import Rates
 
 
 class GPU(NamedTuple):
@@ -12,18 +15,6 @@ class GPU(NamedTuple):
     shared_bytes: int  # the most that one block may ask for; one such block fits into a multiprocessor
 
 
-class Rates(NamedTuple):
-    """The work of one multiprocessor per cycle while all multiprocessors are busy, and the clock rate."""
-
-    gigahertz: float
-    l2: int  # bytes that come through L2
-    memory: int  # bytes that come from or go to memory
-    multiply: dict[str, int]  # precision -> multiply-adds
-
-
-# FFMA: 0.6 of its peak, which leaves issue slots for loads. Tensor cores: 0.62 of the peak on sm_90, where only wgmma
-# reaches it, elsewhere 0.9. For sm_86, 89 and 120 the peak of GeForce cards; some other cards
-# have twice as much.
 RATES = {
     75: Rates(1.59, 20, 5, {"fp32": 38}),
     80: Rates(1.41, 24, 11, {"fp32": 38, "tf32": 460, "bf16": 920}),

@@ -1,5 +1,6 @@
 """How a matrix product is cut: tiled, or multistage where a GPU has asynchronous copies and the product is large."""
 
+import functools
 from typing import NamedTuple
 
 from char_gru.kernels.plan.gpus import GPU
@@ -38,6 +39,7 @@ class ProductPlan(NamedTuple):
         return multistage_shared_bytes(self.TILE_M) if self.variant == "multistage" else 0
 
 
+@functools.lru_cache
 def product_plan(gpu: GPU, M: int, N: int, K: int, precision: str, operand_bytes: int, aligned: bool,
                  variant: str | None = None, tile: int | None = None) -> ProductPlan:
     """The plan for C (M, N) = A (M, K) B (K, N), equal for equal sizes on equal GPUs.

@@ -16,25 +16,26 @@ steps in shared memory. The backward launch may do two more things, where they f
 share of dh, dlogits W_out, as V more rows of K (`fused_output_steps` steps of each warp), and sum di by character
 (`sums_on_chip`).
 
-A step costs, in cycles of a multiprocessor, whose rates are in RATES:
+A step costs, in the terms of costs.py:
 
-    barrier          BARRIER_CYCLES; twice where K is split
-    for each of the row tiles, the longest of
+    chain            from the store of a word with a tag to the poll that finds it; once more where K is split
+    for each of the row tiles, overlapped,
         gather       rows x K / splits words through L2
         multiply     rows x columns x K / splits, padded
         weights      the weights in shared memory, read once
+        issue        the product's instructions beside FFMA, counted in the machine code: of tensor cores, loads of
+                     weights, and INSTRUCTIONS_PER_VALUE for each gathered value
       and then
-        exchange     rows x columns partial sums: those of the other splits' units written, as many read, through L2
-        reduction    rows x columns sums of 8 warps, written to shared memory and read
-        gates        CELL_CYCLES: the latency of the first load and the last, arithmetic
+        gather       where K is split: rows x columns partial sums as words of 8 bytes, those of the other splits' units
+                     written, as many read
+        cell         rows x columns sums of 8 warps, written to shared memory and read; CELL_CYCLES
     elsewhere        other launches, where they compute dh or di, through memory: 8 B H bytes for dh, 16 B H for di
 
-and never less than memory takes for the states and gates of a step, 20 B H bytes written forward, 32 B H read and
-written backward. Stepwise (gru.cu), a step is a launch, LAUNCH_US after the one before, whose waves of tiles bring both
+A chain passes while the block loads and saves the numbers of its elements, INSTRUCTIONS_PER_ELEMENT each, and works on
+the other row tiles of its group. A step is never shorter than memory takes for its states and gates, 20 B H bytes
+written forward, 32 B H read and written backward. Stepwise (gru.cu), a step is a launch whose waves of tiles bring both
 operands through L2; as if L2 held W_hh, which flatters it on a GPU with a smaller L2. Neither estimate includes the
-costs that arise once per launch, such as bringing the weights on chip.
-
-Rates and latencies come from data sheets and from other people's measurements; they rank the cuts, and no more.
+costs that arise once per launch, such as bringing the weights on chip: training_step.py adds them.
 """
 
 import functools
@@ -43,6 +44,7 @@ import operator
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from char_gru.kernels.plan.costs import Parts, Rates
 from char_gru.kernels.plan.gpus import GPU, precisions, rates_of
 from char_gru.kernels.sizes import ceil_div, kib, round_up
 
@@ -59,10 +61,9 @@ REGISTERS_OTHER = 72  # of a thread: addresses, counters, sums of other warps
 REGISTERS_PER_ELEMENT = {"forward": 8, "backward": 12}  # of a thread; an element: a row and a unit that it finishes
 STEPWISE_ROWS, STEPWISE_COLUMNS = 32, 48  # a tile of gru.cu
 
-BARRIER_CYCLES = 1900  # from the arrival of the last block to the first load after the barrier
-CELL_CYCLES = 600  # a row tile's loads and arithmetic that nothing hides
-LAUNCH_US = 2.0  # from one node of a CUDA graph to the next
-SHARED_RATE = 128  # bytes of shared memory per cycle
+CELL_CYCLES = 400  # of a row tile: the latency of its gates, and three barriers of the block
+INSTRUCTIONS_PER_VALUE = 2  # of a thread, for a gathered value: its share of a word loaded, compared, unpacked
+INSTRUCTIONS_PER_ELEMENT = {"forward": 115, "backward": 200}  # of a thread, to load and save the numbers of an element
 
 
 class RecurrencePlan(NamedTuple):
@@ -259,7 +260,7 @@ def _plan(gpu: GPU, stepwise: RecurrencePlan, variant: str) -> RecurrencePlan:
     if stepwise.precision not in precisions(gpu):
         expected = " or ".join(precisions(gpu))
         raise ValueError(f"precision: expected {expected} on {gpu.name}, got {stepwise.precision!r}")
-    stepwise = stepwise._replace(predicted_us=_microseconds(gpu, stepwise, _stepwise_cycles(gpu, stepwise)))
+    stepwise = stepwise._replace(predicted_us=_predicted_us(gpu, stepwise))
     if variant == "stepwise":
         return stepwise._replace(reason=f"as asked for; predicted {stepwise.predicted_us:.1f} us")
     persistent = list(_persistent_plans(gpu, stepwise))
@@ -272,9 +273,8 @@ def _plan(gpu: GPU, stepwise: RecurrencePlan, variant: str) -> RecurrencePlan:
         if variant == "persistent":
             raise ValueError(f"variant: {misfit}")
         return stepwise._replace(reason=f"{misfit}; predicted {stepwise.predicted_us:.1f} us")
-    cycles = [_persistent_cycles(gpu, plan) for plan in fitting]
-    best = fitting[cycles.index(min(cycles))]
-    best = best._replace(predicted_us=_microseconds(gpu, best, min(cycles)))
+    predicted_us = [_predicted_us(gpu, plan) for plan in fitting]
+    best = fitting[predicted_us.index(min(predicted_us))]._replace(predicted_us=min(predicted_us))
     reason = f"{_described(best)}; predicted {best.predicted_us:.1f} us, stepwise {stepwise.predicted_us:.1f} us"
     chosen = stepwise if variant == "auto" and stepwise.predicted_us < best.predicted_us else best
     return chosen._replace(reason=reason)
@@ -330,46 +330,58 @@ def _described(plan: RecurrencePlan) -> str:
 
 # Costs
 
-def _persistent_cycles(gpu: GPU, plan: RecurrencePlan) -> float:
-    rates, sums = rates_of(gpu), plan.rows * plan.columns
-    steps = plan.k_steps + plan.fused_output_steps
-    gather = _gathered_bytes(plan) / rates.l2
-    multiply = sums * steps * WARPS * plan.step_k / rates.multiply[plan.precision]
-    weights = plan.weights_bytes(steps - plan.register_steps) / SHARED_RATE
-    exchange = 2 * sums * 8 / rates.l2 if plan.splits > 1 else 0
-    reduction = 2 * WARPS * sums * 4 / SHARED_RATE
-    barriers = BARRIER_CYCLES * (2 if plan.splits > 1 else 1)
-    tile = max(gather, multiply, weights) + exchange + reduction + CELL_CYCLES
-    return barriers + plan.row_tiles * tile + _elsewhere_cycles(gpu, plan)
+def step_parts(gpu: GPU, plan: RecurrencePlan, rates: Rates) -> Parts:
+    """What a step waits for in the plan's own launch; stepwise, in the launch of a step."""
+    parts = _stepwise_parts(gpu, plan, rates) if plan.variant == "stepwise" else _persistent_parts(plan, rates)
+    memory = Parts(memory=_memory_cycles(gpu, rates, (20 if plan.direction == "forward" else 32) * plan.B * plan.H))
+    return max(parts, memory, key=operator.attrgetter("cycles"))
 
 
-def _stepwise_cycles(gpu: GPU, plan: RecurrencePlan) -> float:
-    rates = rates_of(gpu)
+def _persistent_parts(plan: RecurrencePlan, rates: Rates) -> Parts:
+    sums, steps = plan.rows * plan.columns, plan.k_steps + plan.fused_output_steps
+    tile = rates.overlapped(
+        gather=_gathered_bytes(plan) / rates.l2,
+        multiply=sums * steps * WARPS * plan.step_k / rates.multiply[plan.precision],
+        weights=plan.weights_bytes(steps - plan.register_steps) / rates.shared,
+        issue=WARPS * steps * _step_instructions(plan) / rates.issue)
+    tile += Parts(cell=CELL_CYCLES + 2 * WARPS * sums * 4 / rates.shared)
+    if plan.splits > 1:
+        tile += Parts(gather=2 * sums * 8 * (plan.splits - 1) / plan.splits / rates.l2, chain=rates.chain)
+    saving = Parts(issue=WARPS * plan.finished_elements * INSTRUCTIONS_PER_ELEMENT[plan.direction] / rates.issue)
+    return max(tile + Parts(chain=rates.chain), (tile + saving) * plan.row_tiles, key=operator.attrgetter("cycles"))
+
+
+def _step_instructions(plan: RecurrencePlan) -> float:
+    """Instructions of a warp for a step of its product. FFMA's rate allows for those beside it."""
+    if plan.precision == "fp32":
+        return 0
+    fragments = plan.columns // 8 * (plan.rows // 16 + 1)  # products, and the weights that each of 8 columns loads
+    return fragments + INSTRUCTIONS_PER_VALUE * plan.rows * plan.step_k / 32
+
+
+def _stepwise_parts(gpu: GPU, plan: RecurrencePlan, rates: Rates) -> Parts:
     units, splits = STEPWISE_COLUMNS // plan.unit_columns, plan.K // plan.H  # backward, a block per gate
     tiles = ceil_div(plan.B, STEPWISE_ROWS) * ceil_div(plan.H, units) * splits
-    gather = (STEPWISE_ROWS + STEPWISE_COLUMNS) * plan.H * 4 / rates.l2
-    multiply = STEPWISE_ROWS * STEPWISE_COLUMNS * plan.H / rates.multiply[plan.precision]
-    waves = ceil_div(tiles, gpu.multiprocessors) * (max(gather, multiply) + CELL_CYCLES)
-    return LAUNCH_US * rates.gigahertz * 1000 + waves + _elsewhere_cycles(gpu, plan)
+    wave = rates.overlapped(
+        gather=(STEPWISE_ROWS + STEPWISE_COLUMNS) * plan.H * 4 / rates.l2,
+        multiply=STEPWISE_ROWS * STEPWISE_COLUMNS * plan.H / rates.multiply[plan.precision])
+    wave += Parts(cell=CELL_CYCLES, latency=rates.l2_latency)
+    return Parts(launch=rates.launch) + wave * ceil_div(tiles, gpu.multiprocessors)
 
 
-def _elsewhere_cycles(gpu: GPU, plan: RecurrencePlan) -> float:
-    """Cycles per step of the other launches that compute dlogits W_out and the sums by character where the plan's own
-    launch does not."""
+def _predicted_us(gpu: GPU, plan: RecurrencePlan) -> float:
+    """Microseconds of a step, with those of other launches that compute dlogits W_out and the sums by character where
+    the plan's own launch does not."""
+    rates = rates_of(gpu)
     dh = 8 if plan.V_out and not plan.fused_output_steps else 0
     di = 16 if plan.V_in and not plan.sums_on_chip else 0
-    return _memory_cycles(gpu, (dh + di) * plan.B * plan.H)
+    elsewhere = _memory_cycles(gpu, rates, (dh + di) * plan.B * plan.H)
+    return rates.microseconds(step_parts(gpu, plan, rates).cycles + elsewhere)
 
 
-def _microseconds(gpu: GPU, plan: RecurrencePlan, cycles: float) -> float:
-    """Microseconds of a step: its cycles, but at least the time that its states and gates take through memory."""
-    moved = (20 if plan.direction == "forward" else 32) * plan.B * plan.H
-    return max(cycles, _memory_cycles(gpu, moved)) / (rates_of(gpu).gigahertz * 1000)
-
-
-def _memory_cycles(gpu: GPU, size: int) -> float:
+def _memory_cycles(gpu: GPU, rates: Rates, size: int) -> float:
     """Cycles for a number of bytes, shared among all multiprocessors."""
-    return size / (gpu.multiprocessors * rates_of(gpu).memory)
+    return size / (gpu.multiprocessors * rates.memory)
 
 
 def _gathered_bytes(plan: RecurrencePlan) -> float:
