@@ -10,9 +10,7 @@
 // parameter.
 // Source: PTX ISA, "Memory Consistency Model", release and acquire patterns.
 
-#include "ptx.cuh"
-
-constexpr int COUNTER_WORDS = 32;  // a counter has a line of L2 to itself
+#include "words.cuh"
 
 // A group of blocks that wait for each other: `blocks` blocks, of which this one is number `block`, share a counter.
 //
