@@ -32,15 +32,14 @@ def sample(logits, uniforms, ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0
 class GenerationSaved(NamedTuple):
     """Scratch arrays of `generate`.
 
-    Shapes: h_new_r (2, R, H), new states of a layer and of the layer above it; logits_r (R, V); counters (R, 32)
-    uint32, of the barriers of up to R groups, zero between two launches; t (1,) int32, the number of the step that
-    runs; t_before (1,) int32, the value of t before the first step, -1. graphs holds one CUDA graph at most, the last
-    one that was captured, of GRAPH_STEPS steps, by the constants and arguments that are frozen in it.
+    Shapes: h_new_r (2, R, H), new states of a layer and of the layer above it; logits_r (R, V); t (1,) int32, the
+    number of the step that runs; t_before (1,) int32, the value of t before the first step, -1. graphs holds one CUDA
+    graph at most, the last one that was captured, of GRAPH_STEPS steps, by the constants and arguments that are frozen
+    in it.
     """
 
     h_new_r: Any
     logits_r: Any
-    counters: Any
     t: Any
     t_before: Any
     graphs: dict
@@ -49,8 +48,8 @@ class GenerationSaved(NamedTuple):
 def generation_saved(R: int, H: int, V: int, dtype=np.float32) -> GenerationSaved:
     """Arrays for `generate` with R rows."""
     return GenerationSaved(h_new_r=runtime.empty((2, R, H), dtype), logits_r=runtime.empty((R, V), dtype),
-                           counters=runtime.zeros((R, 32), np.uint32), t=runtime.empty((1,), np.int32),
-                           t_before=runtime.to_device(np.array([-1], np.int32)), graphs={})
+                           t=runtime.empty((1,), np.int32), t_before=runtime.to_device(np.array([-1], np.int32)),
+                           graphs={})
 
 
 def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: GenerationSaved,
@@ -85,7 +84,6 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
         runtime.check(name, array, np.float32, shape)
     for name, array, shape in (("ids", ids, (R,)), ("forced_tr", forced_tr, (T, R)), ("ids_tr", ids_tr, (T, R))):
         runtime.check(name, array, np.int32, shape)
-    runtime.check("counters", saved.counters, np.uint32, (R, 32))
     if weights not in WEIGHTS:
         raise ValueError(f"weights: expected {' or '.join(WEIGHTS)}, got {weights!r}")
     plan = generation_plan(runtime.current_executor().gpu, R, V, H, layers, weights, variant)
@@ -94,7 +92,7 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
         _generate_stepwise(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved, options, plan.constants)
         return
     in_one_launch = generate_batched if plan.variant == "batched" else generate_persistent
-    in_one_launch(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved.counters, options, plan)
+    in_one_launch(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, options, plan)
 
 
 def _generate_stepwise(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: GenerationSaved, options: list,

@@ -5,21 +5,26 @@
 // eight rows each, and multiplies without tensor cores. Here W_hh stays on chip, and a block reads 128 KiB of states.
 //
 // exchange (2, groups, row tiles, WARPS K_GROUPS, X_GROUP) uint32, zero where k >= H: the states before a step and
-// after it, in turns. partial_logits (blocks, group_rows, 4 ceil(V / 4)) float32: the sums of the logits over the units
-// of each block. counters (groups, COUNTER_WORDS) uint32, zero before and after.
+// after it, in turns. partial_logits (2, blocks, group_rows, 4 ceil(V / 4)) words: the sums of the logits over the
+// units of each block; nobody writes those from V on. characters (2, groups, group_rows, 2) words: the character before
+// a step, from the block that owns the row for drawing; the second word of a row is never written. In both, exchange t
+// of the launch is for the character before step t; there are no partial_logits before step 0. numbers (groups,
+// COUNTER_WORDS): counters of words.cuh. counters (groups, COUNTER_WORDS) uint32, zero before and after.
 //
 // Groups never wait for each other: group g owns group_rows rows of text, in tiles of ROWS. A block owns UNITS units
 // for all rows of its group: on chip, their rows of W_hh (resident.cuh), their columns of P and W_out, their states.
 // The blocks of a group own its rows in turns for drawing.
 //
 // A step, and what a block does before, between and after its waits for the other blocks:
-//   product    W_hh h, tile by tile, of the states that the barrier before the drawing handed over
-//   gates      wait for the characters | gates, publish the states and this block's partial_logits | arrive
-//   drawing    wait | the owner of a row sums its partial_logits, draws and publishes the character | arrive
-// That makes two barriers per character, of which the product hides the one behind the drawing.
+//   product    wait | W_hh h, tile by tile
+//   gates      wait for the characters | gates, publish the states | arrive, publish this block's partial_logits
+//   drawing    the owner of a row waits for its partial_logits | sums them, draws and publishes the character
+// That makes one barrier per character, and a wait for words that the product hides. Whoever writes exchange t + 2 of
+// partial_logits or characters, in step t + 1, has all states before step t + 1, which the other blocks wrote in step
+// t, after they had read exchange t of both.
 //
-// Bytes per step and block: 32 ROWS WARPS K_GROUPS of states through L2 for each tile (4 H for each row), 4 group_rows
-// V of partial_logits written; a drawing reads 4 blocks V of them. Multiply-adds of tf32: three (bf16: two) ROWS
+// Bytes per step and block: 32 ROWS WARPS K_GROUPS of states through L2 for each tile (4 H for each row), 8 group_rows
+// V of partial_logits written; a drawing reads 8 blocks V of them. Multiply-adds of tf32: three (bf16: two) ROWS
 // COLUMNS H for each tile. At 64 rows, V 66, H 1024 on an H100: 2 groups of 64 blocks, which gather 128 KiB a block and
 // step.
 //
@@ -39,11 +44,12 @@ constexpr int LOGIT_ROWS = 8;  // of which a thread sums one logit
 
 // The next character of a row: the forced one, or one drawn from the sums of partial_logits. Not inlined: the compiler
 // would compute some of it once for all steps, and keep that in registers that the product needs.
-__device__ __noinline__ int next_character(float *logits, const float *partial_logits, size_t stride, int blocks,
-                                           const float *b_out, int V, int forced, float uniform, Options options)
+__device__ __noinline__ int next_character(float *logits, const Word *partial_logits, size_t stride, unsigned tag,
+                                           int blocks, const float *b_out, int V, int forced, float uniform,
+                                           Options options)
 {
     // For a forced character too: to wait for `forced` first would put one more latency in a row.
-    sum_partial_logits(logits, partial_logits, stride, blocks, b_out, V);
+    sum_partial_logits(logits, partial_logits, stride, tag, blocks, b_out, V);
     return forced >= 0 ? forced : draw_character(logits, uniform, V, options);
 }
 
@@ -52,8 +58,8 @@ struct Arguments {
     float *h;
     int *ids, *ids_tr;
     unsigned *exchange;
-    float *partial_logits;
-    unsigned *counters;
+    Word *partial_logits, *characters;
+    unsigned *numbers, *counters;
     const float *P, *W_hh, *b_hh, *W_out, *b_out;
     const int *forced_tr;
     const float *uniforms_tr;
@@ -66,6 +72,7 @@ struct Arguments {
 struct Block : Arguments {
     int blocks = ceil_div(H, UNITS), groups = gridDim.x / blocks;
     Group group{counters, int(blockIdx.x / blocks), int(blockIdx.x % blocks), blocks};
+    unsigned number = first_number(numbers, group.index);  // of the exchange of words before step 0
     int first_unit = group.block * UNITS, first_row = group.index * group_rows;
     int rows = min(group_rows, R - first_row);
     // A stride of 4 more than a multiple of 8 spreads the states of neighbouring units over the banks.
@@ -80,11 +87,31 @@ struct Block : Arguments {
     float *own_P = a + group_rows * COLUMNS;                        // (V, 3, UNITS)
     float *own_W_out = own_P + V * COLUMNS;                         // (UNITS, V)
     float *own_b = own_W_out + UNITS * V;                           // (3, UNITS)
+    int *own_ids = reinterpret_cast<int *>(own_b + COLUMNS);        // (group_rows,): the characters before a step
 
     // The states before step t of this group's rows, in the order of exchange.
     __device__ __forceinline__ unsigned *states_of(int t) const
     {
         return exchange + (t % 2 * groups + group.index) * group_words;
+    }
+
+    // The words of exchange t of the launch, and their tag: partial_logits (group_rows, logits_stride) of block `block`
+    // of the grid, and the characters (group_rows, 2) of this group.
+    __device__ __forceinline__ unsigned tag(int t) const { return number + t + 1; }
+
+    __device__ __forceinline__ Word *partial_logits_of(int t, int block) const
+    {
+        return partial_logits + size_t((number + t) % 2 * gridDim.x + block) * (group_rows * logits_stride);
+    }
+
+    __device__ __forceinline__ Word *characters_of(int t) const
+    {
+        return characters + size_t((number + t) % 2 * groups + group.index) * (group_rows * 2);
+    }
+
+    __device__ __forceinline__ void publish_character(int t, int row, int id) const
+    {
+        store_word(characters_of(t) + 2 * row, word_of(id, tag(t)));
     }
 
     __device__ __forceinline__ void publish_state(int t, int row, int j, float state) const
@@ -111,6 +138,11 @@ struct Block : Arguments {
             const int j = first_unit + e % UNITS;
             own_b[e] = j < H ? b_hh[e / UNITS * H + j] : 0.0f;
         }
+        for (int row = threadIdx.x; row < rows; row += THREADS) {
+            own_ids[row] = -1;
+            if (row % blocks == group.block)
+                publish_character(0, row, ids[first_row + row]);
+        }
         for (int e = threadIdx.x; e < padded_rows * UNITS; e += THREADS) {
             const int j = first_unit + e % UNITS, row = e / UNITS;
             const bool inside = j < H && row < rows;
@@ -119,7 +151,7 @@ struct Block : Arguments {
             if (inside)
                 publish_state(0, row, j, state);
         }
-        group.barrier();
+        group.arrive();
     }
 
     // a = W_hh h + b_hh of all rows, from the states before step t.
@@ -142,7 +174,7 @@ struct Block : Arguments {
             const int u = e % UNITS, row = e / UNITS;
             if (first_unit + u >= H)
                 continue;
-            const float *a_row = a + row * COLUMNS + u, *P_row = own_P + ids[first_row + row] * COLUMNS + u;
+            const float *a_row = a + row * COLUMNS + u, *P_row = own_P + own_ids[row] * COLUMNS + u;
             const float i_u[3] = {P_row[0], P_row[UNITS], P_row[2 * UNITS]};
             const float a_u[3] = {a_row[0], a_row[UNITS], a_row[2 * UNITS]};
             float &state = own_states[u * padded_rows + row];
@@ -154,31 +186,38 @@ struct Block : Arguments {
     // Publishes the characters of step t of the rows that this block owns.
     __device__ __forceinline__ void draw(int t)
     {
-        const float *of_group = partial_logits + size_t(group.index) * blocks * group_rows * logits_stride;
+        const Word *of_group = partial_logits_of(t + 1, group.index * blocks);
         for (int row = group.block; row < rows; row += blocks) {
             const size_t offset = size_t(t) * R + first_row + row;
             const int forced = forced_tr[offset];
             const float uniform = uniforms_tr[offset];
             const int id = next_character(logits, of_group + row * logits_stride, size_t(group_rows) * logits_stride,
-                                          blocks, b_out, V, forced, uniform, options);
-            if (threadIdx.x == 0)
-                ids[first_row + row] = ids_tr[offset] = id;
+                                          tag(t + 1), blocks, b_out, V, forced, uniform, options);
+            if (threadIdx.x == 0) {
+                publish_character(t + 1, row, id);
+                ids_tr[offset] = id;
+                if (t + 1 == T)
+                    ids[first_row + row] = id;
+            }
         }
     }
 
     __device__ __forceinline__ void step(const ResidentWeights &weights, int t)
     {
+        if (t > 0)
+            for (int row = threadIdx.x; row < rows; row += THREADS)
+                own_ids[row] = forced_tr[size_t(t - 1) * R + first_row + row];
+        group.wait();
         multiply(weights, t);
-        if (t > 0)  // the characters before step 0 are arguments
-            group.wait();
+        read_characters(own_ids, characters_of(t), tag(t), rows);
         move_states(t);
-        __syncthreads();  // the states of all units
-        publish_partial_logits<LOGIT_ROWS>(partial_logits + size_t(blockIdx.x) * group_rows * logits_stride,
-                                           logits_stride, own_W_out, own_states, rows, padded_rows, V, UNITS);
-        group.barrier();
-        draw(t);
         if (t + 1 < T)
             group.arrive();  // no block would wait for the last arrival, and it might follow the reset of the counters
+        else
+            __syncthreads();  // the states of all units, as in arrive()
+        publish_partial_logits<LOGIT_ROWS>(partial_logits_of(t + 1, blockIdx.x), logits_stride, tag(t + 1), own_W_out,
+                                           own_states, rows, padded_rows, V, UNITS);
+        draw(t);
     }
 
     __device__ __forceinline__ void save() const
@@ -192,19 +231,22 @@ struct Block : Arguments {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-generate_batched(float *h, int *ids, int *ids_tr, unsigned *exchange, float *partial_logits, unsigned *counters,
-                 const float *__restrict__ P, const float *__restrict__ W_hh, const float *__restrict__ b_hh,
-                 const float *__restrict__ W_out, const float *__restrict__ b_out, const int *__restrict__ forced_tr,
+generate_batched(float *h, int *ids, int *ids_tr, unsigned *exchange, Word *partial_logits, Word *characters,
+                 unsigned *numbers, unsigned *counters, const float *__restrict__ P,
+                 const float *__restrict__ W_hh, const float *__restrict__ b_hh, const float *__restrict__ W_out,
+                 const float *__restrict__ b_out, const int *__restrict__ forced_tr,
                  const float *__restrict__ uniforms_tr, int T, int R, int V, int H, int group_rows, float temperature,
                  int top_k, float top_p, float min_p)
 {
     extern __shared__ __align__(16) unsigned shared[];
-    Block block{{h, ids, ids_tr, exchange, partial_logits, counters, P, W_hh, b_hh, W_out, b_out, forced_tr,
-                 uniforms_tr, T, R, V, H, group_rows, {temperature, top_k, top_p, min_p}, shared}};
+    Block block{{h, ids, ids_tr, exchange, partial_logits, characters, numbers, counters, P, W_hh, b_hh, W_out, b_out,
+                 forced_tr, uniforms_tr, T, R, V, H, group_rows, {temperature, top_k, top_p, min_p}, shared}};
     ResidentWeights weights;
     block.load(weights);
     for (int t = 0; t < T; ++t)
         block.step(weights, t);
     block.group.leave();
+    if (threadIdx.x == 0)
+        leave_group(numbers, block.group.index, block.blocks, T + 1);
     block.save();
 }

@@ -26,11 +26,11 @@ MODULES: dict[str, tuple[dict[str, int], ...]] = {
     "generate_persistent": tuple(
         generation_plan(GPUS[gpu], R, CHARACTERS, H, 1, weights, variant).constants
         for gpu, R, H, weights, variant in (
-            ("h100", 1, 1024, "fp32", "persistent-all-draw"), ("h100", 1, 1024, "fp32", "persistent"),
-            ("h100", 2, 1024, "fp32", "persistent"), ("h100", 5, 1024, "fp32", "persistent"),
-            ("h100", 64, 1024, "fp32", "persistent"), ("h100", 64, 1024, "bf16", "persistent"),
-            ("h100", 1, 1024, "bf16", "persistent-all-draw"), ("a100", 1, 1024, "fp32", "persistent-all-draw"),
-            ("4090", 1, 1024, "fp32", "persistent-all-draw"), ("l4", 1, 1024, "fp32", "persistent"))),
+            ("h100", 1, 1024, "fp32", "persistent"), ("h100", 2, 1024, "fp32", "persistent"),
+            ("h100", 5, 1024, "fp32", "persistent"), ("h100", 64, 1024, "fp32", "persistent"),
+            ("h100", 64, 1024, "bf16", "persistent"), ("h100", 1, 1024, "bf16", "persistent"),
+            ("a100", 1, 1024, "fp32", "persistent"), ("4090", 1, 1024, "fp32", "persistent"),
+            ("l4", 1, 1024, "fp32", "persistent"))),
     "gru": tuple(gru_constants(precision) for precision in PRECISIONS),
     "input_table": ({},),
     "matmul": tuple(tiled_constants(*operands, tile) for operands in OPERANDS for tile in TILES),

@@ -89,11 +89,7 @@ VARIANTS = (
     Variant("generation", "persistent", ("generate_persistent.cu",), ("generate_persistent", "pack_weights"),
             "test_generate_kernels.py", _WEIGHTS,
             "all characters of a call in one launch, weights on chip, through L2 where they do not fit; the owner of a "
-            "row draws; layers + 1 barriers per character", "generate", "persistent"),
-    Variant("generation", "persistent-all-draw", ("generate_persistent.cu",), ("generate_persistent", "pack_weights"),
-            "test_generate_kernels.py", _WEIGHTS,
-            "every block sums all logits and draws the same character, so a barrier less; for one text", "generate",
-            "persistent-all-draw"),
+            "row draws; states, logits and characters in words with tags", "generate", "persistent"),
     Variant("generation", "batched", ("generate_batched.cu",), ("generate_batched",), "test_generate_batched.py",
             _WEIGHTS, "as persistent, for one layer and nine or more texts; on tensor cores (sm_80 on), fp32 by 3xTF32",
             "generate", "batched"),

@@ -102,7 +102,6 @@ def test_batched_text_goes_on_where_it_stopped(executor):
         for a, b in itertools.pairwise(cuts):
             kernels.generate(params, P, h, first, forced_tr[a:b], uniforms_tr[a:b], ids_tr[a:b], saved,
                              variant="batched")
-        assert not runtime.to_host(saved.counters).any()
         results.append([runtime.to_host(array) for array in (ids_tr, first, h)])
     for whole, cut in zip(*results):
         np.testing.assert_array_equal(whole, cut)
@@ -144,12 +143,12 @@ def test_sanitizer_finds_nothing_in_batched_generation(sanitizer, weights, monke
     assert host_cuda.run_sanitized(run, sanitizer) == ""
 
 
-def test_two_barriers_per_character():
+def test_one_barrier_per_character():
     executor, T = host_cuda.HostExecutor(), 5
     with runtime.use(executor):
         written_on_device(text_case(33, H=20, V=5, layers=1), T, variant="batched")
     [text] = executor.launches
-    assert text.kernel == "generate_batched" and text.group_barriers == text.grid[0] * 2 * T
+    assert text.kernel == "generate_batched" and text.group_barriers == text.grid[0] * T
 
 
 @pytest.mark.parametrize("weights, products", [("fp32", 3), slow("bf16", 2)])
@@ -166,7 +165,7 @@ def test_multiply_adds_are_those_of_3xtf32(weights, products):
 @pytest.mark.parametrize("gpu, R, weights, variant, groups", [
     ("h100", 8, "fp32", "persistent", 1), ("h100", 9, "fp32", "batched", 1), ("h100", 64, "fp32", "batched", 2),
     ("h100", 64, "bf16", "batched", 2), ("a100", 64, "fp32", "batched", 1), ("a100", 64, "bf16", "batched", 2),
-    ("3090", 64, "bf16", "batched", 1), ("l4", 64, "fp32", "stepwise", 0), ("t4", 64, "bf16", "stepwise", 0),
+    ("3090", 64, "bf16", "batched", 1), ("l4", 64, "fp32", "stepwise", 0), ("t4", 64, "fp32", "stepwise", 0),
 ])
 def test_plan_of_the_tutorial_model_for_many_rows(gpu, R, weights, variant, groups):
     plan = generation_plan(GPUS[gpu], R, V=66, H=1024, layers=1, weights=weights)
@@ -175,8 +174,8 @@ def test_plan_of_the_tutorial_model_for_many_rows(gpu, R, weights, variant, grou
 
 def test_reason_has_the_predictions_that_decided():
     plan = generation_plan(GPUS["h100"], 64, V=66, H=1024, layers=1)
-    assert plan.reason.startswith("2 x 64 blocks hold fp32 weights on chip, in 225 KiB each, 2 barriers per character; "
-                                  "predicted: batched 9.0 us, persistent 21.9 us, stepwise ")
+    assert plan.reason.startswith("2 x 64 blocks hold fp32 weights on chip, in 225 KiB each, 1 barrier per character; "
+                                  "predicted: batched 7.8 us, stepwise 25.1 us, persistent ")
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
@@ -202,7 +201,8 @@ def assert_fits(plan, gpu: GPU, R: int, V: int, H: int) -> None:
     sums = 4 * rows * (tiles_n * 8 + (8 if tiles_n % 2 == 0 else 0))
     logits = max(256 // quads, 1) * quads * 4
     states = plan.units * (-(-plan.group_rows // 8) * 8 + 4) + plan.group_rows * columns
-    assert 4 * (weights + sums + logits + states + V * columns + V * plan.units + columns) == plan.shared_bytes
+    assert 4 * (weights + sums + logits + states + V * columns + V * plan.units + columns
+                + plan.group_rows) == plan.shared_bytes
     assert plan.shared_bytes + STATIC_SHARED_BYTES <= gpu.shared_bytes
 
 

@@ -2,7 +2,6 @@
 
     stepwise              layers + 2 launches per character, for any sizes (generate.cu)
     persistent            one launch, weights on chip; the owner of a row draws its characters (generate_persistent.cu)
-    persistent-all-draw   the same; every block draws all characters of its group, which saves a barrier per character
     batched               one launch, for one layer and many rows, on tensor cores (generate_batched.cu)
 
 Each variant has a section below: its plans, the dynamic shared memory of its kernel, and what a character of every row
@@ -11,7 +10,7 @@ waits for, in the terms of costs.py.
 
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from char_gru.kernels.plan.costs import Parts, Rates
@@ -30,18 +29,15 @@ from char_gru.kernels.plan.recurrence import (
 from char_gru.kernels.sizes import ceil_div, kib, round_up
 
 WEIGHTS = ("fp32", "bf16")
-PERSISTENT = ("persistent", "persistent-all-draw")  # in the order in which generate_persistent.cu numbers DRAWS
-
 GATES = 3  # of a unit
 STATIC_SHARED_BYTES = 96  # of a block, for drawing
 DRAW_CYCLES = 1100  # of latency: two maxima and a scan among the threads of a block; more with top-k or top-p
 LITTLE_L2 = (75, 86)  # compute capabilities, times ten, with up to 6 MB of L2: larger weights come from memory
 
 MAX_ROWS = 8  # of states that a warp multiplies its weights with in fp32; more do not fit into registers
-CHUNK = 128  # elements of k in a stage of the ring of state buffers
-STAGES = (8, 4, 2)  # of the ring
+CHUNK = 128  # elements of k that a warp multiplies at a time
+CHUNKS = (8, 4, 2, 1)  # of states that are in shared memory at a time
 TILE_UNITS = (1, 2, 4)  # of a warp's tile, which is GATES times as many rows of a matrix
-STAGE_LATENCY = 130  # cycles of a stage of the ring
 WORD_BYTES = 8  # of a state or a partial logit that blocks hand each other, with its tag
 
 STEP_K = 8  # batched: elements of k that a warp multiplies in a step
@@ -62,7 +58,7 @@ class GenerationPlan(NamedTuple):
     group_rows: int = 0  # rows of a group
     blocks: int = 0  # of a group
     units: int = 0  # of a block, in every layer
-    stage_rows: int = 0  # persistent: rows of states in a stage of the ring
+    gathered_rows: int = 0  # persistent: rows of states that are in shared memory at a time
     shared_bytes: int = 0
     off_chip: int = 0  # persistent: columns of W_hh and W_ih that are read through L2 in every step
     predicted_us: float = 0.0  # of a character of every row
@@ -130,6 +126,12 @@ def character_parts(gpu: GPU, plan: GenerationPlan, R: int, V: int, H: int, laye
     return _persistent_parts(gpu, plan, V, H, layers, rates)
 
 
+def _chunks(width: int) -> Iterable[int]:
+    """How many chunks of states may be in shared memory at a time: no more than there are."""
+    most = ceil_div(width, CHUNK)
+    return dict.fromkeys(min(chunks, most) for chunks in CHUNKS)
+
+
 def _weights_rate(gpu: GPU, rates: Rates) -> float:
     """Bytes of weights off chip that a multiprocessor reads per cycle."""
     return rates.memory if gpu.capability in LITTLE_L2 else rates.l2
@@ -156,13 +158,12 @@ def _stepwise_parts(gpu: GPU, R: int, V: int, H: int, layers: int, rates: Rates)
 
 def _persistent_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
                       weights: str) -> Iterator[tuple[float, GenerationPlan]]:
-    """Cycles and plan of owner-draws and of all-draw, with the same cut. The plans may ask for more shared memory than
-    the GPU has.
+    """Cycles and plan; the plan may ask for more shared memory than the GPU has.
 
     With more groups, a block reads the states of fewer rows, but the weights are held more times. Of the plans
     that fit with all weights on chip and have groups of at least MAX_ROWS rows, the plan is taken whose warps have the
     least to multiply, and of equal ones the plan with the most groups; where none fits so, the plan that takes the
-    fewest cycles with owner-draws.
+    fewest cycles.
     """
     most = max(1, min(R // MAX_ROWS, gpu.multiprocessors))
     plans = [_persistent_plan(gpu, ceil_div(R, groups), R, V, H, layers, weights) for groups in range(1, most + 1)]
@@ -170,15 +171,13 @@ def _persistent_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
     on_chip = [plan for plan in fitting if plan.fits(gpu) and not plan.off_chip]
     best = (min(on_chip, key=lambda plan: (_warp_work(plan), -plan.groups)) if on_chip else
             min(fitting, key=lambda plan: _persistent_parts(gpu, plan, V, H, layers, rates_of(gpu)).cycles))
-    for draws, variant in enumerate(PERSISTENT):
-        plan = best._replace(variant=variant, constants=best.constants | {"DRAWS": draws})
-        plan = plan._replace(reason=_persistent_reason(plan, H, layers, weights))
-        yield _persistent_parts(gpu, plan, V, H, layers, rates_of(gpu)).cycles, plan
+    yield (_persistent_parts(gpu, best, V, H, layers, rates_of(gpu)).cycles,
+           best._replace(reason=_persistent_reason(best, H, layers, weights)))
 
 
 def _persistent_plan(gpu: GPU, group_rows: int, R: int, V: int, H: int, layers: int, weights: str) -> GenerationPlan:
-    """The owner-draws plan with groups of `group_rows` rows: as few columns off chip as possible, then as many stages
-    of the ring as fit. If no plan fits, the last one that was tried."""
+    """The plan with groups of `group_rows` rows: as few columns off chip as possible, then as many chunks of states in
+    shared memory as fit. If no plan fits, the last one that was tried."""
     width, groups, rows = padded_width(H), ceil_div(R, group_rows), tile_rows(group_rows)
     # With fewer units than warps in a block, warps would idle, and drawing would sum the partial_logits of more blocks.
     units = max(WARPS, ceil_div(width, gpu.multiprocessors // groups))
@@ -192,13 +191,14 @@ def _persistent_plan(gpu: GPU, group_rows: int, R: int, V: int, H: int, layers: 
     else:
         # Latency decides how long the warps take for a round: the fewest rounds, then the most warps at work.
         tile_units = min(possible, key=lambda n: ceil_div(units, n * WARPS))
-    stage_rows = rows * min(row_tiles, max(1, WARPS // ceil_div(units, tile_units)))
+    gathered_rows = rows * min(row_tiles, max(1, WARPS // ceil_div(units, tile_units)))
     for off_chip in (*range(0, width, CHUNK), width):
-        for stages in STAGES:
-            module = constants(group_rows, weights) | {"TILE_UNITS": tile_units, "STAGES": stages, "DRAWS": 0}
-            shared_bytes = _persistent_shared_bytes(V, width, layers, units, group_rows, stage_rows, off_chip, module)
-            plan = GenerationPlan(PERSISTENT[0], "", module, groups, group_rows, ceil_div(width, units), units,
-                                  stage_rows, shared_bytes, off_chip)
+        for chunks in _chunks(width):
+            module = constants(group_rows, weights) | {"TILE_UNITS": tile_units, "CHUNKS": chunks}
+            shared_bytes = _persistent_shared_bytes(V, width, layers, units, group_rows, gathered_rows, off_chip,
+                                                    module)
+            plan = GenerationPlan("persistent", "", module, groups, group_rows, ceil_div(width, units), units,
+                                  gathered_rows, shared_bytes, off_chip)
             if plan.fits(gpu):
                 return plan
     return plan
@@ -208,14 +208,14 @@ def _warp_work(plan: GenerationPlan) -> int:
     """Units times rows of text that a warp multiplies for each element of k in a product."""
     tile_units = plan.constants["TILE_UNITS"]
     rounds = ceil_div(ceil_div(plan.units, tile_units), WARPS)
-    return ceil_div(plan.group_rows, plan.stage_rows) * rounds * tile_units * plan.constants["ROWS"]
+    return ceil_div(plan.group_rows, plan.gathered_rows) * rounds * tile_units * plan.constants["ROWS"]
 
 
-def _persistent_shared_bytes(V: int, width: int, layers: int, units: int, group_rows: int, stage_rows: int,
+def _persistent_shared_bytes(V: int, width: int, layers: int, units: int, group_rows: int, gathered_rows: int,
                              off_chip: int, module: dict[str, int]) -> int:
     """Dynamic shared memory of generate_persistent, in the order of its Block."""
     matrices, gates, padded_rows = 2 * layers - 1, GATES * units, round_up(group_rows, module["ROWS"])
-    floats = [matrices * gates * (width - off_chip) // (1 + module["BF16"]), module["STAGES"] * stage_rows * CHUNK,
+    floats = [matrices * gates * (width - off_chip) // (1 + module["BF16"]), gathered_rows * module["CHUNKS"] * CHUNK,
               _logits_bytes(V) // 4, layers * units * padded_rows, V * gates, V * units, matrices * gates,
               gates * (padded_rows | 1) * min(layers, 2), group_rows]
     return 4 * sum(floats)
@@ -228,39 +228,36 @@ def _persistent_reason(plan: GenerationPlan, H: int, layers: int, weights: str) 
     if plan.off_chip:
         held = (f"{column * (width - plan.off_chip) / 1024:.0f} of {kib(column * width)} of {weights} weights a block "
                 "on chip, the rest through L2")
-    barriers = layers + (plan.variant == "persistent")
-    return (f"{plan.groups} x {plan.blocks} blocks, {held}, in {kib(plan.shared_bytes)} each, {barriers} "
-            f"barrier{'s' * (barriers > 1)} per character")
+    return f"{plan.groups} x {plan.blocks} blocks, {held}, in {kib(plan.shared_bytes)} each"
 
 
 def _persistent_parts(gpu: GPU, plan: GenerationPlan, V: int, H: int, layers: int, rates: Rates) -> Parts:
-    """The product with W_hh overlaps a chain, except with one layer and all-draw, where it follows the only chain. The
-    partial_logits of a row come from all blocks, through L2."""
+    """The states of a layer travel to all blocks while these multiply with W_hh, in layer 0 while the characters
+    travel. The partial_logits of a row come from all blocks, through L2."""
     W_hh, chain = _product_parts(gpu, plan, H, rates), Parts(chain=rates.chain)
     beside_W_hh = max(chain, W_hh, key=operator.attrgetter("cycles"))
     drawing = Parts(gather=plan.blocks * V * WORD_BYTES / rates.l2, cell=DRAW_CYCLES)  # of a row
     publishing = Parts(multiply=plan.group_rows * plan.units * V / rates.multiply["fp32"])  # own partial_logits
-    parts = publishing + Parts(cell=layers * CELL_CYCLES) + (beside_W_hh + W_hh) * (layers - 1)
-    if plan.variant == "persistent":
-        return parts + chain + beside_W_hh + drawing * ceil_div(plan.group_rows, plan.blocks)
-    return parts + drawing * plan.group_rows + (beside_W_hh if layers > 1 else chain + W_hh)
+    return (publishing + chain + drawing * ceil_div(plan.group_rows, plan.blocks) + beside_W_hh
+            + (beside_W_hh + W_hh) * (layers - 1) + Parts(cell=layers * CELL_CYCLES))
 
 
 def _product_parts(gpu: GPU, plan: GenerationPlan, H: int, rates: Rates) -> Parts:
-    """The product of one matrix with the states of a group. Overlapped: the states through L2; both operands through
-    shared memory; weights through L2; the multiply-adds, and one operation to unpack each weight of bf16; the latency
-    of the stages of the ring. To these comes a wait for each chunk of weights through L2."""
+    """The product of one matrix with the states of a group: the states through L2, with a latency for each further part
+    of them. Then, overlapped: both operands through shared memory; weights through L2; the multiply-adds, and one
+    operation to unpack each weight of bf16. To these comes a wait for each chunk of weights through L2."""
     rows, bf16, width = plan.constants["ROWS"], plan.constants["BF16"], padded_width(H)
-    passes, row_tiles = ceil_div(plan.group_rows, plan.stage_rows), ceil_div(plan.group_rows, rows)
+    passes, row_tiles = ceil_div(plan.group_rows, plan.gathered_rows), ceil_div(plan.group_rows, rows)
     gates, tile = GATES * plan.units, GATES * plan.constants["TILE_UNITS"]
-    rounds, weight_bytes = ceil_div(gates, tile * WARPS), 4 / (1 + bf16)
-    product = rates.overlapped(
-        gather=(rounds * plan.group_rows * width * WORD_BYTES / rates.l2
-                + gates * row_tiles * plan.off_chip * weight_bytes / _weights_rate(gpu, rates)),
-        weights=(gates * row_tiles * ((width - plan.off_chip) * weight_bytes + width * 4 * rows / tile) / rates.shared),
-        multiply=gates * row_tiles * width * (rows + bf16) / rates.multiply["fp32"],
-        latency=passes * rounds * ceil_div(width, CHUNK) * STAGE_LATENCY)
-    return product + Parts(latency=passes * rounds * ceil_div(plan.off_chip, CHUNK) * rates.l2_latency)
+    rounds, parts = ceil_div(gates, tile * WARPS), ceil_div(width, plan.constants["CHUNKS"] * CHUNK)
+    gathers, weight_bytes = parts * rounds if parts > 1 else 1, 4 / (1 + bf16)
+    waits = passes * gathers - 1 + passes * rounds * ceil_div(plan.off_chip, CHUNK)
+    states = Parts(gather=gathers / parts * plan.group_rows * width * WORD_BYTES / rates.l2,
+                   latency=waits * rates.l2_latency)
+    return states + rates.overlapped(
+        gather=gates * row_tiles * plan.off_chip * weight_bytes / _weights_rate(gpu, rates),
+        weights=gates * row_tiles * ((width - plan.off_chip) * weight_bytes + width * 4 * rows / tile) / rates.shared,
+        multiply=gates * row_tiles * width * (rows + bf16) / rates.multiply["fp32"])
 
 
 # ---- Batched --------------------------------------------------------------------------------------------------------
@@ -292,7 +289,7 @@ def _batched_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
             module = {"PRECISION": PRECISION_3XTF32, "BF16": bf16, "ROWS": rows, "COLUMNS": GATES * units,
                       "K_GROUPS": k_steps, "REGISTER_STEPS": register_steps}
             reason = (f"{groups} x {blocks} blocks hold {weights} weights on chip, in {kib(shared_bytes)} each, "
-                      "2 barriers per character")
+                      "1 barrier per character")
             plan = GenerationPlan("batched", reason, module, groups, group_rows, blocks, units,
                                   shared_bytes=shared_bytes)
             yield _batched_parts(plan, V, rates_of(gpu)).cycles, plan
@@ -304,14 +301,15 @@ def _step_bytes(columns: int, bf16: int) -> int:
 
 
 def _batched_other_bytes(V: int, group_rows: int, units: int) -> int:
-    """Dynamic shared memory of generate_batched for all but its product: logits and states, gates, and the block's part
-    of P, W_out and b_hh."""
+    """Dynamic shared memory of generate_batched for all but its product: logits and states, gates, the block's part of
+    P, W_out and b_hh, and characters."""
     padded_rows = round_up(group_rows, LOGIT_ROWS) + 4
-    return _logits_bytes(V) + 4 * units * (padded_rows + GATES * group_rows + (GATES + 1) * V + GATES)
+    return (_logits_bytes(V) + 4 * units * (padded_rows + GATES * group_rows + (GATES + 1) * V + GATES)
+            + 4 * group_rows)
 
 
 def _batched_parts(plan: GenerationPlan, V: int, rates: Rates) -> Parts:
-    """One barrier counts: the barrier after the drawing overlaps the product of the next step. For each tile of rows,
+    """One barrier; the way of the characters overlaps the product of the next step. For each tile of rows,
     gathering the states, multiplying in 3xTF32 and reading the weights overlap; then come the reduction of the warps'
     sums, and the gates. All rows and columns of a tile count, used or not."""
     _, bf16, rows, columns, k_steps, register_steps = plan.constants.values()
@@ -321,6 +319,7 @@ def _batched_parts(plan: GenerationPlan, V: int, rates: Rates) -> Parts:
         multiply=(3 - bf16) * rows * columns * k_steps * WARPS * STEP_K / rates.multiply["tf32"],
         weights=(k_steps - register_steps) * _step_bytes(columns, bf16) / rates.shared)
     tile += Parts(latency=rates.l2_latency, cell=CELL_CYCLES + 2 * WARPS * rows * columns * 4 / rates.shared)
-    drawing = Parts(gather=plan.blocks * V * 4 / rates.l2, cell=DRAW_CYCLES)  # of a row
+    drawing = Parts(gather=plan.blocks * V * WORD_BYTES / rates.l2, cell=DRAW_CYCLES)  # of a row
     publishing = Parts(multiply=plan.group_rows * plan.units * V / rates.multiply["fp32"])  # own partial_logits
-    return Parts(chain=rates.barrier) + tile * tiles + publishing + drawing * ceil_div(plan.group_rows, plan.blocks)
+    chains = Parts(chain=rates.barrier + rates.chain)
+    return chains + tile * tiles + publishing + drawing * ceil_div(plan.group_rows, plan.blocks)

@@ -40,8 +40,6 @@ EXPLAINED = {  # kernel, or "" for any, and a text of the first instruction's so
     ("generate_persistent", "for (int row = threadIdx.x"): _FEW.format("rows"),
     ("generate_persistent", "for (int gate = threadIdx.x"): _FEW.format("gates"),
     ("generate_batched", "own_b[e] ="): _FEW.format("gates"),
-    ("generate_batched", "const int v = 4 *"): "the compiler's loop of eight turns: a group has four blocks",
-    ("generate_batched", "const float4 added"): "the compiler's loop of eight turns: a group has four blocks",
     ("pack_weights", "const size_t count"): _INDEX,
     ("pack_weights", "const int row = e /"): _INDEX,
     ("output_layer", "int unit_of_warp"): _INDEX,

@@ -57,7 +57,7 @@ TRAINING, SPLIT = "training fp32", "gru persistent fp32 of split K"
 BATCHED = "text batched fp32 rows=17 layers=1 with options"
 
 
-PRODUCT_OF_TF32, WRITE_BF16 = "product tiled 64 tf32 nn", "generate persistent-all-draw bf16 rows=1"
+PRODUCT_OF_TF32, WRITE_BF16 = "product tiled 64 tf32 nn", "generate persistent bf16 rows=1"
 WRITE_MANY = "text batched fp32 rows=17 layers=1 temperature=0"
 MODULES = {FORWARD: "gru_forward_persistent", TEXT: "generate_persistent", WRITE_BF16: "generate_persistent",
            TRAINING: "gru_forward_persistent", WRITE_MANY: "generate_batched", BATCHED: "generate_batched",
@@ -246,27 +246,28 @@ def _read_only(file: str, place: str, type_: str, address: str, check: str) -> F
 READ_ONLY = {
     "__ldg: states, batched": _read_only(
         "resident_mma.cuh", "const uint4 words = ", "uint4", "x + m * 128 + lane() * 4", BATCHED),
-    "__ldg: partial logits": _read_only(
-        "generate_logits.cuh", "const float4 added = ", "float4", "partial_logits + block * stride + v", TEXT),
     "__ldg: products of the other gates": Fault(GRU, "has_later ? dh_z_b", "product[state_size]",
                                                 "__ldg(product + state_size)", STEPWISE),
-    "__ldg: characters, batched": Fault(
-        "generate_batched.cu", "const float *a_row", "ids[first_row + row]", "__ldg(ids + first_row + row)",
-        BATCHED),
-    "__ldg: characters, persistent": Fault(
-        "generate_persistent.cu", "void move_states(", "ids_read[row]", "__ldg(ids_read + row)", TEXT),
 }
 
 
 WAITS = {
     f"{kernel}: no {what}": Fault(f"{kernel}.cu", place, old, ";", check)
     for kernel, what, place, old, check in (
-        ("generate_persistent", "wait for logits", "DRAWS == OWNER_DRAWS) {\n", "group.wait();", TEXT),
-        ("generate_persistent", "wait for states", "if (after)\n", "group.wait();", TEXT),
-        ("generate_batched", "wait for characters", "if (t > 0)", "group.wait();", BATCHED),
-        ("generate_batched", "barrier ahead of drawing", "rows, padded_rows, V, UNITS);\n", "group.barrier();",
-         BATCHED),
+        ("generate_persistent", "wait for characters", "layer == 0)\n",
+         "read_characters(own_ids, characters_of(t), tag(t), rows);", TEXT),
+        ("generate_batched", "wait for characters", "multiply(weights, t);\n",
+         "read_characters(own_ids, characters_of(t), tag(t), rows);", BATCHED),
+        ("generate_batched", "wait for states", "void step(", "group.wait();", BATCHED),
     )
+}
+
+LOGITS = {
+    f"words of logits: {what}": Fault("generate_logits.cuh", place, old, new, TEXT)
+    for what, place, old, new in (
+        ("not waited for", "missing = from", "any_missing(", "false && any_missing("),
+        ("any tag will do", "missing = nullptr", "upper_half(words[i / 2][i % 2]) != tag",
+         "upper_half(words[i / 2][i % 2]) == 0"))
 }
 
 VOLATILE = {
@@ -282,7 +283,7 @@ VOLATILE = {
     if not (name.startswith("mma") and "memory" in what)
 }
 
-FAULTS = _matrices() | CONVERSIONS | COPIES | COUNTERS | WORDS | BARRIERS | READ_ONLY | WAITS | VOLATILE
+FAULTS = _matrices() | CONVERSIONS | COPIES | COUNTERS | WORDS | BARRIERS | READ_ONLY | WAITS | LOGITS | VOLATILE
 
 
 class Planted(host_ptx.PtxExecutor):
