@@ -164,7 +164,7 @@ def test_multiply_adds_are_those_of_3xtf32(weights, products):
 
 @pytest.mark.parametrize("gpu, R, weights, variant, groups", [
     ("h100", 8, "fp32", "persistent", 1), ("h100", 9, "fp32", "batched", 1), ("h100", 64, "fp32", "batched", 2),
-    ("h100", 64, "bf16", "batched", 2), ("a100", 64, "fp32", "batched", 1), ("a100", 64, "bf16", "batched", 2),
+    ("h100", 64, "bf16", "batched", 4), ("a100", 64, "fp32", "batched", 1), ("a100", 64, "bf16", "batched", 2),
     ("3090", 64, "bf16", "batched", 1), ("l4", 64, "fp32", "stepwise", 0), ("t4", 64, "fp32", "stepwise", 0),
 ])
 def test_plan_of_the_tutorial_model_for_many_rows(gpu, R, weights, variant, groups):
@@ -175,7 +175,7 @@ def test_plan_of_the_tutorial_model_for_many_rows(gpu, R, weights, variant, grou
 def test_reason_has_the_predictions_that_decided():
     plan = generation_plan(GPUS["h100"], 64, V=66, H=1024, layers=1)
     assert plan.reason.startswith("2 x 64 blocks hold fp32 weights on chip, in 225 KiB each, 1 barrier per character; "
-                                  "predicted: batched 7.8 us, stepwise 25.1 us, persistent ")
+                                  "predicted: batched 10.2 us, stepwise 31.0 us, persistent ")
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
