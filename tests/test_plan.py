@@ -61,6 +61,7 @@ def assert_fits(plan: RecurrencePlan, gpu: GPU) -> None:
     accumulators = plan.rows // 16 * (plan.columns // 8) * 4
     finished = ceil_div(plan.rows * ceil_div(plan.finished_units, together), 256) * together * (8 if forward else 12)
     operands = plan.rows // 16 * {"fp32": 56, "tf32": 16, "bf16": 32}[plan.precision]
+    operands += 20 * (plan.precision == "bf16")
     weights = plan.register_steps * (plan.columns // 8) * 2
     assert accumulators + weights + operands + finished + 72 == plan.registers <= 255
 

@@ -182,15 +182,9 @@ def _persistent_plan(gpu: GPU, group_rows: int, R: int, V: int, H: int, layers: 
     # With fewer units than warps in a block, warps would idle, and drawing would sum the partial_logits of more blocks.
     units = max(WARPS, ceil_div(width, gpu.multiprocessors // groups))
     row_tiles = ceil_div(group_rows, rows)
-    # A warp has registers for the largest tile by MAX_ROWS, but not for unpacking its weights as well.
-    possible = TILE_UNITS[:-1] if rows == MAX_ROWS and weights == "bf16" else TILE_UNITS
-    if rows == MAX_ROWS:
-        # A tile of 3 * tile_units gates by rows needs as many loads from shared memory as their sum, for as many
-        # products as their product: the larger the better, as long as there are tiles for the warps.
-        tile_units = possible[-1] if row_tiles * ceil_div(units, 4) >= WARPS else 2
-    else:
-        # Latency decides how long the warps take for a round: the fewest rounds, then the most warps at work.
-        tile_units = min(possible, key=lambda n: ceil_div(units, n * WARPS))
+    # A warp has no registers for the largest tile by MAX_ROWS. With fewer rows, latency decides how long the warps take
+    # for a round: the fewest rounds, then the most warps at work.
+    tile_units = 2 if rows == MAX_ROWS else min(TILE_UNITS, key=lambda n: ceil_div(units, n * WARPS))
     gathered_rows = rows * min(row_tiles, max(1, WARPS // ceil_div(units, tile_units)))
     for off_chip in (*range(0, width, CHUNK), width):
         for chunks in _chunks(width):

@@ -207,7 +207,7 @@ def accumulators(rows: int, columns: int) -> int:
 
 def operand_registers(rows: int, precision: str) -> int:
     """Registers of a thread for the group of words that it multiplies and the group that it loads ahead."""
-    return {"fp32": 7, "tf32": 2, "bf16": 4}[precision] * rows // 2
+    return {"fp32": 7 * rows // 2, "tf32": rows, "bf16": 2 * rows + 20}[precision]  # 20: to pair the halves of words
 
 
 def reduction_bytes(rows: int, columns: int) -> int:
