@@ -202,7 +202,8 @@ KERNEL_FAULTS = {  # variant, V, a text of the kernel's source, and the text tha
     "top_p of many characters forgotten": ("stepwise", 300, "if (options.top_p < 1.0f)", "if (false)"),
     "min_p forgotten": ("stepwise", 13, ">= threshold && p >= options.min_p", ">= threshold"),
     "temperature ignored": ("stepwise", 13, "(logits[v] - largest) / temperature", "logits[v] - largest"),
-    "the logits before": ("persistent", 13, "partial_logits_of(t, group", "partial_logits_of(t - 1, group"),
+    "the logits of another row": (
+        "persistent", 13, "of_group + row * logits_stride", "of_group + (row + 1) % rows * logits_stride"),
     "the number of the row beside it": (
         "stepwise", 13, "uniforms_tr[offset]", "uniforms_tr[offset + ((row + 1) % R - row)]"),
     "the number of the row beside it, persistent": (
@@ -214,7 +215,7 @@ KERNEL_FAULTS = {  # variant, V, a text of the kernel's source, and the text tha
         "persistent", 13, "uniforms_tr[before + row]", "uniforms_tr[max(t - 2, 0) * R + first_row + row]"),
     "the number of the step before, batched": (
         "batched", 13, "uniforms_tr[offset]", "uniforms_tr[max(t - 1, 0) * R + first_row + row]"),
-    "the character of another row is read": ("persistent", 13, "ids_read[row]", "ids_read[0]"),
+    "the character of another row is read": ("persistent", 13, "own_ids[row] * 3", "own_ids[0] * 3"),
 }
 
 
