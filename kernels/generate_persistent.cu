@@ -30,11 +30,12 @@
 // step t + 1 of layer 0. The blocks wrote these in step t, after they had read all that is before step t: states of
 // layer 0 and partial_logits and characters in that step; states of a layer above, as those of the layer below after
 // step t - 1, in that step, and as its own before step t, in step t, ahead of its own states before step t + 1, which
-// the next step reads before it writes. Bytes per step: reads through L2, 8 R H of states per block and product, once
-// more for each further round of its warps over the matrix where CHUNKS chunks are not all, divided by the groups, and
-// 8 blocks R V of partial_logits by the owners. Weights come from shared memory, or through L2, once per ROWS rows.
-// Bytes per launch: reads all weights. Sums run in an order that the plan alone fixes; it does not depend on which
-// weights are off chip.
+// the next step reads before it writes.
+//
+// Bytes per step: reads through L2, 8 R H of states per block and product, once more for each further round of its
+// warps over the matrix where CHUNKS chunks are not all, divided by the groups, and 8 blocks R V of partial_logits by
+// the owners. Weights come from shared memory, or through L2, once per ROWS rows. Bytes per launch: reads all weights.
+// Sums run in an order that the plan alone fixes; it does not depend on which weights are off chip.
 // Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip".
 
 #include "generate.cuh"
@@ -45,10 +46,10 @@
 #error "the launcher defines ROWS and TILE_UNITS, of a warp's tile, and CHUNKS, of k of states in shared memory"
 #endif
 
-constexpr int TILE = 3 * TILE_UNITS;          // rows of a matrix that a warp multiplies: the gates of its units
-constexpr int CHUNK = 4 * WARP;               // k that a warp multiplies at a time: each lane takes four
-constexpr int PART = CHUNKS * CHUNK;          // k of states that are in shared memory at a time
-constexpr int GATHERED = ROWS < 4 ? ROWS : 4; // chunks of states that a warp has on their way at a time
+constexpr int TILE = 3 * TILE_UNITS;           // rows of a matrix that a warp multiplies: the gates of its units
+constexpr int CHUNK = 4 * WARP;                // k that a warp multiplies at a time: each lane takes four
+constexpr int PART = CHUNKS * CHUNK;           // k of states that are in shared memory at a time
+constexpr int GATHERED = ROWS < 4 ? ROWS : 4;  // chunks of states that a warp has on their way at a time
 
 // How many 32-bit words `count` weights take.
 __device__ constexpr int words(int count) { return BF16 ? count / 2 : count; }

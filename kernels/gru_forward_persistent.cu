@@ -20,9 +20,9 @@
 //
 // Bytes per step and block: 8 ROWS * ceil(UNITS / VALUES) (fp32: 16) from L2 for each block of the group and row tile,
 // 12 ROWS UNITS of input products from L2, 24 ROWS UNITS written (bf16: 2 ROWS UNITS of h16_tb in addition). At B 64, H
-// 1024 on an H100: tf32, 2 groups of 64 blocks, which gather 96 KiB a block and step; bf16, 4 groups of 32, 44 KiB. Why
-// not naive.cu's way: there every gate of every unit reads a row of h and a row of W_hh, 1.6 GB a step at these sizes,
-// and every step is a launch. Here W_hh, 12.6 MB, is read once per group and window.
+// 1024 on an H100: tf32, 2 groups of 57 blocks, which gather 86 KiB a block and step; bf16, 4 groups of 32, 44 KiB.
+// Why not naive.cu's way: there every gate of every unit reads a row of h and a row of W_hh, 1.6 GB a step at these
+// sizes, and every step is a launch. Here W_hh, 12.6 MB, is read once per group and window.
 //
 // Variants: fp32, tf32, bf16; gru.cu for sizes and GPUs that this one does not fit. plan/recurrence.py chooses.
 // Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip".

@@ -70,8 +70,7 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned *counter)
     return value;
 }
 
-// Spins until the counter has reached `target`, modulo 2^32. On a CPU, the other blocks get
-// their turns in here.
+// Spins until the counter has reached `target`, modulo 2^32. On a CPU, the other blocks get their turns in here.
 //
 // An acquire invalidates L1, so the loop polls with relaxed loads. The acquire after the loop reads the value of the
 // last poll or a later one, which came about by releasing adds only, so that it acquires all of them. Its value is not
@@ -100,9 +99,9 @@ __device__ __forceinline__ void load_two_words(unsigned long long (&words)[2], c
 }
 
 // Whether a lane of the warp misses a word that another block writes; a loop that loads words again and again asks it
-// in each turn. Next to wait_at_least the only way to wait for another block: on a CPU, the other blocks get their
-// turns in here. `from` is where a word lies that this lane needs, and `tag` what its upper half has to show, as far as
-// `mask` goes.
+// in each turn. wait_at_least and this are the only ways to wait for another block: on a CPU, the other blocks get
+// their turns in here. `from` is where a word lies that this lane needs, and `tag` what its upper half has to show, as
+// far as `mask` goes.
 __device__ __forceinline__ bool any_missing(bool missing, const unsigned long long *, unsigned, unsigned)
 {
     return __any_sync(0xffffffffu, missing);

@@ -7,8 +7,9 @@
 // No old word is taken for a new one. Exchanges have numbers, which go on from launch to launch: a counter in global
 // memory says where a launch begins. The words of exchange n lie in half n % 2 of an array, with the tag n + 1; so a
 // word that is to show the tag n + 1 shows n - 1 before, or 0 if it was never written, however few bits of these are
-// kept. This holds where each number is used once, by all words of a half: an array belongs to one way to cut
-// the work. A launch that is aborted takes the memory of its process on the GPU with it.
+// kept. This holds where each number is used once, by all words of a half: an array belongs to one way to cut the work.
+// Where a tag has 32 bits, words may leave numbers out. A launch that is aborted takes the memory of its process on the
+// GPU with it.
 //
 // No word is overwritten while somebody needs it, although nobody says that he has read it: a block writes number n + 2
 // only when it has all of number n + 1, and whoever wrote that had read all of number n.
