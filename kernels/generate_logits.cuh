@@ -10,8 +10,8 @@ __device__ constexpr int round_up(int n, int multiple) { return ceil_div(n, mult
 __device__ __forceinline__ Word word_with(float value, unsigned tag) { return word_of(__float_as_uint(value), tag); }
 __device__ __forceinline__ float value_of(Word word) { return __uint_as_float(lower_half(word)); }
 
-// Loads COUNT pairs of words, until the first needed[i] (0 to 2) words of each pair i show the tag; the others become 0.
-// For whole warps. from[i] points to a pair, 16-byte aligned; from[0] does even where none of its words is needed:
+// Loads COUNT pairs of words, until the first needed[i] (0 to 2) words of each pair i show the tag; the others become
+// 0. For whole warps. from[i] points to a pair, 16-byte aligned; from[0] does even where none of its words is needed:
 // in a loop that waits, every lane reads, by which tests/host_ptx knows such loops.
 template <int COUNT>
 __device__ __forceinline__ void load_words(Word (&words)[COUNT][2], const Word *const (&from)[COUNT],
@@ -35,8 +35,9 @@ __device__ __forceinline__ void load_words(Word (&words)[COUNT][2], const Word *
             words[i / 2][i % 2] = 0;
 }
 
-// The characters (rows,) that other blocks draw, and that are negative in `ids`, in shared memory: as soon as characters
-// (rows, 2), of which the first word of a row is used, show the tag. All threads see `ids` when this returns.
+// The characters (rows,) that other blocks draw, and that are negative in `ids`, in shared memory: as soon as
+// characters (rows, 2), of which the first word of a row is used, show the tag. All threads see `ids` when this
+// returns.
 __device__ __forceinline__ void read_characters(int *ids, const Word *characters, unsigned tag, int rows)
 {
     for (int first = warp() * WARP; first < rows; first += THREADS) {

@@ -23,19 +23,18 @@
 // A step, and what a block waits for:
 //   drawing      the owner of a row: its partial_logits of all blocks | their sum, draws and publishes the character
 //   layer 0      the states before the step | W_hh h | the characters | gates, publishes states
-//   layer 1...   the states before the step | W_hh h | the states of the layer below after it | W_ih times these, gates,
-//                publishes states
+//   layer 1...   the states before the step | W_hh h | the states of the layer below after it | W_ih times these,
+//                gates, publishes states
 //   last layer   publishes partial_logits
 // Whoever writes exchange t + 2 of states, partial_logits or characters, in step t + 1 or later, has all states before
 // step t + 1 of layer 0. The blocks wrote these in step t, after they had read all that is before step t: states of
 // layer 0 and partial_logits and characters in that step; states of a layer above, as those of the layer below after
 // step t - 1, in that step, and as its own before step t, in step t, ahead of its own states before step t + 1, which
-// the next step reads before it writes.
-// Bytes per step: reads through L2, 8 R H of states per block and product, once more for each further round of its warps
-// over the matrix where CHUNKS chunks are not all, divided by the groups, and 8 blocks R V of partial_logits by the
-// owners. Weights come from shared memory, or through L2, once per ROWS rows.
-// Bytes per launch: reads all weights.
-// Sums run in an order that the plan alone fixes; it does not depend on which weights are off chip.
+// the next step reads before it writes. Bytes per step: reads through L2, 8 R H of states per block and product, once
+// more for each further round of its warps over the matrix where CHUNKS chunks are not all, divided by the groups, and
+// 8 blocks R V of partial_logits by the owners. Weights come from shared memory, or through L2, once per ROWS rows.
+// Bytes per launch: reads all weights. Sums run in an order that the plan alone fixes; it does not depend on which
+// weights are off chip.
 // Source: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip".
 
 #include "generate.cuh"
@@ -49,7 +48,7 @@
 constexpr int TILE = 3 * TILE_UNITS;          // rows of a matrix that a warp multiplies: the gates of its units
 constexpr int CHUNK = 4 * WARP;               // k that a warp multiplies at a time: each lane takes four
 constexpr int PART = CHUNKS * CHUNK;          // k of states that are in shared memory at a time
-constexpr int GATHERED = ROWS < 4 ? ROWS : 4; // chunks of states that a warp has on their way at a time
+constexpr int GATHERED = ROWS < 4 ? ROWS : 4;  // chunks of states that a warp has on their way at a time
 
 // How many 32-bit words `count` weights take.
 __device__ constexpr int words(int count) { return BF16 ? count / 2 : count; }
@@ -92,35 +91,6 @@ pack_weights(unsigned *__restrict__ weights, float *__restrict__ biases, const f
 }
 
 // ---- Products -------------------------------------------------------------------------------------------------------
-
-// Adds up values[0 .. COUNT) over the lanes, each sum in one lane: values[i] becomes sum number first + i, valid where
-// first + i < end. Before the call, `first` is 0 and `end` is COUNT. A step halves the sums that a lane works on, so
-// that COUNT sums take about COUNT shuffles, not 5 COUNT.
-template <int COUNT, int DISTANCE, int N>
-__device__ __forceinline__ void scatter_sums(float (&values)[N], int &first, int &end)
-{
-    constexpr int HALF = (COUNT + 1) / 2;
-    const bool upper = lane() & DISTANCE;
-#pragma unroll
-    for (int i = 0; i < HALF; ++i) {
-        const float low = values[i], high = i + HALF < COUNT ? values[i + HALF] : 0.0f;
-        values[i] = (upper ? high : low) + __shfl_xor_sync(ALL_LANES, upper ? low : high, DISTANCE);
-    }
-    if (upper)
-        first += HALF;
-    else
-        end = min(end, first + HALF);
-    if constexpr (DISTANCE > 1)
-        scatter_sums<HALF, DISTANCE / 2>(values, first, end);
-}
-
-// How many of COUNT values a lane holds after scatter_sums.
-__device__ constexpr int values_per_lane(int count)
-{
-    for (int distance = WARP / 2; distance > 0; distance /= 2)
-        count = (count + 1) / 2;
-    return count;
-}
 
 // A product of `gates` rows of a matrix, at least TILE of them, with `rows` rows of states: out[m][r] = W[m] . x[r].
 //

@@ -1,6 +1,7 @@
 """How text is written on a GPU: which variant of `kernels.generate.generate` runs, how its work is cut, and why.
 
     stepwise              layers + 2 launches per character, for any sizes (generate.cu)
+    one-text              one launch, for one row and layer, weights in registers (generate_one_text.cu)
     persistent            one launch, weights on chip; the owner of a row draws its characters (generate_persistent.cu)
     batched               one launch, for one layer and many rows, on tensor cores (generate_batched.cu)
 
@@ -40,6 +41,9 @@ DRAW_CYCLES = 1100  # of latency: two maxima and a scan among the threads of a b
 LITTLE_L2 = (75, 86)  # compute capabilities, times ten, with up to 6 MB of L2: larger weights come from memory
 
 MAX_ROWS = 8  # of states that a warp multiplies its weights with in fp32; more do not fit into registers
+ONE_TEXT_CHARACTERS = 257  # most of them: one warp draws, in V^2 / 32 steps with top-k or top-p
+ONE_TEXT_REGISTERS = 90  # of a thread, beside weights and sums
+WARP_DRAW_CYCLES = 700  # of latency: drawing by one warp
 HOP_CYCLES = 1100  # from a word's store by one block to its value in a register of another block
 CHUNK = 128  # elements of k that a warp multiplies at a time
 CHUNKS = (8, 4, 2, 1)  # of states that are in shared memory at a time
@@ -90,11 +94,13 @@ def generation_plan(gpu: GPU, R: int, V: int, H: int, layers: int, weights: str 
 def generation_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
                      weights: str = "fp32") -> tuple[GenerationPlan, ...]:
     """The best plan of each variant that a GPU can run with these sizes, the quickest first, as predicted."""
+    one_text = _one_text_plans(gpu, R, V, H, layers, weights)
     persistent = list(_persistent_plans(gpu, R, V, H, layers, weights))
     batched = sorted(_batched_plans(gpu, R, V, H, layers, weights), key=operator.itemgetter(0))[:1]
     stepwise = (_stepwise_cycles(gpu, R, V, H, layers),
                 GenerationPlan("stepwise", "for any sizes", constants(R, weights)))
-    fitting = sorted([(cycles, plan) for cycles, plan in (*persistent, *batched, stepwise) if plan.fits(gpu)],
+    plans = (*one_text, *persistent, *batched, stepwise)
+    fitting = sorted([(cycles, plan) for cycles, plan in plans if plan.fits(gpu)],
                      key=operator.itemgetter(0))
     megahertz = rates_of(gpu).gigahertz * 1000
     notes = ["predicted: " + ", ".join(f"{plan.variant} {cycles / megahertz:.1f} us" for cycles, plan in fitting)
@@ -148,6 +154,30 @@ def _stepwise_cycles(gpu: GPU, R: int, V: int, H: int, layers: int) -> float:
     launches = (layers + 2) * LAUNCH_US * 1000 * rates.gigahertz
     product = ceil_div(R, rows) * weights * max(4 / _weights_rate(gpu), rows / rates.multiply["fp32"])
     return launches + product / gpu.multiprocessors + DRAW_CYCLES
+
+
+# ---- One text ------------------------------------------------------------------------------------------------------
+
+def _one_text_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
+                    weights: str) -> Iterator[tuple[float, GenerationPlan]]:
+    """Cycles and plan where a thread has registers for its weights: two exchanges among the blocks, of states and of
+    logits; the product with W_hh goes on while logits travel."""
+    if R > 1 or layers > 1 or V > ONE_TEXT_CHARACTERS:
+        return
+    units = max(WARPS, ceil_div(H, gpu.multiprocessors))
+    blocks = ceil_div(H, units)
+    outputs, pairs = ceil_div(V, blocks), ceil_div(H, 2 * THREADS)
+    rows = GATES * units + outputs
+    if max(units, outputs) > 32 or rows * (2 * pairs + 1) + ONE_TEXT_REGISTERS > REGISTERS:
+        return
+    module = {"BF16": int(weights == "bf16"), "UNITS": units, "OUTPUTS": outputs, "PAIRS": pairs}
+    shared_bytes = 4 * (WARPS * (2 * GATES * units + outputs) + V * GATES * units + round_up(V, 2))
+    plan = GenerationPlan("one-text", f"{blocks} blocks hold {weights} weights in registers", module, 1, 1, blocks,
+                          units, shared_bytes=shared_bytes)
+    rates = rates_of(gpu)
+    product = rows * 2 * pairs * THREADS / rates.multiply["fp32"]
+    exchanges = 2 * HOP_CYCLES + 8 * (H + V) / rates.l2
+    yield exchanges + max(0, product - HOP_CYCLES) + WARP_DRAW_CYCLES + CELL_CYCLES, plan
 
 
 # ---- Persistent -----------------------------------------------------------------------------------------------------
