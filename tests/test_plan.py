@@ -233,7 +233,7 @@ def test_command_prints_both_directions_of_every_layer(capsys):
         f"layer {layer} {direction}: persistent" for layer in (0, 1) for direction in ("forward", "backward")]
     numbers = [dict(word.split("=") for word in line.split()) for line in lines[2:10:2]]
     assert [int(n["groups"]) for n in numbers] == [4, 4, 4, 4]
-    assert [line.split(";")[0] for line in lines[9::2]] == ["generation, 1 row: persistent",
+    assert [line.split(";")[0] for line in lines[9::2]] == ["generation, 1 row: persistent-all-draw",
                                                            "generation, 64 rows: persistent"]
     assert [n["sums_on_chip"] for n in numbers] == ["False", "True", "False", "False"]  # layer 0 alone has characters
 
