@@ -86,6 +86,35 @@ __device__ __forceinline__ float array_sum(const float *values, int count, float
     return block_sum<BLOCK_WARPS>(sum, scratch);
 }
 
+// Adds up values[0 .. COUNT) over the lanes, each sum in one lane: values[i] becomes sum number first + i, valid where
+// first + i < end. Before the call, `first` is 0 and `end` is COUNT. A step halves the sums that a lane works on, so
+// that COUNT sums take about COUNT shuffles, not 5 COUNT.
+template <int COUNT, int DISTANCE, int N>
+__device__ __forceinline__ void scatter_sums(float (&values)[N], int &first, int &end)
+{
+    constexpr int HALF = (COUNT + 1) / 2;
+    const bool upper = lane() & DISTANCE;
+#pragma unroll
+    for (int i = 0; i < HALF; ++i) {
+        const float low = values[i], high = i + HALF < COUNT ? values[i + HALF] : 0.0f;
+        values[i] = (upper ? high : low) + __shfl_xor_sync(ALL_LANES, upper ? low : high, DISTANCE);
+    }
+    if (upper)
+        first += HALF;
+    else
+        end = min(end, first + HALF);
+    if constexpr (DISTANCE > 1)
+        scatter_sums<HALF, DISTANCE / 2>(values, first, end);
+}
+
+// How many of COUNT values a lane holds after scatter_sums.
+__device__ constexpr int values_per_lane(int count)
+{
+    for (int distance = WARP / 2; distance > 0; distance /= 2)
+        count = (count + 1) / 2;
+    return count;
+}
+
 // bfloat16 is the upper half of a float, stored as an unsigned short; rounding is to nearest, ties to even.
 __device__ __forceinline__ float from_bf16(unsigned short x) { return __uint_as_float(unsigned(x) << 16); }
 

@@ -1,7 +1,8 @@
 // What the variants of generation share: rounding a weight, and drawing a character.
 //
 // Constant from the launcher: BF16, 1 where weights are rounded to bfloat16, else 0.
-// draw_character and the functions that it calls with a Row are for all threads of a block together.
+// draw_character<TEAM> and the functions that it calls are for the threads of a team together: all WARPS warps of a
+// block, or one warp, in which there are no barriers of the block.
 // Source: Holtzman et al., "The Curious Case of Neural Text Degeneration" (top-p); Nguyen et al., "Turning Up the Heat"
 // (min-p).
 #include "block.cuh"
@@ -49,17 +50,28 @@ struct Row {
     __device__ __forceinline__ float p(int v) const { return expf((logits[v] - largest) / temperature); }
 };
 
+// A thread's number in its team.
+template <int TEAM>
+__device__ __forceinline__ int team_thread()
+{
+    static_assert(TEAM == 1 || TEAM == WARPS);
+    return TEAM == 1 ? lane() : threadIdx.x;
+}
+
 // The largest key of all threads, in every thread. A barrier has to stand between two calls with the same scratch.
-__device__ __forceinline__ Key block_max(Key key, Key *scratch)
+template <int TEAM>
+__device__ __forceinline__ Key team_max(Key key, Key *scratch)
 {
 #pragma unroll
     for (int distance = WARP / 2; distance > 0; distance /= 2)
         key = max(key, __shfl_xor_sync(ALL_LANES, key, distance));
-    if (lane() == 0)
-        scratch[warp()] = key;
-    __syncthreads();
-    for (int w = 0; w < WARPS; ++w)
-        key = max(key, scratch[w]);
+    if constexpr (TEAM > 1) {
+        if (lane() == 0)
+            scratch[warp()] = key;
+        __syncthreads();
+        for (int w = 0; w < TEAM; ++w)
+            key = max(key, scratch[w]);
+    }
     return key;
 }
 
@@ -96,41 +108,58 @@ __device__ __forceinline__ Key threshold_by_digits(const Row &row, float wanted,
     return threshold;
 }
 
-// As find_threshold, where each thread has at most one character. A character stays if few enough characters are more
-// likely than it, and if their probabilities add up to little enough. That sum has the same order for all characters,
-// so it is never smaller for a less likely character.
+// As find_threshold. A character stays if few enough characters are more likely than it, and if their probabilities add
+// up to little enough. That sum has the same order for all characters, so it is never smaller for a less likely one.
+template <int TEAM>
 __device__ __forceinline__ Key threshold_by_ranks(const Row &row, const Options &options, Key *keys, float *sums)
 {
-    const int v = 1 + threadIdx.x;
-    const Key key = v < row.V ? row.key(v) : 0;
-    int rank = 0;
-    float p_before = 0.0f;
-    for (int first = 1; first < row.V && v - lane() < row.V; first += WARP) {  // not in warps without a character
-        const int u = first + lane();
-        const Key key_u = u < row.V ? row.key(u) : 0;
-        const float p_u = u < row.V ? row.p(u) : 0.0f;
+    constexpr int MEMBERS = TEAM * WARP;
+    // Calls use(v, key, p_before) for those characters v of this thread that top_k leaves.
+    const auto for_own = [&](auto use) {
+        for (int first_v = 1; first_v + team_thread<TEAM>() - lane() < row.V; first_v += MEMBERS) {
+            const int v = first_v + team_thread<TEAM>();
+            const Key key = v < row.V ? row.key(v) : 0;
+            int rank = 0;
+            float p_before = 0.0f;
+            for (int first = 1; first < row.V; first += WARP) {
+                const int u = first + lane();
+                const Key key_u = u < row.V ? row.key(u) : 0;
+                const float p_u = u < row.V ? row.p(u) : 0.0f;
 #pragma unroll 8  // shuffles in flight
-        for (int i = 0; i < min(WARP, row.V - first); ++i) {
-            const bool more_likely = __shfl_sync(ALL_LANES, key_u, i) > key;
-            const float p = __shfl_sync(ALL_LANES, p_u, i);
-            rank += more_likely;
-            p_before += more_likely ? p : 0.0f;
+                for (int i = 0; i < min(WARP, row.V - first); ++i) {
+                    const bool more_likely = __shfl_sync(ALL_LANES, key_u, i) > key;
+                    const float p = __shfl_sync(ALL_LANES, p_u, i);
+                    rank += more_likely;
+                    p_before += more_likely ? p : 0.0f;
+                }
+            }
+            if (v < row.V && (options.top_k == 0 || rank < options.top_k))
+                use(v, key, p_before);
         }
+    };
+    float p_of_top_k = 0.0f;
+    if (options.top_p < 1.0f) {
+        for_own([&](int v, Key, float) { p_of_top_k += row.p(v); });
+        p_of_top_k = TEAM == 1 ? warp_sum(p_of_top_k) : block_sum<WARPS>(p_of_top_k, sums);
     }
-    bool stays = v < row.V && (options.top_k == 0 || rank < options.top_k);
-    const float p_of_top_k = block_sum<WARPS>(stays ? row.p(v) : 0.0f, sums);
-    stays = stays && (options.top_p >= 1.0f || p_before < options.top_p * p_of_top_k);
-    return ~block_max(stays ? ~key : 0, keys);
+    Key smallest = ~Key(0);
+    for_own([&](int, Key key, float p_before) {
+        if (options.top_p >= 1.0f || p_before < options.top_p * p_of_top_k)
+            smallest = min(smallest, key);
+    });
+    return ~team_max<TEAM>(~smallest, keys);
 }
 
-// The smallest key that top_k and top_p leave. Ranks take V steps and 3 barriers. Digits take 26 barriers or more for
-// top_k and as many for top_p, but far fewer steps where a thread has many characters.
+// The smallest key that top_k and top_p leave. Ranks take V steps for each character of a thread, twice with top_p, and
+// up to 3 barriers. Digits take 26 barriers or more for top_k and as many for top_p, but far fewer steps where a thread
+// has many characters.
+template <int TEAM>
 __device__ __forceinline__ Key find_threshold(const Row &row, const Options &options, Key *keys, float *sums)
 {
     if (options.top_k == 0 && options.top_p >= 1.0f)
         return 0;
-    if (row.V <= 1 + THREADS)
-        return threshold_by_ranks(row, options, keys, sums);
+    if (TEAM == 1 || row.V <= 1 + THREADS)
+        return threshold_by_ranks<TEAM>(row, options, keys, sums);
     Key threshold = 0;
     if (options.top_k > 0)
         threshold = threshold_by_digits(row, float(options.top_k), [](int) { return 1.0f; }, sums);
@@ -143,7 +172,8 @@ __device__ __forceinline__ Key find_threshold(const Row &row, const Options &opt
 }
 
 // The sum of the values of all threads before this one; `total` becomes the sum of the values of all threads.
-__device__ __forceinline__ float block_scan(float value, float *scratch, float &total)
+template <int TEAM>
+__device__ __forceinline__ float team_scan(float value, float *scratch, float &total)
 {
     float through = value;
 #pragma unroll
@@ -153,6 +183,10 @@ __device__ __forceinline__ float block_scan(float value, float *scratch, float &
     }
     float before = __shfl_up_sync(ALL_LANES, through, 1);
     before = lane() > 0 ? before : 0.0f;
+    if constexpr (TEAM == 1) {
+        total = __shfl_sync(ALL_LANES, through, WARP - 1);
+        return before;
+    }
     if (lane() == WARP - 1)
         scratch[warp()] = through;
     __syncthreads();
@@ -165,7 +199,8 @@ __device__ __forceinline__ float block_scan(float value, float *scratch, float &
     return warps_before + before;
 }
 
-// The id drawn from one row of logits (V,), in all threads of the block. A barrier has to stand between two calls.
+// The id drawn from one row of logits (V,), in all threads of the team. A barrier has to stand between two calls.
+template <int TEAM = WARPS>
 __device__ __forceinline__ int draw_character(const float *__restrict__ logits, float uniform, int V,
                                               const Options &options)
 {
@@ -174,25 +209,26 @@ __device__ __forceinline__ int draw_character(const float *__restrict__ logits, 
     Row row = {logits, V, 32 - __clz(V - 1), 0.0f, options.temperature};
 
     Key best = 0;
-    for (int v = 1 + threadIdx.x; v < V; v += THREADS)
+    for (int v = 1 + team_thread<TEAM>(); v < V; v += TEAM * WARP)
         best = max(best, row.key(v));
-    best = block_max(best, keys);
+    best = team_max<TEAM>(best, keys);
     if (options.temperature == 0.0f)
         return row.id(best);
     row.largest = logits[row.id(best)];
 
-    const Key threshold = find_threshold(row, options, keys, sums);
+    const Key threshold = find_threshold<TEAM>(row, options, keys, sums);
     const auto p_kept = [&](int v) {
         const float p = row.p(v);
         return row.key(v) >= threshold && p >= options.min_p ? p : 0.0f;
     };
 
     // Each thread takes neighbouring ids, so that a sum in the order of the threads is one in the order of the ids.
-    const int each = ceil_div(V - 1, THREADS), begin = min(1 + int(threadIdx.x) * each, V), end = min(begin + each, V);
+    const int each = ceil_div(V - 1, TEAM * WARP), begin = min(1 + team_thread<TEAM>() * each, V);
+    const int end = min(begin + each, V);
     float sum = 0.0f;
     for (int v = begin; v < end; ++v)
         sum += p_kept(v);
-    float total, reached = block_scan(sum, sums, total);
+    float total, reached = team_scan<TEAM>(sum, sums, total);
     int first = 0, last = 0;  // ids: the first that passes the uniform number, the last that is kept; 0 where none is
     for (int v = begin; v < end; ++v) {
         const float p = p_kept(v);
@@ -202,6 +238,6 @@ __device__ __forceinline__ int draw_character(const float *__restrict__ logits, 
     }
     // Threads with larger ids have passed the number too, so the smallest id of all threads is drawn. Where no thread
     // has passed it, because it is so close to 1 that rounding decides, the last id kept is drawn.
-    const Key chosen = block_max(first > 0 ? Key(1) << 32 | (V - first) : Key(last), keys);
+    const Key chosen = team_max<TEAM>(first > 0 ? Key(1) << 32 | (V - first) : Key(last), keys);
     return chosen >> 32 ? V - int(unsigned(chosen)) : max(int(chosen), 1);  // 1 where logits are not finite
 }

@@ -8,6 +8,7 @@ import numpy as np
 from char_gru.kernels import runtime
 from char_gru.kernels.arrays import copy
 from char_gru.kernels.generate_batched import generate_batched
+from char_gru.kernels.generate_one_text import generate_one_text
 from char_gru.kernels.generate_persistent import generate_persistent
 from char_gru.kernels.plan.generation import WEIGHTS, constants, generation_plan
 from char_gru.kernels.plan.recurrence import THREADS, WARPS
@@ -91,8 +92,8 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
     if plan.variant == "stepwise":
         _generate_stepwise(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved, options, plan.constants)
         return
-    in_one_launch = generate_batched if plan.variant == "batched" else generate_persistent
-    in_one_launch(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, options, plan)
+    in_one_launch = {"one-text": generate_one_text, "persistent": generate_persistent, "batched": generate_batched}
+    in_one_launch[plan.variant](params, P, h, ids, forced_tr, uniforms_tr, ids_tr, options, plan)
 
 
 def _generate_stepwise(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: GenerationSaved, options: list,

@@ -93,35 +93,6 @@ pack_weights(unsigned *__restrict__ weights, float *__restrict__ biases, const f
 
 // ---- Products -------------------------------------------------------------------------------------------------------
 
-// Adds up values[0 .. COUNT) over the lanes, each sum in one lane: values[i] becomes sum number first + i, valid where
-// first + i < end. Before the call, `first` is 0 and `end` is COUNT. A step halves the sums that a lane works on, so
-// that COUNT sums take about COUNT shuffles, not 5 COUNT.
-template <int COUNT, int DISTANCE, int N>
-__device__ __forceinline__ void scatter_sums(float (&values)[N], int &first, int &end)
-{
-    constexpr int HALF = (COUNT + 1) / 2;
-    const bool upper = lane() & DISTANCE;
-#pragma unroll
-    for (int i = 0; i < HALF; ++i) {
-        const float low = values[i], high = i + HALF < COUNT ? values[i + HALF] : 0.0f;
-        values[i] = (upper ? high : low) + __shfl_xor_sync(ALL_LANES, upper ? low : high, DISTANCE);
-    }
-    if (upper)
-        first += HALF;
-    else
-        end = min(end, first + HALF);
-    if constexpr (DISTANCE > 1)
-        scatter_sums<HALF, DISTANCE / 2>(values, first, end);
-}
-
-// How many of COUNT values a lane holds after scatter_sums.
-__device__ constexpr int values_per_lane(int count)
-{
-    for (int distance = WARP / 2; distance > 0; distance /= 2)
-        count = (count + 1) / 2;
-    return count;
-}
-
 // A product of `gates` rows of a matrix, at least TILE of them, with `rows` rows of states: out[m][r] = W[m] . x[r].
 //
 // A pass takes gathered_rows rows of x, and as many tiles of the matrix as there are warps. Columns before off_chip of

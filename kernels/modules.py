@@ -31,6 +31,9 @@ MODULES: dict[str, tuple[dict[str, int], ...]] = {
             ("h100", 64, 1024, "bf16", "persistent"), ("h100", 1, 1024, "bf16", "persistent"),
             ("a100", 1, 1024, "fp32", "persistent"), ("4090", 1, 1024, "fp32", "persistent"),
             ("l4", 1, 1024, "fp32", "persistent"))),
+    "generate_one_text": tuple(
+        generation_plan(GPUS[gpu], 1, CHARACTERS, H, 1, variant="one-text").constants
+        for gpu, H in (("h100", 1024), ("h100", 256), ("a100", 1024))),
     "gru": tuple(gru_constants(precision) for precision in PRECISIONS),
     "input_table": ({},),
     "matmul": tuple(tiled_constants(*operands, tile) for operands in OPERANDS for tile in TILES),

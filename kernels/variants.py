@@ -86,6 +86,9 @@ VARIANTS = (
            "one thread per text", "sample"),
     Variant("sampling", "one block per text", ("generate.cu",), ("sample",), "test_sample.py", "",
             "top-k and top-p by ranks up to 257 characters, above by digits of the threshold", "sample", ""),
+    Variant("generation", "one-text", ("generate_one_text.cu",), ("generate_one_text",), "test_generate_kernels.py",
+            _WEIGHTS, "one text by one layer, all characters of a call in one launch, weights in registers; states and "
+            "logits in words with tags, and every block draws", "generate", "one-text"),
     Variant("generation", "persistent", ("generate_persistent.cu",), ("generate_persistent", "pack_weights"),
             "test_generate_kernels.py", _WEIGHTS,
             "all characters of a call in one launch, weights on chip, through L2 where they do not fit; the owner of a "

@@ -158,7 +158,7 @@ def test_candidates_on_the_harness_compute_what_the_reference_does(harness, name
     assert (next(iter(chosen)) == "char-gru naive fp32") is has_twin
     if name in ("gru_forward", "gru_backward", "generate"):
         variants = {"stepwise", "persistent"} | (
-            {"batched"} if name == "generate" else {"naive"})
+            {"one-text", "batched"} if name == "generate" else {"naive"})
         assert variants == {variant.split()[1] for variant in chosen}
         assert {"fp32", "bf16"} <= {variant.split()[2] for variant in chosen}
     if BENCHMARKS[name].whole_job:

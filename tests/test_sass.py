@@ -1,7 +1,7 @@
 """What a turn of each loop of the machine code executes: read from listings; of the loops that matter held in a table.
 
-`python -m kernels --sass gru_forward_persistent gru_backward_persistent generate_persistent generate_batched
-matmul_multistage cross_entropy > tests/kernel_loops.txt` renews the table.
+`python -m kernels --sass gru_forward_persistent gru_backward_persistent generate_one_text generate_persistent
+generate_batched matmul_multistage cross_entropy > tests/kernel_loops.txt` renews the table.
 """
 
 import collections

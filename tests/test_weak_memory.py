@@ -1,6 +1,8 @@
 """Kernels whose blocks exchange data, from PTX, with global memory as late and as stale as the PTX memory model allows:
 they give the bits that they give when each access has its effect at once."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -25,8 +27,8 @@ def stepwise(T: int, precision: str) -> dict[str, np.ndarray]:
     return on_device(layer(T, B=5, H=40, V=4, M=7), precision)
 
 
-def text(T: int, layers: int, variant: str) -> dict[str, np.ndarray]:
-    ids_tr, ids, h = written_on_device(text_case(2, H=9, V=5, layers=layers, scale=0.3), T, variant)
+def text(T: int, R: int, layers: int, variant: str) -> dict[str, np.ndarray]:
+    ids_tr, ids, h = written_on_device(text_case(R, H=9, V=5, layers=layers, scale=0.3), T, variant)
     return {"ids_tr": ids_tr, "ids": ids, "h": h}
 
 
@@ -40,7 +42,8 @@ def results_of(kernels, *arguments, **memory) -> dict[str, np.ndarray]:
 CASES = {
     **{f"persistent recurrence in {precision}": (persistent, 20, precision) for precision in PRECISIONS},
     "stepwise recurrence": (stepwise, 3, "fp32"),
-    **{f"text, {layers} layers": (text, 20, layers, "persistent") for layers in (1, 2)},
+    **{f"text, {layers} layers": (text, 20, 2, layers, "persistent") for layers in (1, 2)},
+    "one text": (text, 20, 1, 1, "one-text"),
 }
 
 
@@ -52,6 +55,35 @@ def test_weak_memory_changes_no_bit(name, schedule):
     expected = results_of(kernels, *arguments)
     for seed in range(3):
         assert_equal_bits(results_of(kernels, *arguments, schedule=schedule, seed=seed), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("right, wrong", [
+    ("states + (number + t) % 2 * width", "states"),  # a block overwrites the states that another one still needs
+    ("return number + t + 1;", "return number + 1;"),  # old states pass for new ones
+    ("gridDim.x, T + 1)", "gridDim.x, 0)"),  # the next launch takes the words of this one
+])
+def test_wrong_exchanges_of_a_text_are_noticed(right, wrong, monkeypatch):
+    def texts() -> list[np.ndarray]:
+        return [array for T in (3, 4, 5) for array in text(T, 1, 1, "one-text").values()]
+
+    expected, source = results_of(lambda: dict(enumerate(texts()))), runtime.source
+
+    def planted(stem, constants):
+        whole = source(stem, constants)
+        assert stem != "generate_one_text" or whole.count(right) == 1
+        return whole.replace(right, wrong)
+
+    monkeypatch.setattr(runtime, "source", planted)
+    for schedule, seed in itertools.product(host_ptx.SCHEDULES, range(5)):
+        try:
+            actual = results_of(lambda: dict(enumerate(texts())), schedule=schedule, seed=seed)
+        except RuntimeError as error:
+            assert "deadlock" in str(error)
+            return
+        if any((actual[i] != expected[i]).any() for i in expected):
+            return
+    pytest.fail("all texts are right")
 
 
 @pytest.mark.slow

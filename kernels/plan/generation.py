@@ -1,6 +1,7 @@
 """How text is written on a GPU: which variant of `kernels.generate.generate` runs, how its work is cut, and why.
 
     stepwise              layers + 2 launches per character, for any sizes (generate.cu)
+    one-text              one launch, for one row and layer, weights in registers (generate_one_text.cu)
     persistent            one launch, weights on chip; the owner of a row draws its characters (generate_persistent.cu)
     batched               one launch, for one layer and many rows, on tensor cores (generate_batched.cu)
 
@@ -35,6 +36,9 @@ DRAW_CYCLES = 1100  # of latency: two maxima and a scan among the threads of a b
 LITTLE_L2 = (75, 86)  # compute capabilities, times ten, with up to 6 MB of L2: larger weights come from memory
 
 MAX_ROWS = 8  # of states that a warp multiplies its weights with in fp32; more do not fit into registers
+ONE_TEXT_CHARACTERS = 257  # most of them: one warp draws, in V^2 / 32 steps with top-k or top-p
+ONE_TEXT_REGISTERS = 90  # of a thread, beside weights and sums
+WARP_DRAW_CYCLES = 700  # of latency: drawing by one warp
 CHUNK = 128  # elements of k that a warp multiplies at a time
 CHUNKS = (8, 4, 2, 1)  # of states that are in shared memory at a time
 TILE_UNITS = (1, 2, 4)  # of a warp's tile, which is GATES times as many rows of a matrix
@@ -86,12 +90,14 @@ def generation_plan(gpu: GPU, R: int, V: int, H: int, layers: int, weights: str 
 def generation_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
                      weights: str = "fp32") -> tuple[GenerationPlan, ...]:
     """The best plan of each variant that a GPU can run with these sizes, the quickest first, as predicted."""
+    one_text = _one_text_plans(gpu, R, V, H, layers, weights)
     persistent = list(_persistent_plans(gpu, R, V, H, layers, weights))
     batched = sorted(_batched_plans(gpu, R, V, H, layers, weights), key=operator.itemgetter(0))[:1]
     stepwise = (_stepwise_parts(gpu, R, V, H, layers, rates_of(gpu)).cycles,
                 GenerationPlan("stepwise", "for any sizes", constants(R, weights)))
+    plans = (*one_text, *persistent, *batched, stepwise)
     fitting = sorted([(cycles, plan._replace(predicted_us=rates_of(gpu).microseconds(cycles)))
-                      for cycles, plan in (*persistent, *batched, stepwise) if plan.fits(gpu)],
+                      for cycles, plan in plans if plan.fits(gpu)],
                      key=operator.itemgetter(0))
     notes = ["predicted: " + ", ".join(f"{plan.variant} {plan.predicted_us:.1f} us" for _, plan in fitting)
              + " a character"]
@@ -123,6 +129,8 @@ def character_parts(gpu: GPU, plan: GenerationPlan, R: int, V: int, H: int, laye
         return _batched_parts(plan, V, rates)
     if plan.variant == "stepwise":
         return _stepwise_parts(gpu, R, V, H, layers, rates)
+    if plan.variant == "one-text":
+        return _one_text_parts(plan, V, H, rates)
     return _persistent_parts(gpu, plan, V, H, layers, rates)
 
 
@@ -152,6 +160,35 @@ def _stepwise_parts(gpu: GPU, R: int, V: int, H: int, layers: int, rates: Rates)
     product = rates.overlapped(gather=4 / _weights_rate(gpu, rates), multiply=rows / rates.multiply["fp32"])
     return (product * (ceil_div(R, rows) * weights / gpu.multiprocessors)
             + Parts(launch=(layers + 2) * rates.launch, cell=DRAW_CYCLES))
+
+
+# ---- One text ------------------------------------------------------------------------------------------------------
+
+def _one_text_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
+                    weights: str) -> Iterator[tuple[float, GenerationPlan]]:
+    """Cycles and plan, where a thread has registers for its weights."""
+    if R > 1 or layers > 1 or V > ONE_TEXT_CHARACTERS:
+        return
+    units = max(WARPS, ceil_div(H, gpu.multiprocessors))
+    blocks = ceil_div(H, units)
+    outputs, pairs = ceil_div(V, blocks), ceil_div(H, 2 * THREADS)
+    rows = GATES * units + outputs
+    if max(units, outputs) > 32 or rows * (2 * pairs + 1) + ONE_TEXT_REGISTERS > REGISTERS:
+        return
+    module = {"BF16": int(weights == "bf16"), "UNITS": units, "OUTPUTS": outputs, "PAIRS": pairs}
+    shared_bytes = 4 * (WARPS * (2 * GATES * units + outputs) + V * GATES * units + round_up(V, 2))
+    plan = GenerationPlan("one-text", f"{blocks} blocks hold {weights} weights in registers", module, 1, 1, blocks,
+                          units, shared_bytes=shared_bytes)
+    yield _one_text_parts(plan, V, H, rates_of(gpu)).cycles, plan
+
+
+def _one_text_parts(plan: GenerationPlan, V: int, H: int, rates: Rates) -> Parts:
+    """Two exchanges, of states and of logits; the product with W_hh goes on while logits travel."""
+    _, units, outputs, pairs = plan.constants.values()
+    product = Parts(multiply=(GATES * units + outputs) * 2 * pairs * THREADS / rates.multiply["fp32"])
+    beside = max(Parts(chain=rates.chain), product, key=operator.attrgetter("cycles"))
+    return (Parts(chain=rates.chain, gather=WORD_BYTES * (H + V) / rates.l2) + beside
+            + Parts(cell=WARP_DRAW_CYCLES + CELL_CYCLES))
 
 
 # ---- Persistent -----------------------------------------------------------------------------------------------------
