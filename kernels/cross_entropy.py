@@ -3,17 +3,35 @@
 import numpy as np
 
 from char_gru.kernels import runtime
-from char_gru.kernels.matmul import TILE_THREADS, column_sums, constants, matmul
+from char_gru.kernels.matmul import TILE_THREADS, aligned, column_sums, constants, matmul
+from char_gru.kernels.plan.products import MULTISTAGE_CAPABILITY
 from char_gru.kernels.scratch import scratch
 from char_gru.kernels.sizes import ceil_div
 
 # TILE_N covers the tutorial's 66 characters in one sweep; TILE_K is large: each iteration over K waits for memory.
-TILE = {"TILE_M": 64, "TILE_N": 80, "TILE_K": 32}
+TILE = {"TILE_N": 80, "TILE_K": 32}
+TILE_ROWS = (64, 32)  # TILE_M of the multistage variant
+STAGES = 4
 MEAN_THREADS = 1024  # of the one block of mean_loss
+VARIANTS = ("tiled", "multistage")
 
 
-def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, *, precision="fp32") -> None:
+def tile_rows(positions: int, multiprocessors: int) -> int:
+    """Rows of a block: those that give the busiest multiprocessor the fewest rows. Of equal ones the most, since each
+    block reads W_out: the tutorial's 6,400 rows give one of an H100's 132 multiprocessors 64 rows, in 100 blocks of 64
+    that read 27 MB of W_out, or in 200 blocks of 32 that read 54 MB."""
+    return min(TILE_ROWS, key=lambda rows: (ceil_div(ceil_div(positions, rows), multiprocessors) * rows, -rows))
+
+
+def cross_entropy_constants(precision: str, rows: int, stages: int) -> dict[str, int]:
+    """The constants of cross_entropy.cu."""
+    return constants(precision) | TILE | {"TILE_M": rows, "STAGES": stages}
+
+
+def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, *, precision="fp32", variant=None,
+                          rows=None) -> None:
     """Output layer, softmax and mean cross-entropy, and the gradient of this loss with respect to the logits.
+    `variant` and `rows`, the rows of a block, are for tests and benchmarks.
 
     Shapes: h_tb (T, B, H); W_out (V, H); b_out (V,); targets_tb (T, B) int32, in [0, V); results loss (1,), in nats per
     character, and dlogits_tb (T, B, V); floating arrays are float32.
@@ -23,11 +41,19 @@ def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, *, p
     """
     check_cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb)
     (T, B, H), V = h_tb.shape, len(W_out)
-    module = constants(precision) | TILE
+    gpu = runtime.current_executor().gpu
+    if variant is None:
+        can = aligned(h_tb) and aligned(W_out) and gpu.capability >= MULTISTAGE_CAPABILITY
+        variant = "multistage" if can else "tiled"
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
+    stages = STAGES if variant == "multistage" else 0
+    rows = rows or (tile_rows(T * B, gpu.multiprocessors) if stages else TILE_ROWS[0])
+    module = cross_entropy_constants(precision, rows, stages)
     losses = scratch("cross_entropy_forward", (T * B,))
-    runtime.launch("cross_entropy", "cross_entropy_forward", ceil_div(T * B, TILE["TILE_M"]), TILE_THREADS,
+    runtime.launch("cross_entropy", "cross_entropy_forward", ceil_div(T * B, rows), TILE_THREADS,
                    [dlogits_tb, losses, h_tb, W_out, b_out, targets_tb, np.int32(T * B), np.int32(V), np.int32(H)],
-                   constants=module)
+                   constants=module, shared_bytes=4 * stages * (rows + TILE["TILE_N"]) * TILE["TILE_K"])
     runtime.launch("cross_entropy", "mean_loss", 1, MEAN_THREADS, [loss, losses, np.int32(T * B)], constants=module)
 
 

@@ -68,8 +68,8 @@ def matmul(A, B, C, *, transpose_a=False, transpose_b=False, bias=None, precisio
     dtype = np.dtype(np.uint16 if precision == "bf16" and A.dtype == np.uint16 else np.float32)
     M, N, K = check_matmul(A, B, C, transpose_a, transpose_b, bias, dtype)
     layout = "tn" if transpose_a else "nt" if transpose_b else "nn"
-    gpu, aligned = runtime.current_executor().gpu, _aligned(A) and _aligned(B)
-    plan = product_plan(gpu, M, N, K, precision, dtype.itemsize, aligned, variant, tile)
+    gpu, rows_aligned = runtime.current_executor().gpu, aligned(A) and aligned(B)
+    plan = product_plan(gpu, M, N, K, precision, dtype.itemsize, rows_aligned, variant, tile)
     sizes = np.int32(M), np.int32(N)
     # All products with few partial sums share one scratch array, of the size that every tiled product fits into.
     result = C if plan.splits == 1 else scratch("matmul", (max(plan.splits * M * N, SPLIT_BLOCKS * TILES[0]**2),))
@@ -97,9 +97,9 @@ def check_matmul(A, B, C, transpose_a: bool, transpose_b: bool, bias, dtype=np.f
     return M, N, K
 
 
-def _aligned(array) -> bool:
+def aligned(array) -> bool:
     """Whether every row starts at a multiple of 16 bytes, as asynchronous copies of 16 bytes need."""
-    return runtime.address(array) % ALIGNMENT == 0 and array.shape[1] * array.itemsize % ALIGNMENT == 0
+    return runtime.address(array) % ALIGNMENT == 0 and array.shape[-1] * array.itemsize % ALIGNMENT == 0
 
 
 def add_partial_sums(partial_sums, sums) -> None:

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 
-from char_gru.kernels.cross_entropy import TILE as CROSS_ENTROPY_TILE
+from char_gru.kernels.cross_entropy import STAGES, TILE_ROWS, cross_entropy_constants
 from char_gru.kernels.gru import constants as gru_constants
 from char_gru.kernels.gru_persistent import constants as gru_persistent_constants
 from char_gru.kernels.matmul import OPERANDS, PRECISIONS, multistage_constants, tiled_constants
-from char_gru.kernels.matmul import constants as tile_constants
 from char_gru.kernels.plan.generation import MAX_ROWS, WEIGHTS, generation_plan
 from char_gru.kernels.plan.generation import constants as generate_constants
 from char_gru.kernels.plan.gpus import GPUS, precisions
@@ -20,7 +19,8 @@ CHARACTERS = 66  # of Tiny Shakespeare, and [UNK]
 
 MODULES: dict[str, tuple[dict[str, int], ...]] = {
     "adam": ({},),
-    "cross_entropy": tuple(tile_constants(precision) | CROSS_ENTROPY_TILE for precision in PRECISIONS),
+    "cross_entropy": tuple(cross_entropy_constants(precision, rows, stages) for precision in PRECISIONS
+                           for rows, stages in ((TILE_ROWS[0], 0), *((rows, STAGES) for rows in TILE_ROWS))),
     "dropout": ({},),
     "generate": (*(generate_constants(R) for R in (1, 2, 4, MAX_ROWS)), generate_constants(MAX_ROWS, "bf16")),
     "generate_persistent": tuple(
@@ -57,7 +57,8 @@ def modules_for(architecture: str) -> Iterator[tuple[str, dict[str, int]]]:
     has_tf32 = capability >= TENSOR_CORES_FROM
     for stem, variants in MODULES.items():
         for constants in variants:
-            if has_tf32 or (constants.get("PRECISION", 0) == PRECISIONS["fp32"] and stem != "matmul_multistage"):
+            multistage = "TILE_K" in constants and constants.get("STAGES", 0) > 0  # by asynchronous copies
+            if has_tf32 or (constants.get("PRECISION", 0) == PRECISIONS["fp32"] and not multistage):
                 yield stem, constants
 
 

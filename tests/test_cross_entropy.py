@@ -5,15 +5,19 @@ import pytest
 
 from char_gru.kernels import cross_entropy as launchers
 from char_gru.kernels import runtime
+from char_gru.kernels.matmul import PRECISIONS
 from char_gru.rnn import reference
 from tests import host_cuda
 from tests.helpers.compare import assert_close
 from tests.helpers.variants import each_sanitizer, each_variant, each_variant_and_precision
 
-TILE_M, TILE_N, TILE_K = (launchers.TILE[name] for name in ("TILE_M", "TILE_N", "TILE_K"))
+TILE_N, TILE_K, STAGES = launchers.TILE["TILE_N"], launchers.TILE["TILE_K"], launchers.STAGES
 SIZES = [  # T, B, H, V: one below, at and above each tile; V of one sweep and of several
-    (1, 1, 1, 2), (3, 2, 5, 7), (3, 21, TILE_K, 66), (4, TILE_M // 4, TILE_K - 1, TILE_N - 1),
+    (1, 1, 1, 2), (3, 2, 5, 7), (3, 21, TILE_K, 66), (4, 16, TILE_K - 1, TILE_N - 1),
     (5, 13, TILE_K + 1, TILE_N), (2, 3, 2 * TILE_K + 1, TILE_N + 1), (11, 7, 34, 257), (1, 3, 4, 20_011)]
+ALIGNED = [  # with rows of whole 16 bytes: fewer stages than there are, all of them, and one used again
+    (1, 1, 4, 2), (3, 21, TILE_K, 66), (1, 64, STAGES * TILE_K, TILE_N), (5, 13, STAGES * TILE_K + 36, TILE_N + 1),
+    (3, 11, 36, 257)]
 
 
 def layer(T: int, B: int, H: int, V: int, scale: float = 1.0) -> tuple[np.ndarray, ...]:
@@ -23,12 +27,13 @@ def layer(T: int, B: int, H: int, V: int, scale: float = 1.0) -> tuple[np.ndarra
     return h_tb, np.float32(scale) * W_out, b_out, rng.integers(0, V, (T, B)).astype(np.int32)
 
 
-def device_forward(h_tb, W_out, b_out, targets_tb, precision="fp32", ops=launchers) -> tuple[np.ndarray, np.ndarray]:
+def device_forward(h_tb, W_out, b_out, targets_tb, precision="fp32", ops=launchers,
+                   **options) -> tuple[np.ndarray, np.ndarray]:
     """loss and dlogits_tb, the latter a slice of a larger array of which nothing else may be written."""
     T, B, V = *targets_tb.shape, len(W_out)
     loss, dlogits_tb = runtime.empty((1,), np.float32), runtime.to_device(np.full((T + 1, B, V), 7, np.float32))
     ops.cross_entropy_forward(*map(runtime.to_device, (h_tb, W_out, b_out, targets_tb)), loss, dlogits_tb[:T],
-                              precision=precision)
+                              precision=precision, **options)
     dlogits_tb = runtime.to_host(dlogits_tb)
     assert (dlogits_tb[T] == 7).all()
     return runtime.to_host(loss), dlogits_tb[:T]
@@ -40,9 +45,10 @@ def reference_forward(h_tb, W_out, b_out, targets_tb, dtype, precision) -> tuple
     return np.array([loss]), dlogits_tb
 
 
-def assert_forward_matches_reference(h_tb, W_out, b_out, targets_tb, precision="fp32", ops=launchers) -> None:
+def assert_forward_matches_reference(h_tb, W_out, b_out, targets_tb, precision="fp32", ops=launchers,
+                                     **options) -> None:
     arguments = h_tb, W_out, b_out, targets_tb
-    actual = device_forward(*arguments, precision, ops)
+    actual = device_forward(*arguments, precision, ops, **options)
     exact, plain = (reference_forward(*arguments, dtype, precision) for dtype in (np.float64, np.float32))
     for name, *results in zip(("loss", "dlogits_tb"), actual, exact, plain):
         assert_close(name, *results)
@@ -52,6 +58,48 @@ def assert_forward_matches_reference(h_tb, W_out, b_out, targets_tb, precision="
 @pytest.mark.parametrize("T, B, H, V", SIZES)
 def test_cross_entropy_forward_matches_reference(executor, T, B, H, V, ops, precision):
     assert_forward_matches_reference(*layer(T, B, H, V), precision, ops)
+
+
+@pytest.mark.capability(80)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("rows", launchers.TILE_ROWS)
+@pytest.mark.parametrize("T, B, H, V", ALIGNED)
+def test_multistage_product_matches_reference(executor, T, B, H, V, rows, precision):
+    assert_forward_matches_reference(*layer(T, B, H, V), precision, variant="multistage", rows=rows)
+
+
+@pytest.mark.capability(80)
+@pytest.mark.parametrize("T, B, H, V", ALIGNED)
+def test_products_and_tiles_give_the_same_bits_in_fp32(executor, T, B, H, V):
+    """All of them add in ascending order of k."""
+    results = [device_forward(*layer(T, B, H, V), variant=variant, rows=rows)
+               for variant, rows in (("tiled", None), *(("multistage", rows) for rows in launchers.TILE_ROWS))]
+    for loss, dlogits_tb in results[1:]:
+        assert loss == results[0][0] and (dlogits_tb == results[0][1]).all()
+
+
+@pytest.mark.capability(80)
+@pytest.mark.parametrize("H, skipped, stages", [(8, 0, STAGES), (9, 0, 0), (8, 1, 0), (8, 4, STAGES)])
+def test_rows_that_no_copy_of_16_bytes_fits_pass_through_registers(executor, monkeypatch, H, skipped, stages):
+    """skipped: elements of the array before h_tb."""
+    launch, found = runtime.launch, []
+
+    def noted(*args, constants, **options):
+        found.append(constants["STAGES"])
+        launch(*args, constants=constants, **options)
+
+    monkeypatch.setattr(runtime, "launch", noted)
+    h_tb, *others = layer(1, 2, H, 7)
+    memory = runtime.to_device(np.concatenate([np.zeros(skipped, np.float32), h_tb.ravel()]))
+    launchers.cross_entropy_forward(memory[skipped:].reshape(h_tb.shape), *map(runtime.to_device, others),
+                                    runtime.empty((1,), np.float32), runtime.empty((1, 2, 7), np.float32))
+    assert found == [stages, stages]
+
+
+@pytest.mark.parametrize("positions, multiprocessors, rows", [
+    (6400, 132, 64), (6400, 108, 64), (3200, 132, 32), (6400, 142, 64), (1, 132, 32), (4200, 132, 32), (6400, 58, 64)])
+def test_blocks_have_the_rows_that_keep_multiprocessors_equally_busy(positions, multiprocessors, rows):
+    assert launchers.tile_rows(positions, multiprocessors) == rows
 
 
 @each_variant(launchers)
@@ -91,7 +139,7 @@ def test_logit_that_is_not_finite_shows_in_loss_and_gradient(executor, ops, V):
 
 
 @each_variant(launchers)
-@pytest.mark.parametrize("T, B, H, V", [(5, 13, 17, 66), (3, 7, 5, 257)])
+@pytest.mark.parametrize("T, B, H, V", [(5, 13, 17, 66), (3, 7, 5, 257), (5, 13, 68, 66), (3, 7, 36, 257)])
 def test_cross_entropy_forward_does_not_depend_on_the_order_of_threads(ordered_executor, ops, T, B, H, V):
     arguments = layer(T, B, H, V)
     results = device_forward(*arguments, ops=ops)
@@ -102,8 +150,9 @@ def test_cross_entropy_forward_does_not_depend_on_the_order_of_threads(ordered_e
 
 @each_variant(launchers)
 @each_sanitizer
-def test_sanitizer_finds_nothing_in_cross_entropy_forward(ops, sanitizer):
-    assert host_cuda.run_sanitized(lambda: device_forward(*layer(1, 3, 5, TILE_N + 3), ops=ops), sanitizer) == ""
+@pytest.mark.parametrize("H", [5, 8])  # through registers; multistage
+def test_sanitizer_finds_nothing_in_cross_entropy_forward(ops, sanitizer, H):
+    assert host_cuda.run_sanitized(lambda: device_forward(*layer(1, 3, H, TILE_N + 3), ops=ops), sanitizer) == ""
 
 
 @each_variant_and_precision(launchers)
@@ -137,3 +186,5 @@ def test_cross_entropy_names_the_argument_that_does_not_fit(executor, ops):
         ops.cross_entropy_backward(dlogits_tb, h_tb, b_out, b_out)
     with pytest.raises(ValueError, match="^dh_tb: expected"):
         ops.cross_entropy_backward(dlogits_tb, h_tb, W_out, b_out, W_out, dlogits_tb)
+    with pytest.raises(ValueError, match="^variant: expected one of tiled, multistage, got 'fast'"):
+        launchers.cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, variant="fast")

@@ -117,7 +117,8 @@ def _recurrences(gpu) -> Iterator[tuple[str, Callable]]:
     for precision in precisions(gpu):
         ops = op_set(precision)
         odd = WINDOW._replace(B=5, E=7)
-        for B, H, V in ((75, WINDOW.H, 1021), (75, 0, 1021), (75, WINDOW.H, 75), (75, 0, 75), (31744, 0, 2)):
+        for B, H, V in ((75, WINDOW.H, 1021), (75, 0, 1021), (75, WINDOW.H, 75), (75, 0, 75), (31744, 0, 2),
+                        (75, 36, 1021), (300, 164, 75), (75, 164, 75)):
             yield f"loss {precision} B={B} H={H} V={V}", functools.partial(_loss, ops, precision, B, H, V)
         yield f"input_table {precision} E=7", functools.partial(_ops, check._input_table, odd, ops, precision)
         yield f"gru persistent {precision} in many tiles", functools.partial(_many_tiles, precision)
