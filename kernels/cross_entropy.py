@@ -4,23 +4,15 @@ import numpy as np
 
 from char_gru.kernels import runtime
 from char_gru.kernels.matmul import TILE_THREADS, aligned, column_sums, constants, matmul
-from char_gru.kernels.plan.products import MULTISTAGE_CAPABILITY
+from char_gru.kernels.plan.products import MULTISTAGE_CAPABILITY, OUTPUT_ROWS, output_rows
 from char_gru.kernels.scratch import scratch
 from char_gru.kernels.sizes import ceil_div
 
 # TILE_N covers the tutorial's 66 characters in one sweep; TILE_K is large: each iteration over K waits for memory.
 TILE = {"TILE_N": 80, "TILE_K": 32}
-TILE_ROWS = (64, 32)  # TILE_M of the multistage variant
 STAGES = 4
 MEAN_THREADS = 1024  # of the one block of mean_loss
 VARIANTS = ("tiled", "multistage")
-
-
-def tile_rows(positions: int, multiprocessors: int) -> int:
-    """Rows of a block: those that give the busiest multiprocessor the fewest rows. Of equal ones the most, since each
-    block reads W_out: the tutorial's 6,400 rows give one of an H100's 132 multiprocessors 64 rows, in 100 blocks of 64
-    that read 27 MB of W_out, or in 200 blocks of 32 that read 54 MB."""
-    return min(TILE_ROWS, key=lambda rows: (ceil_div(ceil_div(positions, rows), multiprocessors) * rows, -rows))
 
 
 def cross_entropy_constants(precision: str, rows: int, stages: int) -> dict[str, int]:
@@ -48,7 +40,7 @@ def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, *, p
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
     stages = STAGES if variant == "multistage" else 0
-    rows = rows or (tile_rows(T * B, gpu.multiprocessors) if stages else TILE_ROWS[0])
+    rows = rows or (output_rows(T * B, gpu.multiprocessors) if stages else OUTPUT_ROWS[0])
     module = cross_entropy_constants(precision, rows, stages)
     losses = scratch("cross_entropy_forward", (T * B,))
     runtime.launch("cross_entropy", "cross_entropy_forward", ceil_div(T * B, rows), TILE_THREADS,

@@ -134,10 +134,12 @@ struct Block : Arguments {
             const int j = first_unit + e % UNITS, v = e / UNITS;
             own_W_out[e % UNITS * V + v] = j < H ? rounded(W_out[size_t(v) * H + j]) : 0.0f;
         }
+#pragma unroll 1  // a block has fewer gates and rows than threads
         for (int e = threadIdx.x; e < COLUMNS; e += THREADS) {
             const int j = first_unit + e % UNITS;
             own_b[e] = j < H ? b_hh[e / UNITS * H + j] : 0.0f;
         }
+#pragma unroll 1
         for (int row = threadIdx.x; row < rows; row += THREADS) {
             own_ids[row] = -1;
             if (row % blocks == group.block)
@@ -205,6 +207,7 @@ struct Block : Arguments {
     __device__ __forceinline__ void step(const ResidentWeights &weights, int t)
     {
         if (t > 0)
+#pragma unroll 1
             for (int row = threadIdx.x; row < rows; row += THREADS)
                 own_ids[row] = forced_tr[size_t(t - 1) * R + first_row + row];
         group.wait();

@@ -114,6 +114,7 @@ __device__ __forceinline__ void sum_partial_logits(float *logits, const Word *pa
     __syncthreads();
     for (int v = threadIdx.x; v < V; v += THREADS) {
         float sum = b_out[v];
+#pragma unroll 1  // shares are few where characters are many
         for (int share = 0; share < shares; ++share)
             sum += logits[share * 4 * quads + v];
         logits[v] = sum;  // no other thread reads logits[v] before the barrier

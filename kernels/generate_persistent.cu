@@ -301,6 +301,7 @@ struct Block : Arguments {
 #pragma unroll 8  // loads in flight
             for (int q = threadIdx.x; q < gates * quads; q += THREADS)
                 own[q] = reinterpret_cast<const uint4 *>(source + q / quads * words(width))[q % quads];
+#pragma unroll 1  // a block often has fewer gates, rows and states than threads
             for (int gate = threadIdx.x; gate < gates; gate += THREADS)
                 own_biases[m * gates + gate] = biases[(size_t(m) * blocks + block) * gates + gate];
         }
@@ -312,12 +313,14 @@ struct Block : Arguments {
             const int j = first_unit + e % units, v = e / units;
             own_W_out[e % units * V + v] = j < H ? rounded(W_out[size_t(v) * H + j]) : 0.0f;
         }
+#pragma unroll 1
         for (int row = threadIdx.x; row < rows; row += THREADS)
             if (row % blocks == block)
                 publish_character(0, row, own_ids[row] = ids[first_row + row]);
             else
                 own_ids[row] = -1;
         for (int layer = 0; layer < layers; ++layer)
+#pragma unroll 1
             for (int e = threadIdx.x; e < units * padded_rows; e += THREADS) {
                 const int u = e % units, row = e / units, j = first_unit + u;
                 const float state = j < H && row < rows ? h[(size_t(layer) * R + first_row + row) * H + j] : 0.0f;
@@ -332,6 +335,7 @@ struct Block : Arguments {
     __device__ __forceinline__ void draw(int t)
     {
         const size_t before = size_t(t - 1) * R + first_row;
+#pragma unroll 1
         for (int row = threadIdx.x; row < rows; row += THREADS)
             own_ids[row] = forced_tr[before + row];
         __syncthreads();
@@ -360,6 +364,7 @@ struct Block : Arguments {
     __device__ __forceinline__ void move_states(int t, int layer)
     {
         const float *b_hh = own_biases + 2 * layer * gates, *b_ih = b_hh - gates;
+#pragma unroll 1
         for (int e = threadIdx.x; e < units * rows; e += THREADS) {
             const int u = e % units, row = e / units;
             float i_u[3], a_u[3];
@@ -402,6 +407,7 @@ struct Block : Arguments {
     __device__ __forceinline__ void save() const
     {
         for (int layer = 0; layer < layers; ++layer)
+#pragma unroll 1
             for (int e = threadIdx.x; e < units * rows; e += THREADS) {
                 const int u = e % units, row = e / units;
                 if (first_unit + u < H)

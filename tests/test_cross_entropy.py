@@ -6,6 +6,7 @@ import pytest
 from char_gru.kernels import cross_entropy as launchers
 from char_gru.kernels import runtime
 from char_gru.kernels.matmul import PRECISIONS
+from char_gru.kernels.plan.products import OUTPUT_ROWS, output_rows
 from char_gru.rnn import reference
 from tests import host_cuda
 from tests.helpers.compare import assert_close
@@ -62,7 +63,7 @@ def test_cross_entropy_forward_matches_reference(executor, T, B, H, V, ops, prec
 
 @pytest.mark.capability(80)
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("rows", launchers.TILE_ROWS)
+@pytest.mark.parametrize("rows", OUTPUT_ROWS)
 @pytest.mark.parametrize("T, B, H, V", ALIGNED)
 def test_multistage_product_matches_reference(executor, T, B, H, V, rows, precision):
     assert_forward_matches_reference(*layer(T, B, H, V), precision, variant="multistage", rows=rows)
@@ -73,7 +74,7 @@ def test_multistage_product_matches_reference(executor, T, B, H, V, rows, precis
 def test_products_and_tiles_give_the_same_bits_in_fp32(executor, T, B, H, V):
     """All of them add in ascending order of k."""
     results = [device_forward(*layer(T, B, H, V), variant=variant, rows=rows)
-               for variant, rows in (("tiled", None), *(("multistage", rows) for rows in launchers.TILE_ROWS))]
+               for variant, rows in (("tiled", None), *(("multistage", rows) for rows in OUTPUT_ROWS))]
     for loss, dlogits_tb in results[1:]:
         assert loss == results[0][0] and (dlogits_tb == results[0][1]).all()
 
@@ -99,7 +100,7 @@ def test_rows_that_no_copy_of_16_bytes_fits_pass_through_registers(executor, mon
 @pytest.mark.parametrize("positions, multiprocessors, rows", [
     (6400, 132, 64), (6400, 108, 64), (3200, 132, 32), (6400, 142, 64), (1, 132, 32), (4200, 132, 32), (6400, 58, 64)])
 def test_blocks_have_the_rows_that_keep_multiprocessors_equally_busy(positions, multiprocessors, rows):
-    assert launchers.tile_rows(positions, multiprocessors) == rows
+    assert output_rows(positions, multiprocessors) == rows
 
 
 @each_variant(launchers)

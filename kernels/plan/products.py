@@ -18,6 +18,7 @@ MULTISTAGE_CAPABILITY = 80  # compute capability, times ten, from which on there
 MAX_SPLITS, MAX_PARTIAL_SUMS = 8, 2**24  # of a multistage product: splits of K; elements of all partial sums
 ALIGNMENT = 16  # bytes of an asynchronous copy
 VARIANTS = ("tiled", "multistage")
+OUTPUT_ROWS = (64, 32)  # positions that a block of cross_entropy.cu owns
 
 
 class ProductPlan(NamedTuple):
@@ -64,6 +65,14 @@ def product_plan(gpu: GPU, M: int, N: int, K: int, precision: str, operand_bytes
                          f"got M, N, K = {M}, {N}, {K}")
     return _balanced(M, N, K, STAGE_BYTES // operand_bytes, gpu.multiprocessors,
                      (tile,) if tile else MULTISTAGE_TILES[precision])
+
+
+def output_rows(positions: int, multiprocessors: int) -> int:
+    """Positions that a block of cross_entropy.cu's multistage variant owns: those that give the busiest multiprocessor
+    the fewest. Of equal ones the most, since each block reads W_out: the tutorial's 6,400 positions give one of an
+    H100's 132 multiprocessors 64, in 100 blocks of 64 that read 27 MB of W_out, or in 200 blocks of 32 that read 54 MB.
+    """
+    return min(OUTPUT_ROWS, key=lambda rows: (ceil_div(ceil_div(positions, rows), multiprocessors) * rows, -rows))
 
 
 def multistage_shared_bytes(tile: int) -> int:
