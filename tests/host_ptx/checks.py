@@ -19,7 +19,7 @@ from char_gru.kernels.generate import sample
 from char_gru.kernels.gru_persistent import constants
 from char_gru.kernels.input_table import sum_by_id, sum_by_id_scratch_size
 from char_gru.kernels.matmul import OPERANDS, column_sums, matmul
-from char_gru.kernels.plan.generation import STATIC_SHARED_BYTES, WEIGHTS, generation_plan
+from char_gru.kernels.plan.generation import ONE_TEXT_CHARACTERS, STATIC_SHARED_BYTES, WEIGHTS, generation_plan
 from char_gru.kernels.plan.gpus import precisions
 from char_gru.kernels.plan.products import MULTISTAGE_TILES, TILES
 from char_gru.kernels.plan.recurrence import backward_plan, forward_plan
@@ -198,7 +198,7 @@ def _texts(gpu) -> Iterator[tuple[str, Callable]]:
             if variant == "batched":
                 same = generation_plan(gpu, R, WINDOW.V, WINDOW.H, layers, weights, variant).constants
                 yield f"{name} in large groups", functools.partial(_large_groups, weights, same)
-            if variant.startswith("persistent"):
+            if variant == "persistent":
                 for V in (300, 400, 600, 7900):  # of which several threads share a sum over the blocks, or one
                     yield f"{name} V={V} top_p=0.9", functools.partial(
                         written, V=V, multiprocessors=16 if R > 1 else 0, top_p=0.9)
@@ -207,6 +207,14 @@ def _texts(gpu) -> Iterator[tuple[str, Callable]]:
                     written, V=11, multiprocessors=4, off_chip=128)
                 yield f"{name} in one block", functools.partial(
                     written, H=1700 if R == 1 else 234, multiprocessors=1, temperature=0.7)
+
+
+    for weights in WEIGHTS:
+        for multiprocessors, V in ((16, WINDOW.V), (40, ONE_TEXT_CHARACTERS)):
+            for options in (OPTIONS, {"temperature": 0}, {"top_p": 0.9}, {}):
+                said = " ".join(f"{name}={value}" for name, value in options.items())
+                yield f"text one-text {weights} V={V} {said}".rstrip(), functools.partial(
+                    _text, 1, 1, weights, "one-text", V=V, multiprocessors=multiprocessors, **options)
 
 
 def _text(R: int, layers: int, weights: str, variant: str, V: int = WINDOW.V, H: int = WINDOW.H,
