@@ -18,6 +18,9 @@ __device__ __forceinline__ void load_words(Word (&words)[COUNT][2], const Word *
                                            const int (&needed)[COUNT], unsigned tag)
 {
     const Word *missing;
+#pragma unroll
+    for (int i = 0; i < 2 * COUNT; ++i)
+        words[i / 2][i % 2] = 0;
     do {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i)
