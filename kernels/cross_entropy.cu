@@ -104,6 +104,7 @@ struct Softmax {
             float *row = dlogits + size_t(position) * V;
             const float row_maximum = __shfl_sync(ALL_LANES, maximum, r), row_sum = __shfl_sync(ALL_LANES, sum, r);
             const float row_weight = reciprocal(row_sum);
+#pragma unroll 2  // up to 80 logits of a row take a warp three turns
             for (int v = lane(); v < V; v += WARP) {
                 const float logit = (one_tile() ? tile_c(shared, row_in_tile(r), v) : row[v]) - row_maximum;
                 row[v] = (expf(logit) * row_weight - float(v == target)) * weight;

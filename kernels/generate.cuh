@@ -209,6 +209,7 @@ __device__ __forceinline__ int draw_character(const float *__restrict__ logits, 
     Row row = {logits, V, 32 - __clz(V - 1), 0.0f, options.temperature};
 
     Key best = 0;
+#pragma unroll 1  // a thread has few characters, in each of these loops
     for (int v = 1 + team_thread<TEAM>(); v < V; v += TEAM * WARP)
         best = max(best, row.key(v));
     best = team_max<TEAM>(best, keys);
@@ -226,10 +227,12 @@ __device__ __forceinline__ int draw_character(const float *__restrict__ logits, 
     const int each = ceil_div(V - 1, TEAM * WARP), begin = min(1 + team_thread<TEAM>() * each, V);
     const int end = min(begin + each, V);
     float sum = 0.0f;
+#pragma unroll 1
     for (int v = begin; v < end; ++v)
         sum += p_kept(v);
     float total, reached = team_scan<TEAM>(sum, sums, total);
     int first = 0, last = 0;  // ids: the first that passes the uniform number, the last that is kept; 0 where none is
+#pragma unroll 1
     for (int v = begin; v < end; ++v) {
         const float p = p_kept(v);
         reached += p;

@@ -115,6 +115,7 @@ __device__ __forceinline__ void sum_partial_logits(float *logits, const Word *pa
             *reinterpret_cast<float4 *>(logits + 4 * e) = sum;
     }
     __syncthreads();
+#pragma unroll 1  // a thread has few logits
     for (int v = threadIdx.x; v < V; v += THREADS) {
         float sum = b_out[v];
 #pragma unroll 1  // shares are few where characters are many

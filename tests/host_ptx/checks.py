@@ -118,7 +118,7 @@ def _recurrences(gpu) -> Iterator[tuple[str, Callable]]:
         ops = op_set(precision)
         odd = WINDOW._replace(B=5, E=7)
         for B, H, V in ((75, WINDOW.H, 1021), (75, 0, 1021), (75, WINDOW.H, 75), (75, 0, 75), (31744, 0, 2),
-                        (75, 36, 1021), (300, 164, 75), (75, 164, 75)):
+                        (75, 36, 1021), (300, 36, 1021), (300, 164, 75), (75, 164, 75)):
             yield f"loss {precision} B={B} H={H} V={V}", functools.partial(_loss, ops, precision, B, H, V)
         yield f"input_table {precision} E=7", functools.partial(_ops, check._input_table, odd, ops, precision)
         yield f"gru persistent {precision} in many tiles", functools.partial(_many_tiles, precision)
@@ -206,11 +206,11 @@ def _texts(gpu) -> Iterator[tuple[str, Callable]]:
                 yield f"{name} with weights off chip", functools.partial(
                     written, V=11, multiprocessors=4, off_chip=128)
                 yield f"{name} in one block", functools.partial(
-                    written, H=1700 if R == 1 else 234, multiprocessors=1, temperature=0.7)
+                    written, H=1700 if R == 1 else 234, multiprocessors=1, **OPTIONS)
 
 
     for weights in WEIGHTS:
-        for multiprocessors, V in ((16, WINDOW.V), (40, ONE_TEXT_CHARACTERS)):
+        for multiprocessors, V in ((16, WINDOW.V), (40, ONE_TEXT_CHARACTERS), (40, ONE_TEXT_CHARACTERS - 7)):
             for options in (OPTIONS, {"temperature": 0}, {"top_p": 0.9}, {}):
                 said = " ".join(f"{name}={value}" for name, value in options.items())
                 yield f"text one-text {weights} V={V} {said}".rstrip(), functools.partial(
