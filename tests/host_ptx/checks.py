@@ -19,7 +19,7 @@ from char_gru.kernels.generate import sample
 from char_gru.kernels.gru_persistent import constants
 from char_gru.kernels.input_table import sum_by_id, sum_by_id_scratch_size
 from char_gru.kernels.matmul import OPERANDS, column_sums, matmul
-from char_gru.kernels.plan.generation import ONE_TEXT_CHARACTERS, STATIC_SHARED_BYTES, WEIGHTS, generation_plan
+from char_gru.kernels.plan.generation import STATIC_SHARED_BYTES, WEIGHTS, generation_plan
 from char_gru.kernels.plan.gpus import precisions
 from char_gru.kernels.plan.products import MULTISTAGE_TILES, TILES
 from char_gru.kernels.plan.recurrence import backward_plan, forward_plan
@@ -205,12 +205,13 @@ def _texts(gpu) -> Iterator[tuple[str, Callable]]:
                 yield f"{name} with 23 units a block", functools.partial(written, multiprocessors=6)
                 yield f"{name} with weights off chip", functools.partial(
                     written, V=11, multiprocessors=4, off_chip=128)
-                yield f"{name} in one block", functools.partial(
-                    written, H=1700 if R == 1 else 234, multiprocessors=1, **OPTIONS)
+                for V in (WINDOW.V, 300, 7900):
+                    yield f"{name} in one block V={V}", functools.partial(
+                        written, V=V, H=1700 if R == 1 else 234, multiprocessors=1, **OPTIONS)
 
 
     for weights in WEIGHTS:
-        for multiprocessors, V in ((16, WINDOW.V), (40, ONE_TEXT_CHARACTERS), (40, ONE_TEXT_CHARACTERS - 7)):
+        for multiprocessors, V in ((16, WINDOW.V), (40, 256), (40, 248)):
             for options in (OPTIONS, {"temperature": 0}, {"top_p": 0.9}, {}):
                 said = " ".join(f"{name}={value}" for name, value in options.items())
                 yield f"text one-text {weights} V={V} {said}".rstrip(), functools.partial(
