@@ -2,6 +2,7 @@
 
 import pytest
 
+from char_gru.kernels import runtime
 from char_gru.kernels.modules import TENSOR_CORES_FROM
 from tests import host_cuda
 from tests.host_ptx import coverage
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.skipif(host_cuda.compiler() is None, reason="needs a C+
 NEEDS_TENSOR_CORES = ("matmul_multistage", "generate_batched")
 
 
-@pytest.mark.parametrize("architecture", ["sm_75", "sm_90"])
+@pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)
 def test_table_has_every_kernel_and_every_inline_ptx(architecture):
     kernels = {(path.stem, kernel) for path in coverage.KERNELS.glob("*.cu")
                for kernel in host_cuda._kernels(path.read_text())}

@@ -55,14 +55,15 @@ FORWARD, STEPWISE = "gru persistent fp32", "gru stepwise fp32"
 TEXT = "text persistent fp32 rows=17 layers=2 with options"
 TRAINING, SPLIT = "training fp32", "gru persistent fp32 of split K"
 BATCHED = "text batched fp32 rows=17 layers=1 with options"
-
+LOSS = "loss tf32 B=300 H=164 V=75"
 
 PRODUCT_OF_TF32, WRITE_BF16 = "product tiled 64 tf32 nn", "generate persistent bf16 rows=1"
 WRITE_MANY = "text batched fp32 rows=17 layers=1 temperature=0"
 MODULES = {FORWARD: "gru_forward_persistent", TEXT: "generate_persistent", WRITE_BF16: "generate_persistent",
-           TRAINING: "gru_forward_persistent", WRITE_MANY: "generate_batched", BATCHED: "generate_batched",
+           TRAINING: "gru_forward_persistent", "training tf32": "gru_forward_persistent",
+           WRITE_MANY: "generate_batched", BATCHED: "generate_batched",
            FORWARD_TF32: "gru_forward_persistent", FORWARD_BF16: "gru_forward_persistent",
-           "input_table bf16": "matmul", PRODUCT_OF_TF32: "matmul"}
+           "input_table bf16": "matmul", PRODUCT_OF_TF32: "matmul", LOSS: "cross_entropy"}
 """Check -> the stem of the module in which faults of headers are planted; matmul_multistage where none is named."""
 
 
@@ -136,15 +137,14 @@ COPIES = {
                                                PRODUCT_TF32),
     "cp.async 16: not aligned": Fault(PTX, COPY_16, '"l"(global)', '"l"((const char *)global + 4)', PRODUCT_TF32),
     "cp.async 16: to the next 16 bytes": Fault(PTX, COPY_16, "(shared))", "(shared)) + 16", PRODUCT_TF32),
-    "cp.async 16: by way of L1": Fault(PTX, COPY_16, ".cg", ".ca", TEXT,
-                                       "the acquire ahead of the copies has emptied L1"),
+    "cp.async 16: by way of L1": Fault(PTX, COPY_16, ".cg", ".ca", PRODUCT_TF32, "no launch writes what it copies"),
     "cp.async 4: of 8 bytes": Fault(PTX, COPY_4, "4, %2", "8, %2", PRODUCT_FP32),
     "cp.async 4: never zeros": Fault(PTX, COPY_4, "inside ? 4 : 0", "4", PRODUCT_FP32),
     "cp.async 4: of the next number": Fault(PTX, COPY_4, '"l"(global)', '"l"((const char *)global + 4)', PRODUCT_FP32),
     "cp.async commit: left out": Fault(PTX, COMMIT, 'asm volatile("cp.async.commit_group;" ::: "memory");', "",
                                        PRODUCT_TF32),
     "cp.async wait: for a group less": Fault(PTX, WAIT, '"n"(Pending)', '"n"(Pending + 1)', PRODUCT_TF32),
-    "cp.async wait: for a group less, ring": Fault(PTX, WAIT, '"n"(Pending)', '"n"(Pending + 1)', TEXT),
+    "cp.async wait: for a group less, loss": Fault(PTX, WAIT, '"n"(Pending)', '"n"(Pending + 1)', LOSS),
     "cp.async wait: left out": Fault(
         PTX, WAIT, 'asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");', "", PRODUCT_FP32),
     "cp.async wait: for all groups": Fault(PTX, WAIT, '"n"(Pending)', '"n"(0)', PRODUCT_TF32,
@@ -181,10 +181,11 @@ WORDS = {
     "words: one twice": Fault(PTX, "void load_two_words(", '"=l"(words[1])', '"=l"(words[0])', FORWARD_TF32),
     "words: missing in all lanes": Fault(PTX, "bool any_missing(", "__any_sync", "__all_sync", FORWARD),
     "words: never missing": Fault(PTX, "bool any_missing(", "__any_sync(0xffffffffu, missing)", "false", FORWARD),
-    **{f"tag {name}: {what}": Fault("exchange.cuh", place, old, new, check)
-       for name, place, check in (("tf32", "constexpr unsigned TAG_MASK = 0x7fu;", FORWARD_TF32),
-                                  ("fp32", "constexpr unsigned TAG_MASK = 0xffff0000u;", FORWARD))
-       for what, old, new in (("of the number before", "number + 1", "number"), ("never another", "number + 1", "1"))},
+    **{f"tag {name}: {what}": Fault("exchange.cuh", place, "number + 1", new, check)
+       for name, place, recurrence in (("tf32", "constexpr unsigned TAG_MASK = 0x7fu;", FORWARD_TF32),
+                                       ("fp32", "constexpr unsigned TAG_MASK = 0xffff0000u;", FORWARD))
+       for what, new, check in (("of the number before", "number", recurrence),
+                                ("never another", "1", f"training {name}"))},
     "packet tf32: a bit less of value 2": Fault("exchange.cuh", "word_of((a & TF32)", "c << 13", "c << 14",
                                                 FORWARD_TF32),
     "packet tf32: no tag": Fault("exchange.cuh", "#if PRECISION == 1", "TAG_MASK = 0x7fu", "TAG_MASK = 0",
@@ -192,8 +193,6 @@ WORDS = {
     "half: always the first": Fault("gru_forward_persistent.cu", "const auto exchanged", "% 2", "% 1", FORWARD),
     "half: always the first, backward": Fault("gru_backward_persistent.cu", "const auto exchanged", "% 2", "% 1",
                                               FORWARD),
-    "half: always the first, partial sums": Fault("gru_backward_persistent.cu", "const size_t range_of_tile",
-                                                  "number % 2", "number % 1", SPLIT),
     "sums: overwritten early": Fault("gru_forward_persistent.cu", "publish(t + 1", "            __syncthreads();", "",
                                      FORWARD),
     "sums: overwritten early, backward": Fault("gru_backward_persistent.cu", "gradient_sums.end_tile(rows);\n",
