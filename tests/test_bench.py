@@ -158,11 +158,18 @@ def test_candidates_on_the_harness_compute_what_the_reference_does(harness, name
     assert (next(iter(chosen)) == "char-gru naive fp32") is has_twin
     if name in ("gru_forward", "gru_backward", "generate"):
         variants = {"stepwise", "persistent"} | (
-            {"one-text", "batched"} if name == "generate" else {"naive"})
+            {"batched"} if name == "generate" else {"naive"})
         assert variants == {variant.split()[1] for variant in chosen}
         assert {"fp32", "bf16"} <= {variant.split()[2] for variant in chosen}
     if BENCHMARKS[name].whole_job:
         assert {outcome.notes["memory_mib"] for outcome in chosen.values()} == {3}
+
+
+def test_one_row_of_text_has_a_variant_of_its_own(harness):
+    benchmark = BENCHMARKS["generate"]
+    made = benchmark.candidates(fake_gpu(harness), **tiny(benchmark) | {"R": 1})
+    assert {name.split()[1] for name in (candidate.name for candidate in made) if name.startswith("char-gru")} == {
+        "one-text", "persistent", "stepwise"}
 
 
 def test_sizes_of_a_benchmark_are_distinct_and_the_cpu_may_have_its_own():
