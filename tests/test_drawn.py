@@ -199,7 +199,8 @@ KERNEL_FAULTS = {  # variant, V, a text of the kernel's source, and the text tha
     "top_k forgotten": ("stepwise", 13, "options.top_k == 0 || rank < options.top_k", "true"),
     "top_p forgotten": ("stepwise", 13, "options.top_p >= 1.0f || p_before", "true || p_before"),
     "top_k of many characters forgotten": ("stepwise", 300, "if (options.top_k > 0)", "if (false)"),
-    "top_p of many characters forgotten": ("stepwise", 300, "if (options.top_p < 1.0f)", "if (false)"),
+    "top_p of many characters forgotten": (
+        "stepwise", 300, "if (options.top_p < 1.0f) {\n        const", "if (false) {\n        const"),
     "min_p forgotten": ("stepwise", 13, ">= threshold && p >= options.min_p", ">= threshold"),
     "temperature ignored": ("stepwise", 13, "(logits[v] - largest) / temperature", "logits[v] - largest"),
     "the logits of another row": (

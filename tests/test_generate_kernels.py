@@ -107,7 +107,8 @@ def test_weights_of_bf16_are_the_rounded_ones(executor, R, layers, variant):
 # and threads without k; more logits than a warp has on their way at once.
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("H, V", [(1, 2), (9, 11), slow(8, 7), slow(31, 66), slow(100, 150), slow(600, 5)])
-def test_one_text_and_its_states_match_reference(executor, H, V, weights):
+def test_one_text_and_its_states_match_reference(executor, H, V, weights, monkeypatch):
+    monkeypatch.setattr(executor, "gpu", executor.gpu._replace(multiprocessors=75))
     case = text_case(1, H, V, layers=1, scale=0.3)
     assert_text_matches_reference(case, T=6, **OPTIONS, variant="one-text", weights=weights)
 
@@ -115,7 +116,8 @@ def test_one_text_and_its_states_match_reference(executor, H, V, weights):
 @pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, OPTIONS],
                          ids=str)
 @pytest.mark.parametrize("H, V", [(6, 13), slow(100, 150)])
-def test_options_reach_the_drawing_of_one_warp(executor, H, V, options):
+def test_options_reach_the_drawing_of_one_warp(executor, H, V, options, monkeypatch):
+    monkeypatch.setattr(executor, "gpu", executor.gpu._replace(multiprocessors=75))
     assert_text_matches_reference(text_case(1, H, V, layers=1, scale=0.3), T=20, **options, variant="one-text")
 
 
