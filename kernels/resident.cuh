@@ -158,7 +158,7 @@ struct ResidentWeights {
             add_group<false>(sums, next, own_x, group, packets - group * GROUP_PACKETS, tag);
     }
 
-    // Adds a group, which is in `next` or on its way there, while the group behind it is on its way to `next`; `packets`
+    // Adds a group, which is in `next` or on its way there, while the one behind it is on its way to `next`; `packets`
     // are left of a row. With IN_REGISTERS, `group` has to be a constant after unrolling: an index that is known only
     // at run time would put all registers into local memory. The branch also keeps the code of the groups apart: in
     // 3xTF32 the compiler would else begin more steps at once than it has registers for.
