@@ -122,13 +122,14 @@ def one_call_a_sample(monkeypatch) -> None:
     monkeypatch.setattr(side_by_side, "MAX_SETS", 2)
 
 
-def measured(benchmark, device, chosen=lambda name: True):
-    candidates = benchmark.candidates(device, **tiny(benchmark))
-    return measured_candidates(benchmark, device, [made for made in candidates if chosen(made.name)])
+def measured(benchmark, device, chosen=lambda name: True, **other_sizes):
+    candidates = benchmark.candidates(device, **tiny(benchmark) | other_sizes)
+    return measured_candidates(benchmark, device, [made for made in candidates if chosen(made.name)], **other_sizes)
 
 
-def measured_candidates(benchmark, device, candidates):
-    outcomes = measure(benchmark, tiny(benchmark), candidates, device, rounds=2, pause=lambda seconds: None)
+def measured_candidates(benchmark, device, candidates, **other_sizes):
+    sizes = tiny(benchmark) | other_sizes
+    outcomes = measure(benchmark, sizes, candidates, device, rounds=2, pause=lambda seconds: None)
     for outcome in outcomes.values():
         if isinstance(outcome, Failed):
             raise outcome.error
@@ -165,11 +166,11 @@ def test_candidates_on_the_harness_compute_what_the_reference_does(harness, name
         assert {outcome.notes["memory_mib"] for outcome in chosen.values()} == {3}
 
 
-def test_one_row_of_text_has_a_variant_of_its_own(harness):
-    benchmark = BENCHMARKS["generate"]
-    made = benchmark.candidates(fake_gpu(harness), **tiny(benchmark) | {"R": 1})
-    assert {name.split()[1] for name in (candidate.name for candidate in made) if name.startswith("char-gru")} == {
-        "one-text", "persistent", "stepwise"}
+@pytest.mark.slow
+def test_variants_of_one_row_of_text_compute_what_the_reference_does(harness, monkeypatch):
+    one_call_a_sample(monkeypatch)
+    outcomes = measured(BENCHMARKS["generate"], fake_gpu(harness), lambda name: name.startswith("char-gru"), R=1)
+    assert {name.split()[1] for name in outcomes} == {"one-text", "persistent", "stepwise"}
 
 
 def test_sizes_of_a_benchmark_are_distinct_and_the_cpu_may_have_its_own():
