@@ -38,6 +38,22 @@ def test_table_has_nothing_below_the_bar_that_is_not_explained():
     assert inline.function in said
 
 
+def test_each_explanation_explains_instructions_of_the_table():
+    missed = coverage.read_table().missed
+    for kernel, text in coverage.EXPLAINED:
+        assert any(kernel in ("", row.kernel) and text in row.line for row in missed), (kernel, text)
+
+
+def test_what_other_modules_are_said_to_execute_is_missed_by_one_module_at_least_and_not_by_all():
+    table = coverage.read_table()
+    missed = next(missed for missed in table.missed if coverage.explanation(missed) == coverage._OTHER_MODULE)
+    assert coverage._explained(missed, table)
+    kernel = missed.architecture, missed.module, missed.kernel
+    everywhere = [missed._replace(constants=row.constants) for row in table.rows
+                  if (row.architecture, row.module, row.kernel) == kernel]
+    assert not coverage._explained(missed, table._replace(missed=everywhere))
+
+
 def test_rows_of_two_modules_are_as_in_the_table():
     """Another version of the compiler may make other instructions, of which as many have to run."""
     measured = coverage.measured("sm_90", "adam|norm|dropout")

@@ -28,12 +28,10 @@ KERNELS = pathlib.Path(runtime.__file__).parent
 BAR = 0.98
 """The share of a kernel's instructions that has to be executed, or whose absence has to be explained."""
 
-_FEW = "the compiler's loop of several turns: fewer {} than threads of a block"
 _INDEX = "a 64-bit division, for an index above 2^32"
 _SUMS = "the compiler's loop of sixteen turns: a thread adds at most four of 1,024 sums"
 _LATE = "a packet is late in some orders of blocks, not in all"
 _MANY_POSITIONS = "the compiler's loop of sixteen turns, 16,384 positions: a check has as many, of another module"
-_LATE_WORD = "a word is late in some runs, not in all: blocks run at the same time"
 _OTHER_MODULE = "turns of a loop that the checks of this kernel's other modules execute"
 _NO_RANKS = "the compiler's code for a V of 1, which has no character to rank"
 _NO_STEPS = "the compiler's code for a window of no steps"
@@ -41,13 +39,6 @@ _NO_STEPS = "the compiler's code for a window of no steps"
 EXPLAINED = {  # kernel, or "" for any, and a text of the first instruction's source line -> why it never runs
     ("generate_persistent", "for (int layer = 0"): "the compiler's copy of the code for a block without units",
     ("generate_persistent", "generate_logits.cuh: for (int v = threadIdx.x"): "the compiler's code for no shares",
-    ("generate_persistent", "for (int row = threadIdx.x"): _FEW.format("rows"),
-    ("generate_persistent", "for (int gate = threadIdx.x"): _FEW.format("gates"),
-    ("generate_persistent", "ptx.cuh: asm volatile(\"ld.relaxed.gpu.global.v2"): _LATE_WORD,
-    ("generate_persistent", "upper_half(Word word)"): _LATE_WORD,
-    ("generate_persistent", "lower_half(Word word)"): _LATE_WORD,
-    ("generate_persistent", "upper_half(words[i / 2]"): _LATE_WORD,
-    ("generate_persistent", "from[2 * i] ="): _LATE_WORD,
     ("generate_persistent", "own[q] ="): _OTHER_MODULE,
     ("generate_persistent", "for (int q = threadIdx.x"): _OTHER_MODULE,
     ("generate_persistent", "float p(int v) const"): _OTHER_MODULE,
@@ -55,7 +46,6 @@ EXPLAINED = {  # kernel, or "" for any, and a text of the first instruction's so
     ("generate_persistent", "for (int u = 0; u < units"): _OTHER_MODULE,
     ("generate_persistent", "const float weight = W_out"): _OTHER_MODULE,
     ("generate_persistent", "if (t > 0)"): "the wait for a word that is late: a block alone waits for none",
-    ("generate_batched", "own_b[e] ="): _FEW.format("gates"),
     ("pack_weights", "const size_t count"): _INDEX,
     ("pack_weights", "const int row = e /"): _INDEX,
     ("output_layer", "int unit_of_warp"): _INDEX,
@@ -73,7 +63,6 @@ EXPLAINED = {  # kernel, or "" for any, and a text of the first instruction's so
     ("sample", "generate.cuh: for (int v = 1 + team_thread"): _NO_RANKS,
     ("norm_of_sums", "common.cuh: for (int i = threadIdx.x"): _SUMS,
     ("norm_of_sums", "common.cuh: sum += values[i]"): _SUMS,
-    ("gru_backward_step", "gru.cu: const bool has_later"): _NO_STEPS,
     ("sample", "naive.cu: for (float reached"): "the compiler's code for a V of 1",
     ("sum_by_id", "for (int column"): "the compiler's code for a block without warps",
     ("sum_by_id", "const size_t v = thread_in_grid()"): _INDEX,
