@@ -1,5 +1,7 @@
 """A part of the faults of tests/host_ptx/faults.py, which runs all of them: from PTX, each is as the table says."""
 
+from pathlib import Path
+
 import pytest
 
 from tests import host_cuda
@@ -16,6 +18,10 @@ pytestmark = pytest.mark.skipif(host_cuda.compiler() is None, reason="needs a C+
 def test_fault_is_as_the_table_says(name):
     said, otherwise = faults.wrong_entry(name)
     assert not otherwise, said
+
+
+def test_readme_tells_how_many_faults_there_are():
+    assert f"Of {len(faults.FAULTS)} faults planted" in (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_every_inline_ptx_has_a_fault_and_every_fault_its_place():
