@@ -1,5 +1,6 @@
 """Both programs as processes: streams that are closed, full or lose their reader; signals; exit statuses."""
 
+import functools
 import os
 import shutil
 import signal
@@ -170,7 +171,10 @@ def test_signal_while_modules_are_imported_ends_the_program_without_a_traceback(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signal_before_the_first_step_leaves_no_folder(folder, monkeypatch, number):
+def test_signal_before_the_first_step_leaves_no_folder(folder, monkeypatch, request, number):
+    request.addfinalizer(functools.partial(signal.signal, number, signal.getsignal(number)))
+    heeded = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    signal.signal(number, heeded)  # nohup, and a shell's background, have it ignored
     monkeypatch.setattr(training, "initial_parameters", lambda *_: os.kill(os.getpid(), number))
     with chdir(folder):
         assert programs.train([*TEXT]) == 128 + number

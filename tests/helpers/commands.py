@@ -49,16 +49,21 @@ def environment(**changes: str) -> dict[str, str]:
     return kept | _CLOSED_PROXY | {"OPENBLAS_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"} | changes
 
 
+def _heed_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(program: str, *arguments: object, cwd: Path, environ: dict[str, str] | None = None,
           cuda_device: Sequence[str] | None = None, **options) -> subprocess.Popen:
     """Start `train.py` or `generate.py`, or Python code if `program` is none of them; output as bytes in pipes. Ctrl-C
-    ends it even if the tests themselves run in the background, where shells have it ignored. With options of
-    `tests/cuda_device`, it runs on that device."""
+    and SIGHUP end it even if the tests themselves run in the background or by nohup, which have them ignored. With
+    options of `tests/cuda_device`, it runs on that device."""
     called = [str(ROOT / program)] if program in ("train.py", "generate.py") else ["-c", program]
     if cuda_device is not None:
         called = [str(ROOT / "tests" / "cuda_device"), *cuda_device, *called]
     defaults = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
-    defaults["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    defaults["preexec_fn"] = _heed_signals
     return subprocess.Popen([sys.executable, *called, *map(str, arguments)], cwd=cwd,
                             env=environment(**(environ or {})), **(defaults | options))
 
