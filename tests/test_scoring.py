@@ -161,7 +161,7 @@ def test_texts_of_any_lengths_together_are_as_each_alone(lengths):
     texts = [random_ids(length, number) for number, length in enumerate(lengths)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scoring, "ROWS", 4)
-        patch.setattr(scoring, "RUN_IN", 16)
+        patch.setattr(scoring, "RUN_IN", 24)
         counts = []
         together = scored(*FORGETFUL, texts, progress=counts.append)
     for ids, parts in zip(texts, together, strict=True):
