@@ -74,8 +74,12 @@ __device__ __forceinline__ size_t place_of(int row, int packet)
     return size_t(packet / GROUP_PACKETS) * X_GROUP + place_in_group(row, packet % GROUP_PACKETS);
 }
 
-// Rows of sums are 8 or 24 banks apart, so that the pairs of columns that half a warp stores together do not collide.
-constexpr int SUMS_STRIDE = TILES_N * 8 + (TILES_N % 2 == 0 ? 8 : 0);
+// Rows of sums are so many banks apart that the pairs of columns that half a warp stores together do not collide: pairs
+// of four rows on tensor cores; in fp32 two of each of eight rows, LANE_COLUMNS from each other (two collide where that
+// is a multiple of 4 but not of 16).
+constexpr int SUMS_PADDING = PRECISION == 0 && TILES_N % 16 == 8 ? 2
+                             : TILES_N % 2 == 0 ? 8 : PRECISION == 0 ? 4 : 0;
+constexpr int SUMS_STRIDE = TILES_N * 8 + SUMS_PADDING;
 constexpr int SUMS_OF_WARP = ROWS * SUMS_STRIDE;
 constexpr int SUMS = WARPS / 2 * SUMS_OF_WARP;
 

@@ -153,7 +153,8 @@ struct WarpSums {
             struct alignas(4 * LANE_WORDS) Words {  // read at once
                 unsigned w[LANE_WORDS];
             };
-            multiply_add(c[n], fragments, reinterpret_cast<const Words *>(weights)[n * WARP + lane()].w);
+            const Words words = reinterpret_cast<const Words *>(weights)[n * WARP + lane()];
+            multiply_add(c[n], fragments, words.w);
         }
     }
 

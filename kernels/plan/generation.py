@@ -308,7 +308,7 @@ def _batched_plans(gpu: GPU, R: int, V: int, H: int, layers: int,
         units = columns // GATES
         blocks, step_bytes = ceil_div(H, units), _step_bytes(columns, bf16)
         for rows in TILE_ROWS:
-            shared_bytes = (k_steps * step_bytes + reduction_bytes(rows, columns)
+            shared_bytes = (k_steps * step_bytes + reduction_bytes(rows, columns, "tf32")
                             + _batched_other_bytes(V, group_rows, units))
             too_much = max(0, shared_bytes + STATIC_SHARED_BYTES - gpu.shared_bytes)
             register_steps = ceil_div(too_much, step_bytes)

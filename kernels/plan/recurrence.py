@@ -156,7 +156,7 @@ class RecurrencePlan(NamedTuple):
         if self.variant == "stepwise":
             return 0
         weights = self.weights_bytes(self.k_steps + self.fused_output_steps - self.register_steps)
-        return weights + reduction_bytes(self.rows, self.columns) + gradients_bytes(self)
+        return weights + reduction_bytes(self.rows, self.columns, self.precision) + gradients_bytes(self)
 
     def weights_bytes(self, steps: int) -> int:
         """Weights that all warps of a block multiply with in a number of steps."""
@@ -210,10 +210,15 @@ def operand_registers(rows: int, precision: str) -> int:
     return {"fp32": 7 * rows // 2, "tf32": rows, "bf16": 2 * rows + 20}[precision]  # 20: to pair the halves of words
 
 
-def reduction_bytes(rows: int, columns: int) -> int:
+def reduction_bytes(rows: int, columns: int, precision: str) -> int:
     """Shared memory for the sums of half the warps of a block, to which the other half adds its own sums; rows are
     padded against bank conflicts."""
-    padding = 8 if columns % 16 == 0 else 0
+    if precision == "fp32" and columns % 128 == 64:
+        padding = 2
+    elif columns % 16 == 0:
+        padding = 8
+    else:
+        padding = 4 if precision == "fp32" else 0
     return WARPS // 2 * rows * (columns + padding) * 4
 
 

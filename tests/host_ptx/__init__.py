@@ -65,21 +65,21 @@ class Built(NamedTuple):
 
 
 @functools.cache
-def build(source: str, architecture: str, worst: bool = False, weak: bool = False) -> Built:
+def build(source: str, architecture: str, worst: bool = False, weak: bool = False, banks: bool = False) -> Built:
     """Compiles a source to PTX and the PTX to a library, or finds both in the cache.
 
     Raises: CompileError where NVRTC refuses the source; Untranslated; host_cuda.BuildError.
     """
-    return build_ptx(_ptx(source, architecture), architecture, worst, weak)
+    return build_ptx(_ptx(source, architecture), architecture, worst, weak, banks)
 
 
-def build_ptx(ptx: str, architecture: str, worst: bool = False, weak: bool = False) -> Built:
+def build_ptx(ptx: str, architecture: str, worst: bool = False, weak: bool = False, banks: bool = False) -> Built:
     """Compiles a PTX text to a library, or finds it in the cache.
 
     Raises: Untranslated; host_cuda.BuildError.
     """
     module = parse(ptx)
-    translated = translate(module, int(architecture.removeprefix("sm_")), worst, weak)
+    translated = translate(module, int(architecture.removeprefix("sm_")), worst, weak, banks)
     headers = "".join(f"// {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in sorted(_HERE.glob("*.h")))
     path = host_cuda.compiled(headers + translated.text, _FLAGS)
     library = host_cuda.opened(path)
@@ -110,14 +110,14 @@ class PtxExecutor(host_cuda.HostExecutor):
 
     worst: approximate instructions and sums inside mma err as much as hardware may. schedule: one of SCHEDULES, by
     which one block runs at a time; global memory is then as late and as stale as the PTX memory model allows, and a
-    seed decides all of it. A source that NVRTC refuses, since a test wrote it for the host alone, runs as HostExecutor
-    runs it; `from_source` has these kernels.
+    seed decides all of it. banks: keep the accesses to shared memory, for bank_conflicts.py. A source that NVRTC
+    refuses, since a test wrote it for the host alone, runs as HostExecutor runs it; `from_source` has these kernels.
     """
 
     def __init__(self, architecture: str = "sm_90", worst: bool = False, order: str = "ascending", seed: int = 0,
-                 schedule: str = ""):
+                 schedule: str = "", banks: bool = False):
         super().__init__(order, seed)
-        self.architecture, self._worst = architecture, worst
+        self.architecture, self._worst, self._banks = architecture, worst, banks
         self._schedule = SCHEDULES.index(schedule) + 1 if schedule else 0
         self.gpu = host_cuda.HostExecutor.gpu._replace(capability=int(architecture.removeprefix("sm_")))
         self.from_source: set[str] = set()
@@ -130,12 +130,12 @@ class PtxExecutor(host_cuda.HostExecutor):
         return array
 
     def ascending(self):
-        return PtxExecutor(self.architecture, self._worst)
+        return PtxExecutor(self.architecture, self._worst, banks=self._banks)
 
     def _run(self, source, module, request, parameters, args):
         kernel = request.kernel.decode()
         try:
-            built = build(source, self.architecture, self._worst, weak=self._schedule != 0)
+            built = build(source, self.architecture, self._worst, self._schedule != 0, self._banks)
         except CompileError:
             self.from_source.add(kernel)
             return super()._run(source, module, request, parameters, args)

@@ -12,7 +12,7 @@
 // Source: PTX ISA, "State Spaces, Types, and Variables", "Data Movement and Conversion Instructions".
 #pragma once
 
-#ifdef PTX_WEAK  // here, since host_cuda.h redefines words that these headers use
+#if defined(PTX_WEAK) || defined(PTX_BANKS)  // here, since host_cuda.h redefines words that these headers use
 #include <algorithm>
 #include <iterator>
 #include <map>
@@ -215,6 +215,12 @@ PTX bool in_shared(const Shared &shared, u32 offset, int bytes)
     return offset % bytes == 0 && u64(offset) + bytes <= shared.size;
 }
 
+#ifdef PTX_BANKS
+#include "banks.h"
+#else
+PTX void on_banks(u32, int, int) {}
+#endif
+
 template <int BYTES>
 struct States {  // of the bytes of an access
     using Word = std::conditional_t<BYTES == 1, u8, std::conditional_t<BYTES == 2, u16,
@@ -234,6 +240,7 @@ PTX const u8 *load_shared(const Shared &shared, u32 offset, int line)
 {
     if (__builtin_expect(!in_shared(shared, offset, BYTES) || !States<BYTES>(shared, offset).written(), 0))
         wrong_shared(shared, offset, BYTES, line);
+    on_banks(offset, BYTES, line);
     return shared.start + offset;
 }
 
@@ -243,6 +250,7 @@ PTX u8 *store_shared(const Shared &shared, u32 offset, int line, State state = W
 {
     if (__builtin_expect(!in_shared(shared, offset, BYTES) || States<BYTES>(shared, offset).pending(), 0))
         wrong_shared(shared, offset, BYTES, line);
+    on_banks(offset, BYTES, line);
     std::memset(shared.states() + offset, state, BYTES);
     return shared.start + offset;
 }

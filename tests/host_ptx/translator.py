@@ -56,11 +56,12 @@ def rule(pattern: str):
     return register
 
 
-def translate(module: Module, capability: int, worst: bool = False, weak: bool = False) -> Translated:
+def translate(module: Module, capability: int, worst: bool = False, weak: bool = False,
+              banks: bool = False) -> Translated:
     """The C++ of all kernels of a module for a compute capability, times ten.
 
     worst: approximate instructions and sums inside mma err as much as hardware may. weak: global memory is as late and
-    as stale as it may be.
+    as stale as it may be. banks: accesses to shared memory are kept, for bank_conflicts.py.
 
     Raises: Untranslated.
     """
@@ -70,7 +71,8 @@ def translate(module: Module, capability: int, worst: bool = False, weak: bool =
     entries = "".join(code.table_entry() for code in functions if code.function.entry)
     # Without `worst`, architectures that have the same PTX share a library.
     head = (f"#define PTX_CAPABILITY {capability}\n#define PTX_WORST\n" * worst + "#define PTX_WEAK\n" * weak +
-            '#include "tensor_cores.h"\n' + f"PTX_EXPORT u8 ptx_executed[{max(len(blocks), 1)}] = {{}};\n")
+            "#define PTX_BANKS\n" * banks + '#include "tensor_cores.h"\n' +
+            f"PTX_EXPORT u8 ptx_executed[{max(len(blocks), 1)}] = {{}};\n")
     variables = "".join(_global(variable) for variable in module.globals.values())
     prototypes = "".join(code.head() + ";\n" for code in functions)
     table = f"const host_cuda::Kernel host_cuda::kernels[] = {{{entries}{{nullptr, nullptr, nullptr, 0}}}};\n"
