@@ -13,9 +13,12 @@ and all steps together are still one matrix of (T*B, n), as the products over al
 
 from __future__ import annotations
 
+import functools
+import os
 import resource
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -23,8 +26,15 @@ import numpy as np
 ADAM_CHUNK = 1 << 16
 """Elements that Adam updates at a time; its five arrays then stay in the cache."""
 
-MATRIX_VECTOR_ROWS = 8
-"""Up to this many rows of generated text, a matrix-vector product for each row is faster than one matrix product."""
+FEW_ROWS = 8
+"""Up to this many rows of generated text, many small products with a few rows of the weights are faster than one."""
+
+SMALL_PRODUCT, SMALL_ROWS = 600_000, 96
+"""Multiply-adds of such a small product, and rows of its weights, at most: OpenBLAS computes it on one thread, without
+the copy of the weights that it makes for a larger one and that takes longer than reading them once."""
+
+SHARE = 1 << 19
+"""Weights whose small products are worth a thread of their own: handing them to it takes some 40 microseconds."""
 
 PRODUCT_BLOCK = 3 << 18
 """Elements of W_hh that BLAS multiplies with a batch at a time: faster than a larger matrix in one piece."""
@@ -88,6 +98,26 @@ def replayable(function: Callable[..., None]) -> Callable[..., None]:
     The CPU returns the function itself; an op set whose launches cost time may record the ops and replay them as one.
     """
     return function
+
+
+# Threads
+
+def _threads() -> int:
+    """How many threads compute small products: as many as OpenBLAS takes for large ones, by the same variables."""
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        given = os.environ.get(name, "")
+        if given.isdecimal() and int(given):
+            return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(_threads() - 1, 1))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
 
 
 # Input table
@@ -403,7 +433,7 @@ class GenerationSaved(NamedTuple):
 
 def generation_saved(R: int, H: int, V: int, dtype=np.float32) -> GenerationSaved:
     """Arrays for `generate` with R rows."""
-    make = np.empty if R <= MATRIX_VECTOR_ROWS else empty_activations
+    make = np.empty if R == 1 else empty_activations
     return GenerationSaved(*(make((R, n), dtype) for n in (3 * H, 3 * H, H, V)))
 
 
@@ -420,12 +450,13 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
     """
     i, a, gate, logits = saved
     T, R = forced_tr.shape
-    if R > MATRIX_VECTOR_ROWS and T * R >= len(P):
+    if R > 1 and T * R >= len(P):
         P = _columns_outermost(P)
     states = [np.empty_like(gate) for _ in h]
     for state, h_layer in zip(states, h):
         state[...] = h_layer
-    recurrent = [(params[f"W_hh.{layer}"], params[f"b_hh.{layer}"]) for layer in range(len(h))]
+    # Biases have a value for each row: NumPy adds a whole matrix faster than one value to each few.
+    recurrent = [(params[f"W_hh.{layer}"], _for_rows(params[f"b_hh.{layer}"], a)) for layer in range(len(h))]
     W_out, b_out = params["W_out"], params["b_out"]
     some_forced, some_free = (forced_tr >= 0).any(axis=1), (forced_tr < 0).any(axis=1)
     with np.errstate(over="ignore"):  # as in `sample`; entered once, as entering takes longer than drawing a character
@@ -466,6 +497,13 @@ def _gru_step(i, a, h, gate) -> None:
     h += n
 
 
+def _for_rows(b, like) -> np.ndarray:
+    """A bias (N,) for each row of a matrix (R, N), in its memory order."""
+    biases = np.empty_like(like)
+    biases[...] = b
+    return biases
+
+
 def _columns_outermost(x) -> np.ndarray:
     """A copy of a matrix whose columns are outermost in memory."""
     copied = empty_activations(x.shape, x.dtype)
@@ -482,12 +520,34 @@ def _take_rows(P, ids, out) -> None:
 
 
 def _rows_times(x, W, out) -> None:
-    """out = x W^T for rows x (R, K) and W (N, K)."""
-    if len(x) <= MATRIX_VECTOR_ROWS:
-        for row, row_out in zip(x, out):
-            np.dot(W, row, out=row_out)
+    """out = x W^T for rows x (R, K) and W (N, K); x and out as `generate` keeps them."""
+    rows = _rows_of_small_product(*W.shape, len(x))
+    if len(x) == 1:
+        np.dot(W, x[0], out=out[0])
+    elif rows:
+        _small_products(x, W.reshape(-1, rows, W.shape[1]), out.T.reshape(-1, rows, len(x), copy=False))
     else:
         _columns_times(x, W, out)
+
+
+@functools.cache
+def _rows_of_small_product(N: int, K: int, R: int) -> int:
+    """Rows of weights (N, K) of which each small product with R rows of text takes as many; 0: they are not quicker."""
+    most = min(SMALL_ROWS, SMALL_PRODUCT // (R * K)) if R <= FEW_ROWS else 0
+    rows = next((rows for rows in range(most, 0, -1) if N % rows == 0), 0)
+    return rows if 2 * rows > most else 0
+
+
+def _small_products(x, W_blocks, out_blocks) -> None:
+    """A product for each block of weights (rows, K), with x (R, K), into blocks (rows, R); on several threads where
+    there is enough to do. Each number is computed in the same way on however many."""
+    blocks = len(W_blocks)
+    shares = max(1, min(_threads(), W_blocks.size // SHARE, blocks))
+    parts = [slice(blocks * share // shares, blocks * (share + 1) // shares) for share in range(shares)]
+    others = [_pool().submit(np.matmul, W_blocks[part], x.T, out_blocks[part]) for part in parts[1:]]
+    np.matmul(W_blocks[parts[0]], x.T, out=out_blocks[parts[0]])
+    for other in others:
+        other.result()
 
 
 def _columns_times(x, W, out) -> None:

@@ -1,5 +1,9 @@
 """The CPU op set against the specification, in every memory order and on every path of its own."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -204,10 +208,11 @@ def test_ties_certainties_and_extreme_numbers_are_drawn_as_the_reference_draws_t
 
 # Whole models
 
-@pytest.mark.parametrize("R", [1, 3, cpu.MATRIX_VECTOR_ROWS, cpu.MATRIX_VECTOR_ROWS + 1])
+@pytest.mark.parametrize("R", [1, 3, cpu.FEW_ROWS, cpu.FEW_ROWS + 1])
 @pytest.mark.parametrize("T, layers, V", [(6, 1, 7), (6, 2, 7), (6, 2, 100), (0, 1, 7)])
 def test_generation_matches_reference(R, T, layers, V):
-    """By matrix-vector products and by matrix products, with a table P that is copied for its columns or not."""
+    """By matrix-vector products, small products and large ones, with a table P that is copied for its columns or not.
+    """
     H, rng = 5, np.random.default_rng(9)
     case = random_case(T=1, B=R, V=V, H=H, layers=layers, scale=1.0)
     params = case.model().params
@@ -223,6 +228,59 @@ def test_generation_matches_reference(R, T, layers, V):
     np.testing.assert_allclose(h, expected_h, rtol=1e-12, atol=1e-12)
     for actual, expected in zip((ids, ids_tr), expected_ids):
         np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("N, K, R", [(48, 10, 2), (48, 10, 5), (30, 7, 8), (61, 10, 3), (1021, 10, 3)])
+@pytest.mark.parametrize("threads", [1, 2, 3, 40])
+def test_small_products_have_the_same_bits_on_any_number_of_threads(N, K, R, threads, monkeypatch):
+    monkeypatch.setattr(cpu, "SMALL_ROWS", 8)
+    monkeypatch.setattr(cpu, "SHARE", 20)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", str(threads))
+    cpu._rows_of_small_product.cache_clear()
+    cpu._pool.cache_clear()
+    rng = np.random.default_rng(N)
+    W, x = rng.standard_normal((N, K), np.float32), activations(rng.standard_normal((R, K)), np.float32)
+    out = activations(np.full((R, N), np.nan), np.float32)
+    cpu._rows_times(x, W, out)
+    rows = cpu._rows_of_small_product(N, K, R)
+    assert rows == {48: 8, 30: 6}.get(N, 0)
+    cpu._rows_of_small_product.cache_clear()
+    cpu._pool.cache_clear()
+    np.testing.assert_allclose(out, x.astype(float) @ W.T.astype(float), rtol=0, atol=1e-5)
+    if rows:
+        one_by_one = [W[first:first + rows] @ x.T for first in range(0, N, rows)]
+        np.testing.assert_array_equal(out, np.concatenate(one_by_one).T)
+
+
+def test_small_products_work_in_a_forked_process():
+    code = """
+import os, sys
+import numpy as np
+from char_gru.rnn import cpu
+cpu.SHARE = 20
+x, W, out = np.ones((10, 2), np.float32).T, np.ones((960, 10), np.float32), cpu.empty_activations((2, 960))
+cpu._rows_times(x, W, out)
+child = os.fork()
+if child == 0:
+    out[...] = 0
+    cpu._rows_times(x, W, out)
+    os._exit(0 if (out == 10).all() else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "2"}
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=environment,
+                          timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("variables, expected", [
+    ({"OPENBLAS_NUM_THREADS": "3", "OMP_NUM_THREADS": "5"}, 3), ({"OMP_NUM_THREADS": "5"}, 5),
+    ({"OPENBLAS_NUM_THREADS": "0", "OMP_NUM_THREADS": "x"}, None), ({}, None)])
+def test_threads_are_those_of_the_variables_or_of_the_machine(variables, expected, monkeypatch):
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cpu._threads() == (expected or len(os.sched_getaffinity(0)))
 
 
 @pytest.mark.parametrize("name", MODELS)
