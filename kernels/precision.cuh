@@ -121,13 +121,14 @@ __device__ __forceinline__ void multiply_add(float (&c)[M][4], const XFragments<
     // opaque: weights in registers are the same in every product, and the compiler would keep their hi and lo there
     // too.
     unsigned w_hi[2];
+    const unsigned first = w[0], last = w[LANE_WORDS - 1];  // ahead of opaque, so that both are read at once
     if constexpr (BF16) {
-        const unsigned two = opaque(w[0]);
+        const unsigned two = opaque(first);
         w_hi[0] = two << 16, w_hi[1] = two & 0xffff0000u;
     } else {
         unsigned w_lo[2];
-        split(opaque(w[0]), w_hi[0], w_lo[0]);
-        split(opaque(w[LANE_WORDS - 1]), w_hi[1], w_lo[1]);
+        split(opaque(first), w_hi[0], w_lo[0]);
+        split(opaque(last), w_hi[1], w_lo[1]);
 #pragma unroll
         for (int m = 0; m < M; ++m)
             mma_m16n8k8_tf32(step[m], x.hi[m], w_lo);

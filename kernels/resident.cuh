@@ -62,7 +62,7 @@ struct Slot {
 //                                 missing(tag, packets), whether one of the first so many packets of a row shows
 //                                 another tag, and place(), where the first packet of this lane lies
 //     add(step, words)            adds a step, whose w lies where store_weights left it
-//     each(take)                  calls take(row, column, sum, sum of the next column) for the sums of this lane
+//     each(take)                  calls take(row, column, sums) for each NEIGHBOURS sums of this lane in a row
 //   store_weights(words, read)    puts a step of w into shared memory, from read(k, column)
 //   RegisterWeights               a step of w in registers: load(read), add_to(sums, step)
 #include "resident_mma.cuh"
@@ -74,12 +74,9 @@ __device__ __forceinline__ size_t place_of(int row, int packet)
     return size_t(packet / GROUP_PACKETS) * X_GROUP + place_in_group(row, packet % GROUP_PACKETS);
 }
 
-// Rows of sums are so many banks apart that the pairs of columns that half a warp stores together do not collide: pairs
-// of four rows on tensor cores; in fp32 two of each of eight rows, LANE_COLUMNS from each other (two collide where that
-// is a multiple of 4 but not of 16).
-constexpr int SUMS_PADDING = PRECISION == 0 && TILES_N % 16 == 8 ? 2
-                             : TILES_N % 2 == 0 ? 8 : PRECISION == 0 ? 4 : 0;
-constexpr int SUMS_STRIDE = TILES_N * 8 + SUMS_PADDING;
+// Rows of sums are so many banks apart that what lanes store together does not collide: in fp32 those of eight rows, an
+// odd multiple of 4; on tensor cores pairs of columns of four rows, 8 or 24.
+constexpr int SUMS_STRIDE = TILES_N * 8 + (PRECISION == 0 ? 4 : TILES_N % 2 == 0 ? 8 : 0);
 constexpr int SUMS_OF_WARP = ROWS * SUMS_STRIDE;
 constexpr int SUMS = WARPS / 2 * SUMS_OF_WARP;
 
@@ -89,17 +86,26 @@ struct ResidentSums : WarpSums {
     __device__ __forceinline__ void reduce_warps(float *sums)
     {
         constexpr int HALF = WARPS / 2;
-        float2 *mine = reinterpret_cast<float2 *>(sums + warp() % HALF * SUMS_OF_WARP);
-        const auto store = [=](int row, int column, float &first, float &second) {
-            mine[(row * SUMS_STRIDE + column) / 2] = make_float2(first, second);
+        struct alignas(4 * NEIGHBOURS) Neighbours {  // stored and loaded at once
+            float sums[NEIGHBOURS];
+        };
+        Neighbours *mine = reinterpret_cast<Neighbours *>(sums + warp() % HALF * SUMS_OF_WARP);
+        const auto store = [=](int row, int column, const float *own) {
+            Neighbours stored;
+#pragma unroll
+            for (int j = 0; j < NEIGHBOURS; ++j)
+                stored.sums[j] = own[j];
+            mine[(row * SUMS_STRIDE + column) / NEIGHBOURS] = stored;
         };
         if (warp() >= HALF)
             each(store);
         __syncthreads();
         if (warp() < HALF) {
-            each([=](int row, int column, float &first, float &second) {  // all loads first: no load waits for a store
-                const float2 sum = mine[(row * SUMS_STRIDE + column) / 2];
-                first += sum.x, second += sum.y;
+            each([=](int row, int column, float *own) {  // all loads first: no load waits for a store
+                const Neighbours loaded = mine[(row * SUMS_STRIDE + column) / NEIGHBOURS];
+#pragma unroll
+                for (int j = 0; j < NEIGHBOURS; ++j)
+                    own[j] += loaded.sums[j];
             });
             each(store);
         }

@@ -38,6 +38,8 @@ __device__ __forceinline__ Slot slot_of(int step, int k)
 #endif
 
 struct WarpSums {
+    static constexpr int NEIGHBOURS = 2;
+
     float c[TILES_N][TILES_M][4] = {};
 
     // A step of x: the operands of this lane.
@@ -153,8 +155,7 @@ struct WarpSums {
             struct alignas(4 * LANE_WORDS) Words {  // read at once
                 unsigned w[LANE_WORDS];
             };
-            const Words words = reinterpret_cast<const Words *>(weights)[n * WARP + lane()];
-            multiply_add(c[n], fragments, words.w);
+            multiply_add(c[n], fragments, reinterpret_cast<const Words *>(weights)[n * WARP + lane()].w);
         }
     }
 
@@ -166,8 +167,8 @@ struct WarpSums {
 #pragma unroll
             for (int n = 0; n < TILES_N; ++n)
 #pragma unroll
-                for (int i = 0; i < 4; i += 2)
-                    take(m * 16 + lane() / 4 + i * 4, n * 8 + lane() % 4 * 2, c[n][m][i], c[n][m][i + 1]);
+                for (int i = 0; i < 4; i += NEIGHBOURS)
+                    take(m * 16 + lane() / 4 + i * 4, n * 8 + lane() % 4 * 2, c[n][m] + i);
     }
 };
 

@@ -17,6 +17,7 @@ __device__ __forceinline__ Slot slot_of(int, int k) { return {k / VALUES, k % VA
 // A lane owns every 8th row from thread_row() on, and COLUMNS / 4 neighbouring columns from thread_column() on.
 struct WarpSums {
     static constexpr int LANE_ROWS = ROWS / 8, LANE_COLUMNS = TILES_N * 2;
+    static constexpr int NEIGHBOURS = LANE_COLUMNS % 4 ? 2 : 4;
 
     float c[LANE_ROWS][LANE_COLUMNS] = {};
 
@@ -119,8 +120,8 @@ struct WarpSums {
 #pragma unroll
         for (int i = 0; i < LANE_ROWS; ++i)
 #pragma unroll
-            for (int j = 0; j < LANE_COLUMNS; j += 2)
-                take(thread_row() + 8 * i, thread_column() + j, c[i][j], c[i][j + 1]);
+            for (int j = 0; j < LANE_COLUMNS; j += NEIGHBOURS)
+                take(thread_row() + 8 * i, thread_column() + j, c[i] + j);
     }
 };
 

@@ -68,7 +68,7 @@ def assert_fits(plan: RecurrencePlan, gpu: GPU) -> None:
     element_bytes = 2 if plan.precision == "bf16" else 4
     weights = (plan.k_steps - plan.register_steps + plan.fused_output_steps) * 8 * plan.columns * step_k * element_bytes
     fp32, tiles = plan.precision == "fp32", plan.columns // 8
-    padding = 2 if fp32 and tiles % 16 == 8 else 8 if tiles % 2 == 0 else 4 * fp32
+    padding = 4 if fp32 else 8 if tiles % 2 == 0 else 0
     reduction = 4 * plan.rows * (plan.columns + padding) * 4
     by_row = plan.rows + (plan.V_in if plan.sums_on_chip else 0)
     gradients = 0 if forward else by_row * 3 * plan.finished_units * 4 + plan.rows * 4

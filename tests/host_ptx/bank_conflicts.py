@@ -5,7 +5,8 @@
 The kernels run from their PTX, planned for an H100, and the addresses of what the first block of each launch loads from
 shared memory and stores there are kept (banks.h). For each kernel: how many accesses of a warp, how many wavefronts
 they take, and how many they would take at best; then the source lines at which they take more. A training step is one
-of two time steps, whose prologues weigh more than in a step of a hundred.
+of two time steps, whose prologues weigh more than in a step of a hundred. `ptxas` may merge accesses to neighbouring
+words, so what machine code takes can differ (tests/kernel_loops.txt has its widths).
 """
 
 import collections
