@@ -433,8 +433,7 @@ class GenerationSaved(NamedTuple):
 
 def generation_saved(R: int, H: int, V: int, dtype=np.float32) -> GenerationSaved:
     """Arrays for `generate` with R rows."""
-    make = np.empty if R == 1 else empty_activations
-    return GenerationSaved(*(make((R, n), dtype) for n in (3 * H, 3 * H, H, V)))
+    return GenerationSaved(*(empty_activations((R, n), dtype) for n in (3 * H, 3 * H, H, V)))
 
 
 def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: GenerationSaved,
@@ -456,7 +455,8 @@ def generate(params, P, h, ids, forced_tr, uniforms_tr, ids_tr, saved: Generatio
     for state, h_layer in zip(states, h):
         state[...] = h_layer
     # Biases have a value for each row: NumPy adds a whole matrix faster than one value to each few.
-    recurrent = [(params[f"W_hh.{layer}"], _for_rows(params[f"b_hh.{layer}"], a)) for layer in range(len(h))]
+    recurrent = [(params[f"W_hh.{layer}"], _columns_outermost(np.broadcast_to(params[f"b_hh.{layer}"], a.shape)))
+                 for layer in range(len(h))]
     W_out, b_out = params["W_out"], params["b_out"]
     some_forced, some_free = (forced_tr >= 0).any(axis=1), (forced_tr < 0).any(axis=1)
     with np.errstate(over="ignore"):  # as in `sample`; entered once, as entering takes longer than drawing a character
@@ -497,13 +497,6 @@ def _gru_step(i, a, h, gate) -> None:
     h += n
 
 
-def _for_rows(b, like) -> np.ndarray:
-    """A bias (N,) for each row of a matrix (R, N), in its memory order."""
-    biases = np.empty_like(like)
-    biases[...] = b
-    return biases
-
-
 def _columns_outermost(x) -> np.ndarray:
     """A copy of a matrix whose columns are outermost in memory."""
     copied = empty_activations(x.shape, x.dtype)
@@ -520,7 +513,7 @@ def _take_rows(P, ids, out) -> None:
 
 
 def _rows_times(x, W, out) -> None:
-    """out = x W^T for rows x (R, K) and W (N, K); x and out as `generate` keeps them."""
+    """out = x W^T for x (R, K) and out (R, N) whose columns are outermost in memory, and W (N, K)."""
     rows = _rows_of_small_product(*W.shape, len(x))
     if len(x) == 1:
         np.dot(W, x[0], out=out[0])

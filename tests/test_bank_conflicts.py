@@ -12,8 +12,10 @@ import pytest
 from char_gru.kernels import runtime
 from char_gru.kernels.runtime import assemble
 from tests import host_cuda
+from tests.helpers.recurrence import on_device
 from tests.host_ptx import bank_conflicts
 from tests.host_ptx.bank_conflicts import Counts
+from tests.test_gru_persistent import Cut
 
 pytest.importorskip("cuda.bindings")  # with it comes NVRTC
 pytestmark = pytest.mark.skipif(host_cuda.compiler() is None, reason="needs a C++ compiler")
@@ -78,6 +80,24 @@ def test_lanes_without_an_access_take_nothing_and_only_the_first_block_counts():
         assert found == {"ld": Counts(2, 2 * 2, 2), "st": Counts(2, 2, 2)}
 
 
+def counts_of_sums(units: int, units_back: int, precision: str) -> list[Counts]:
+    """Of the accesses with which warps of both passes of a recurrence add their sums."""
+    lines = (Path(runtime.__file__).parent / "resident.cuh").read_text().splitlines()
+    size = Cut(T=2, B=17, H=80, V=3, M=2, groups=1, rows=16, units=units, units_back=units_back)
+    with runtime.use(bank_conflicts.Recorder()) as executor:
+        on_device(size.case, precision, size.plans(precision))
+    found = [(line.split(":"), counts) for row in executor.rows() for (line, _), counts in row.lines.items()]
+    return [counts for (file, number), counts in found if file == "resident.cuh" and "mine[" in lines[int(number) - 1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("units, units_back, precision", [  # in tiles of 8 columns: 6 and 8, or 5 and 5
+    (16, 64, "fp32"), (12, 40, "fp32"), (16, 64, "bf16")])
+def test_sums_of_warps_are_added_without_conflicts(units, units_back, precision):
+    found = counts_of_sums(units, units_back, precision)
+    assert len(found) >= 2 * 2 and all(counts.wavefronts == counts.least for counts in found), found
+
+
 def read(lines: list[str]) -> dict[tuple[str, str], float]:
     """Job and kernel -> wavefronts, as many times as at best."""
     heads = [line.split(" | ") for line in lines if line.count(" | ") == 2]
@@ -90,7 +110,7 @@ def test_table_has_all_jobs_in_their_order():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["1 text, fp32"])
+@pytest.mark.parametrize("job", ["1 text, fp32", "5 texts, fp32", "64 texts, bf16"])
 def test_kernels_have_no_more_conflicts_than_the_table_says(job):
     found, expected = read(list(bank_conflicts.table(job, bank_conflicts.measured(job)))), read(
         TABLE.read_text().splitlines())
