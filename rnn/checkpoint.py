@@ -61,12 +61,17 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
     Raises: OSError if the file cannot be written; the old file is then unchanged.
     """
+    write_atomically(path, checkpoint_bytes(checkpoint))
+
+
+def checkpoint_bytes(checkpoint: Checkpoint) -> bytes:
+    """The bytes of a checkpoint's file."""
     tensors = _tensors(checkpoint)
     description = {"format": FORMAT, "sizes": asdict(checkpoint.sizes),
                    "vocabulary": checkpoint.vocabulary.characters, "beginning": checkpoint.vocabulary.beginning,
                    "progress": checkpoint.resumable.progress if checkpoint.resumable else None}
     description["sha256"] = _digest(description, tensors)
-    write_atomically(path, safetensors_numpy.save(tensors, {METADATA_KEY: json.dumps(description)}))
+    return safetensors_numpy.save(tensors, {METADATA_KEY: json.dumps(description)})
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -120,6 +125,20 @@ def read_checkpoint(file: BinaryIO, path: Path) -> Checkpoint:
         raise unfitting from None
 
 
+def is_of_other_software(path: Path) -> bool:
+    """Whether a file has tensors in the format of safetensors, and does not claim to be a checkpoint.
+
+    Raises: UserError for a file that cannot be opened.
+    """
+    with open_file(path) as file:
+        try:
+            size = file.seek(0, os.SEEK_END) - 8
+            file.seek(0)
+            return METADATA_KEY not in _raw_header(file, size).get("__metadata__", {})
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError, OSError):
+            return False
+
+
 def find_checkpoint(run: Path | str | None, runs: Path = Path("runs")) -> Path:
     """The checkpoint file to generate from.
 
@@ -168,14 +187,19 @@ def _header(file: BinaryIO, size: int) -> tuple[dict, dict]:
     Raises: ValueError and others for what is none, and for a header longer than the tensors behind it may need: a
     tensor's entry takes less than 12 times its bytes, as does a character of the vocabulary.
     """
+    header = _raw_header(file, size)
+    return header, json.loads(header["__metadata__"][METADATA_KEY], parse_constant=_refuse_constant)
+
+
+def _raw_header(file: BinaryIO, size: int) -> dict:
+    """The header of a safetensors file. Raises: as `_header`."""
     length = int.from_bytes(file.read(8), "little")
     if not 0 < length <= min(size, HEADER_LIMIT, SMALL_HEADER + 12 * (size - length)):
         raise ValueError("length")
     raw = file.read(length)
     if sum(map(raw.count, (b"[", b"{", b","))) > HEADER_PARTS:
         raise ValueError("parts")
-    header = json.loads(raw)
-    return header, json.loads(header["__metadata__"][METADATA_KEY], parse_constant=_refuse_constant)
+    return json.loads(raw)
 
 
 def _refuse_constant(name: str) -> None:

@@ -1,4 +1,4 @@
-"""The two command lines: options in, exit status out; every error a user can cause is one line on stderr.
+"""The command lines: options in, exit status out; every error a user can cause is one line on stderr.
 
 `char_gru.rnn.process` runs them as programs, with what that means for streams and signals.
 """
@@ -20,12 +20,15 @@ from dataclasses import fields, replace
 
 import tyro
 
-from char_gru.rnn.config import GenerateConfig, TrainConfig, UserError
+from char_gru.rnn.config import ExportConfig, GenerateConfig, LookConfig, TrainConfig, UserError
 from char_gru.rnn.process import DIVERGED, USAGE_ERROR, ended_at_once, status_after
-from char_gru.rnn.terminal import complain, displayed
+from char_gru.rnn.terminal import complain, displayed, quoted
 
 _WRITING = ("--length", "--temperature", "--top-k", "--top-p", "--min-p", "--num-samples", "--stop", "--seed")
 """Options that shape the texts that are written, and no score."""
+
+_MAIN_OPTION = {"train.py": "--data", "generate.py": "--prompt"}
+"""Program -> the option that words without one may be meant for."""
 
 _TEXT_OPTIONS = ("--prompt", "--stop", "--separator", "--temperature")
 """Options whose value may begin with a dash, or be empty."""
@@ -87,6 +90,34 @@ def generate(arguments: Sequence[str] | None = None) -> int:
         return (_print_json if config.format == "jsonl" else _print_texts)(rows, pieces, replace(config, seed=seed))
 
     return _reporting("generate.py", command)
+
+
+def export(arguments: Sequence[str] | None = None) -> int:
+    """`rnn.export`: write a model in another format. Exit status 0, 2 for bad input."""
+    def command() -> int:
+        config = _parse(ExportConfig, arguments, prog="rnn.export")
+        with ended_at_once():
+            from char_gru.rnn.export import formats
+
+        size = formats.export(config)
+        print(f"{quoted(config.out)}: {size / 1e6:.3g} MB", file=sys.stderr)
+        return 0
+
+    return _reporting("rnn.export", command)
+
+
+def look(arguments: Sequence[str] | None = None) -> int:
+    """`rnn.look`: what a model's units do while it reads a text. Exit status 0, 2 for bad input."""
+    def command() -> int:
+        config = _parse(LookConfig, arguments, prog="rnn.look")
+        with ended_at_once():
+            from char_gru.rnn import activations
+
+        for line in activations.look(config):
+            _write(line + "\n")
+        return 0
+
+    return _reporting("rnn.look", command)
 
 
 def _parse(config_type: type, arguments: Sequence[str] | None, prog: str, **options):
@@ -167,10 +198,10 @@ def _meant(said: str, arguments: list[str], known: set[str], prog: str) -> str:
     if options:
         close = _closest(options[0].lstrip("-").replace("_", "-"), sorted(option[2:] for option in known))
         return f"did you mean --{close}? " if close else ""
-    words = _words(strangers, arguments)
+    words = _words(strangers, arguments) if prog in _MAIN_OPTION else []
     if prog == "generate.py":
         words = [" ".join(words)] * bool(words)
-    meant = f"{'--data' if prog == 'train.py' else '--prompt'} {' '.join(map(shlex.quote, words))}"
+    meant = f"{_MAIN_OPTION.get(prog)} {' '.join(map(shlex.quote, words))}"
     return f"did you mean {meant}? " if words else ""
 
 

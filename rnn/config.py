@@ -1,7 +1,7 @@
 """Options of training and generation, the sizes of a model, and the one error that users see.
 
-The dataclasses are the command lines: names, types, defaults and help texts of ``train.py`` and ``generate.py``
-come from here and nowhere else.
+The dataclasses are the command lines: names, types, defaults and help texts of ``train.py``, ``generate.py``,
+``rnn.export`` and ``rnn.look`` come from here and nowhere else.
 """
 
 from __future__ import annotations
@@ -250,6 +250,59 @@ class GenerateConfig:
             raise UserError("--per-character and --exact are for --score; give --score FILE as well")
         if self.separator is not None and (self.score or self.format == "jsonl"):
             raise UserError("--separator stands after texts; leave it out with --score and with --format jsonl")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a model for other software, or another framework's model as a checkpoint.
+
+    The suffix of the file to write tells its format: .onnx (the generator, for any runtime of ONNX), .html (a page that
+    writes text and shows the model's inside), .keras and .weights.h5 (Keras), .safetensors (a checkpoint, which also
+    loads into PyTorch).
+    """
+
+    source: Annotated[tyro.conf.Positional[Path], _told("RUN_OR_MODEL")]
+    """folder of a run, a checkpoint, a Keras model (.keras, .weights.h5), or the tensors of a PyTorch model
+    (.safetensors)"""
+    out: Annotated[tyro.conf.Positional[Path], _told("OUT")]
+    """file to write"""
+    force: bool = False
+    """replace the file if it exists"""
+    logits: bool = False
+    """.onnx: the network alone, ids of characters in, logits out, instead of the generator that draws characters"""
+    weights: Annotated[Literal["fp32", "fp16", "int8"] | None, _told("{fp32,fp16,int8}")] = None
+    """.html: how the page holds its matrices (default: fp16)"""
+    vocabulary_of: Annotated[tuple[str, ...], _told("TEXT...")] = ()
+    """texts whose characters are the vocabulary, for a model of another framework that has none in its file; as --data
+    of train.py"""
+
+
+@dataclass(frozen=True)
+class LookConfig:
+    """Read a text with a model, and save what its units do at each character.
+
+    A table on stdout tells which units follow the position in a line, case, quotes, brackets, and spaces.
+    """
+
+    run: Annotated[tyro.conf.Positional[Path], _told("RUN_OR_CHECKPOINT")]
+    """folder of a run or a .safetensors file"""
+    text: Annotated[tyro.conf.Positional[str], _told("TEXT")]
+    """file with the text, or - for stdin"""
+    save: Annotated[Path | None, _told("FILE")] = None
+    """.safetensors file for ids, states, gates, logits and surprisal of every character"""
+    dtype: Literal["float16", "float32"] = "float16"
+    """type of the numbers that are saved"""
+    units: int = 5
+    """units that the table shows for each property of the text"""
+    on_unknown: Literal["error", "skip", "unk"] = "error"
+    """what to do with characters of the text that the model does not know"""
+    force: bool = False
+    """replace the file if it exists"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """where to compute; auto takes an NVIDIA GPU if there is one"""
+
+    def __post_init__(self) -> None:
+        _require(self.units >= 1, "--units", self.units, "at least 1")
 
 
 def check_length(length: int) -> None:

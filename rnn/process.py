@@ -1,4 +1,4 @@
-"""The two programs as processes: standard streams that may be closed, full or without a reader; signals; exit statuses.
+"""The programs as processes: standard streams that may be closed, full or without a reader; signals; exit statuses.
 
 Only the standard library is imported here, so that a signal that arrives while all else is imported finds its handler.
 """
@@ -20,12 +20,22 @@ of the program itself, as sysexits.h has it."""
 
 def train(arguments: Sequence[str] | None = None) -> int:
     """`train.py`; returns its exit status."""
-    return _run("train", arguments)
+    return _run("train.py", arguments)
 
 
 def generate(arguments: Sequence[str] | None = None) -> int:
     """`generate.py`; returns its exit status."""
-    return _run("generate", arguments)
+    return _run("generate.py", arguments)
+
+
+def export(arguments: Sequence[str] | None = None) -> int:
+    """`rnn.export`; returns its exit status."""
+    return _run("rnn.export", arguments)
+
+
+def look(arguments: Sequence[str] | None = None) -> int:
+    """`rnn.look`; returns its exit status."""
+    return _run("rnn.look", arguments)
 
 
 def _run(program: str, arguments: Sequence[str] | None) -> int:
@@ -39,12 +49,12 @@ def _run(program: str, arguments: Sequence[str] | None) -> int:
                 with ended_at_once():
                     from char_gru.rnn import commands
 
-                return getattr(commands, program)(arguments)
+                return getattr(commands, program.removeprefix("rnn.").removesuffix(".py"))(arguments)
             except Exception as error:  # noqa: BLE001 what nobody has foreseen
                 if stop := _interrupted(error):
                     raise stop from None
                 traceback.print_exc()
-                print(f"{program}.py: this is a fault of the program, not of its input; please report the lines above",
+                print(f"{program}: this is a fault of the program, not of its input; please report the lines above",
                       file=sys.stderr)
                 return FAULT
     except KeyboardInterrupt as stop:
