@@ -68,9 +68,11 @@ def _device_section(groups: dict) -> str:
 
 def train_step_table(entries: Sequence[dict]) -> str:
     """One training step at each of its sizes."""
-    return "GFLOP/s counts the least operations of a step, the same for every candidate.\n\n" + _jobs_table(entries, {
+    return ("GFLOP/s counts the least operations of a step, the same for every candidate. On a CPU the floor is the time "
+            "that its products take at the rate of the library's large product.\n\n") + _jobs_table(entries, {
         "characters/s": lambda entry, made, seconds: _characters(entry, "TB") / seconds,
         "GFLOP/s": lambda entry, made, seconds: entry["work"]["flop"] / seconds / 1e9,
+        "times the floor": _times_the_floor,
         "MiB": lambda entry, made, seconds: made.get("memory_mib")})
 
 
@@ -84,6 +86,10 @@ def generate_table(entries: Sequence[dict]) -> str:
     """R texts of T characters, for each R."""
     return "R texts of T characters each.\n\n" + _jobs_table(
         entries, {"characters/s": lambda entry, made, seconds: _characters(entry, "TR") / seconds})
+
+
+def _times_the_floor(entry: dict, made: dict, seconds: float) -> float:
+    return seconds / floor_seconds(Work(**entry["work"]), Ceilings(**entry["ceilings"]), made["precision"])
 
 
 def _characters(entry: dict, axes: str) -> int:
@@ -120,7 +126,7 @@ def ops_table(entries: Sequence[dict]) -> str:
             rows.append([f"{entry['benchmark']} ({_sizes(entry)})" if index == 0 else "", name,
                          median + " †" * made["host_bound"], low_to_high, _figures(work.bytes / seconds / 1e9),
                          _figures(work.flop / seconds / 1e9) if work.flop else "", ceiling,
-                         f"{seconds / floor_seconds(work, ceilings, made['precision']):.1f}"])
+                         f"{_times_the_floor(entry, made, seconds):.1f}"])
     table = _table(["op", "", "ms", "range", "GB/s", "GFLOP/s", "of the ceiling", "times the floor"], rows)
     slow = any(made["host_bound"] for entry in entries for made in entry["candidates"].values())
     return table + "\n\n† the host queued the calls more slowly than the GPU ran them." * slow
