@@ -30,6 +30,9 @@ _WRITING = ("--length", "--temperature", "--top-k", "--top-p", "--min-p", "--num
 _MAIN_OPTION = {"train.py": "--data", "generate.py": "--prompt"}
 """Program -> the option that words without one may be meant for."""
 
+_LESS_MEMORY = {"train.py": "; lower --batch-size, --seq-length or --rnn-units", "generate.py": "; lower --num-samples"}
+"""Program -> the options that decide how much memory it takes."""
+
 _TEXT_OPTIONS = ("--prompt", "--stop", "--separator", "--temperature")
 """Options whose value may begin with a dash, or be empty."""
 
@@ -68,8 +71,7 @@ def generate(arguments: Sequence[str] | None = None) -> int:
     """`generate.py`: write texts, or score a text. Exit status 0, 2 for bad input, 128 + the number of a signal."""
     def command() -> int:
         config = _parse(GenerateConfig, arguments, prog="generate.py")
-        if sys.stdout is None:
-            raise UserError("stdout is closed, and what is written there would be lost; send it to a file or a program")
+        _require_stdout()
         if config.score:
             if unused := [option for option in _WRITING if option in _given(arguments)]:
                 raise UserError(f"--score writes no text; leave {' and '.join(unused)} out")
@@ -110,6 +112,7 @@ def look(arguments: Sequence[str] | None = None) -> int:
     """`rnn.look`: what a model's units do while it reads a text. Exit status 0, 2 for bad input."""
     def command() -> int:
         config = _parse(LookConfig, arguments, prog="rnn.look")
+        _require_stdout()
         with ended_at_once():
             from char_gru.rnn import activations
 
@@ -263,7 +266,7 @@ def _reporting(prog: str, command: Callable[[], int]) -> int:
         where = f" {error.filename}" if error.filename else ""
         complain(prog, f"cannot read or write{where}: {error.strerror or error}{_notes(error)}")
     except MemoryError as error:
-        complain(prog, f"not enough memory ({error}); lower --batch-size, --seq-length, --rnn-units or --num-samples")
+        complain(prog, f"not enough memory ({error}){_LESS_MEMORY.get(prog, '')}")
     return USAGE_ERROR
 
 
@@ -377,6 +380,12 @@ def _print_scores(config: GenerateConfig) -> int:
             with bar.external_write_mode():
                 _write(lines)
     return status
+
+
+def _require_stdout() -> None:
+    """Raises: UserError where stdout is closed."""
+    if sys.stdout is None:
+        raise UserError("stdout is closed, and what is written there would be lost; send it to a file or a program")
 
 
 def _write(text: str) -> None:

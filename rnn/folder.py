@@ -16,9 +16,9 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 from char_gru.rnn.config import UserError
 from char_gru.rnn.terminal import complain
@@ -198,26 +198,35 @@ def _metrics_line(line: bytes) -> dict | None:
     return value if whole else None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file's content, durably and all at once. A link to a file is replaced, and not what it leads to.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A block that writes a file, which takes the place of the one at `path` when the block has ended, durably and all
+    at once; after an exception the path is as it was. A link to a file is replaced, and not what it leads to.
 
-    Raises: OSError that names the path if the file cannot be written; its content is then unchanged. UserError for a
-    path that is there and is no file, but a folder, a pipe or a device.
+    Raises: OSError that names the path if the file cannot be written. UserError for a path that is there and is no
+    file, but a folder, a pipe or a device.
     """
     _refuse_other_than_file(path)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
     with contextlib.suppress(OSError):  # a folder cannot be opened, or synced, on every system
         _sync(path.parent)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file's content, durably and all at once. Raises: as `replacing`."""
+    with replacing(path) as file:
+        file.write(data)
 
 
 def _refuse_other_than_file(path: Path) -> None:
