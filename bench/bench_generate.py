@@ -7,8 +7,8 @@ import pytest
 
 from bench import floors, tutorial
 from bench.bench_train_step import params_of
-from bench.implementations import OURS, on
-from bench.peers import writing_peers
+from bench.implementations import OURS, installed, on
+from bench.peers import onnxruntime_generate, writing_peers
 from bench.side_by_side import Benchmark, Candidate, Runnable
 from char_gru import kernels
 from char_gru.kernels import runtime
@@ -80,6 +80,9 @@ def variants(R, V, H, weights):
 def candidates(device, T, R, V, E, H):
     if device.kind == "cpu":
         yield Candidate(OURS, "fp32", functools.partial(ours, cpu))
+        if installed("onnx", "cpu") and installed("onnxruntime", "cpu"):
+            yield Candidate("onnxruntime", "fp32",
+                            lambda inputs: texts(onnxruntime_generate(*params_of(inputs)), inputs))
     else:
         for weights in (weights for weights in WEIGHTS if weights in device.precisions):
             for variant in variants(R, V, H, weights):

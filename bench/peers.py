@@ -17,9 +17,11 @@ import numpy as np
 
 from bench.devices import Device
 from bench.implementations import Torch, flashrnn_gru, imported_jax, installed
+from char_gru.rnn.checkpoint import Checkpoint
 from char_gru.rnn.config import Sizes
 from char_gru.rnn.model import BETA_1, BETA_2, EPSILON
 from char_gru.rnn.params import checkpoint_name
+from char_gru.rnn.vocabulary import Vocabulary
 
 JAX_PRECISIONS = {"fp32": "float32", "tf32": "tensorfloat32", "bf16": "bfloat16"}
 
@@ -363,6 +365,30 @@ def keras_peer(sizes: Sizes, params: Mapping[str, np.ndarray], device: Device, p
             return model.test_on_batch(inputs_tb.T, targets_tb.T)
 
     return Peer(train_step, generate, loss)
+
+
+def onnxruntime_generate(sizes: Sizes,
+                         params: Mapping[str, np.ndarray]) -> Callable[[np.ndarray, int, float], np.ndarray]:
+    """onnxruntime on the CPU, with the model's ONNX file: the `generate` of a `Peer`. It does not train."""
+    import onnxruntime
+
+    from char_gru.rnn.export.onnx_graph import onnx_bytes
+
+    checkpoint = Checkpoint(sizes, Vocabulary("".join(map(chr, range(1, sizes.V)))), dict(params))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns that inputs with default values are no constants
+    session = onnxruntime.InferenceSession(onnx_bytes(checkpoint, logits=False), options, ["CPUExecutionProvider"])
+    uniform_source = np.random.default_rng(0)
+
+    def generate(first_ids: np.ndarray, length: int, temperature: float) -> np.ndarray:
+        shape = (length, len(first_ids))
+        [ids_tr] = session.run(["ids_tr"], {
+            "ids": first_ids, "state": np.zeros((sizes.layers, len(first_ids), sizes.H), np.float32),
+            "forced_tr": np.full(shape, -1, np.int32), "uniforms_tr": uniform_source.random(shape, np.float32),
+            "temperature": np.array(temperature, np.float32)})
+        return ids_tr
+
+    return generate
 
 
 PEERS: Mapping[str, tuple[str, Callable[..., Peer]]] = {

@@ -68,8 +68,8 @@ def _device_section(groups: dict) -> str:
 
 def train_step_table(entries: Sequence[dict]) -> str:
     """One training step at each of its sizes."""
-    return ("GFLOP/s counts the least operations of a step, the same for every candidate. On a CPU the floor is the time "
-            "that its products take at the rate of the library's large product.\n\n") + _jobs_table(entries, {
+    return ("GFLOP/s counts the least operations of a step, the same for every candidate. On a CPU the floor is the "
+            "time that its products take at the rate of the library's large product.\n\n") + _jobs_table(entries, {
         "characters/s": lambda entry, made, seconds: _characters(entry, "TB") / seconds,
         "GFLOP/s": lambda entry, made, seconds: entry["work"]["flop"] / seconds / 1e9,
         "times the floor": _times_the_floor,
@@ -360,6 +360,7 @@ def _libraries(facts: dict) -> str:
         *gpu, f"{_cpu(facts)}; Python {facts['python']}",
         _library("NumPy", facts["numpy"], numpy), _library("PyTorch", facts["torch"], torch),
         _library("JAX", facts["jax"], []), _library("Keras", facts["keras"], []),
+        *([_library("onnxruntime", facts["onnxruntime"], [])] if "onnxruntime" in facts and not gpu else []),
         *([_library("FlashRNN", facts["flashrnn"], [])] if gpu else [])])
 
 

@@ -45,7 +45,7 @@ def machine() -> dict:
         "python": platform.python_version(), "numpy": np.__version__,
         "blas": f"{blas['name']} {blas['version']}", **_openblas(),
         "torch": version("torch"), "jax": version("jax"), "keras": version("keras"),
-        "flashrnn": version("flashrnn"),
+        "onnxruntime": version("onnxruntime"), "flashrnn": version("flashrnn"),
         "torch_threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None,
         "commit": _commit(), "date": datetime.now(UTC).date().isoformat(),
     }

@@ -13,7 +13,8 @@ from char_gru.kernels.variants import VARIANTS
 
 MACHINE = {"cpu": "Some CPU", "cores": 2, "system": "Linux 6", "python": "3.11.7", "numpy": "2.4.6",
            "blas": "openblas 0.3", "blas_kernels": "SkylakeX", "blas_threads": 2, "torch": "2.13.0",
-           "torch_threads": 2, "jax": None, "keras": None, "commit": "0123456789ab", "date": "2026-01-02"}
+           "torch_threads": 2, "jax": None, "keras": None, "onnxruntime": "1.32.0", "commit": "0123456789ab",
+           "date": "2026-01-02"}
 
 GPU = {"gpu": "NVIDIA X", "driver": "for CUDA 13.0", "cuda_runtime": "13.0", "cupy": "14.2", "flashrnn": "1.0"}
 
@@ -46,9 +47,9 @@ GROUPS = {"train_step": TRAIN_STEP, "train_memory": MEMORY, "generate 64": GENER
 
 CIRCUMSTANCES = (
     "Some CPU, 2 cores; Python 3.11.7, NumPy 2.4.6 (openblas 0.3, kernels SkylakeX, 2 threads), PyTorch 2.13.0 "
-    "(2 threads), JAX not installed and so left out, Keras not installed and so left out. 3 interleaved rounds; "
-    "2026-01-02, commit 0123456789ab. Ceilings: memory 1.00 GB/s, the library's large product 1,000 GFLOP/s in fp32, "
-    "1,000 GFLOP/s in tf32, 1,000 GFLOP/s in bf16.")
+    "(2 threads), JAX not installed and so left out, Keras not installed and so left out, onnxruntime 1.32.0. "
+    "3 interleaved rounds; 2026-01-02, commit 0123456789ab. Ceilings: memory 1.00 GB/s, the library's large product "
+    "1,000 GFLOP/s in fp32, 1,000 GFLOP/s in tf32, 1,000 GFLOP/s in bf16.")
 
 TRAIN_STEP_ROWS = """\
 | sizes |  | ms | range | time against ours | characters/s | GFLOP/s | times the floor |

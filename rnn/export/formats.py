@@ -77,4 +77,4 @@ def _module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("char_gru"):
             raise
-        raise UserError(f"this format needs the package {error.name}; install it with pip install '.[export]'") from None
+        raise UserError(f"the format needs the package {error.name}: pip install '.[export]'") from None
