@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EVERYTHING = ((),)
+EVERYTHING = (("-n", "auto", "--dist", "loadfile"),)
 KERNELS = (("tests/test_host_ptx.py",), ("--cuda-device", "tests/test_cupy.py", "tests/test_commands_on_cuda.py"))
 AT_A_TIME = 2
 WIDTHS = (13, 7, 6, 6, 8, 27, 7, 13)

@@ -1,7 +1,7 @@
 """In a run of all tests: those that need a GPU pass on tests/cuda_device too, in a process of their own that has it.
 
 A process has the device or it has not: with it, `--device auto` would train on it in every other test. plugin.py starts
-that process first, so that it runs beside this one.
+that process first, so that it runs beside this one; with `-n` the test that waits for it starts it.
 """
 
 from xml.etree import ElementTree
@@ -10,7 +10,7 @@ import pytest
 
 from tests import cuda_device
 from tests.cuda_device import faults
-from tests.cuda_device.plugin import RUN
+from tests.cuda_device.plugin import run_of
 
 FEWEST = 700  # tests that have to pass: so that no filter leaves out all of them
 
@@ -21,7 +21,7 @@ needs_device = pytest.mark.skipif(not cuda_device.installable(),
 @needs_device
 @pytest.mark.slow
 def test_gpu_tests_pass_on_the_device(request, subtests):
-    run = request.config.stash[RUN]
+    run = run_of(request.config)
     status = run.process.wait()
     output = (run.folder / "output.txt").read_text()
     assert status in (0, 1) and (run.folder / "results.xml").exists(), output[-5000:]

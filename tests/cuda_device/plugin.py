@@ -41,7 +41,8 @@ def pytest_collection_modifyitems(config, items):
     wanted = FIXTURES if on_device else {"device"}
     chosen = [item for item in items if bool(wanted & set(item.fixturenames)) == on_device]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = sorted(chosen, key=lambda item: item.name == WAITING)  # that one waits for what runs beside the others
+    # That one waits for a process that runs beside the other tests: of this process, or of the other workers of xdist.
+    items[:] = sorted(chosen, key=lambda item: (item.name == WAITING) != _is_worker(config))
 
 
 class Run(NamedTuple):
@@ -52,15 +53,26 @@ class Run(NamedTuple):
 
 
 def pytest_collection_finish(session):
-    if session.config.option.collectonly or not any(item.name == WAITING for item in session.items):
-        return
-    if cuda_device.installable():
+    waits = any(item.name == WAITING for item in session.items)
+    if waits and cuda_device.installable() and not (session.config.option.collectonly or _is_worker(session.config)):
+        run_of(session.config)
+
+
+def run_of(config) -> Run:
+    """The tests of the device, started now unless they have been."""
+    if RUN not in config.stash:
         folder = pathlib.Path(tempfile.mkdtemp())
         with open(folder / "output.txt", "w") as output:
             process = subprocess.Popen([sys.executable, "-m", "pytest", "--cuda-device", "-q", "-p", "no:cacheprovider",
                                         "--junitxml", folder / "results.xml"], stdout=output, stderr=subprocess.STDOUT,
-                                       cwd=session.config.rootpath)
-        session.config.stash[RUN] = Run(process, folder)
+                                       cwd=config.rootpath)
+        config.stash[RUN] = Run(process, folder)
+    return config.stash[RUN]
+
+
+def _is_worker(config) -> bool:
+    """Whether this process runs a share of the tests (`-n`)."""
+    return hasattr(config, "workerinput")
 
 
 def pytest_terminal_summary(terminalreporter, config):
