@@ -18,8 +18,8 @@
 // Variants, by STAGES, a constant from the launcher: with 0, h and W_out pass through registers (tile.cuh), whatever
 // the sizes and the GPU; with more, from sm_80 on and where rows begin at multiples of 16 bytes, asynchronous copies
 // fill as many stages of shared memory, all but one of them on their way while that one is multiplied. By V: up to
-// TILE_N the logits stay in shared memory between the sweeps; above, they pass through dlogits, 8 V positions more. By
-// PRECISION: fp32; tf32 and bf16 round h and W_out, and nothing else.
+// TILE_N (with copies 80 or, for bytes, 256) logits stay in shared memory between the sweeps; above, they pass through
+// dlogits, 8 V positions more. By PRECISION: fp32; tf32 and bf16 round h and W_out, and nothing else.
 // Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867, algorithm 3; CUTLASS,
 // "Efficient GEMM in CUDA", section "Pipelining".
 

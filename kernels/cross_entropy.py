@@ -4,26 +4,24 @@ import numpy as np
 
 from char_gru.kernels import runtime
 from char_gru.kernels.matmul import TILE_THREADS, aligned, column_sums, constants, matmul
-from char_gru.kernels.plan.products import MULTISTAGE_CAPABILITY, OUTPUT_ROWS, output_rows
+from char_gru.kernels.plan.products import MULTISTAGE_CAPABILITY, OUTPUT_K, TILED_OUTPUT, OutputTile, output_tile
 from char_gru.kernels.scratch import scratch
 from char_gru.kernels.sizes import ceil_div
 
-# TILE_N covers the tutorial's 66 characters in one sweep; TILE_K is large: each iteration over K waits for memory.
-TILE = {"TILE_N": 80, "TILE_K": 32}
-STAGES = 4
 MEAN_THREADS = 1024  # of the one block of mean_loss
 VARIANTS = ("tiled", "multistage")
 
 
-def cross_entropy_constants(precision: str, rows: int, stages: int) -> dict[str, int]:
+def cross_entropy_constants(precision: str, tile: OutputTile) -> dict[str, int]:
     """The constants of cross_entropy.cu."""
-    return constants(precision) | TILE | {"TILE_M": rows, "STAGES": stages}
+    return constants(precision) | {"TILE_M": tile.rows, "TILE_N": tile.columns, "TILE_K": OUTPUT_K,
+                                   "STAGES": tile.stages}
 
 
 def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, *, precision="fp32", variant=None,
-                          rows=None) -> None:
+                          tile: OutputTile | None = None) -> None:
     """Output layer, softmax and mean cross-entropy, and the gradient of this loss with respect to the logits.
-    `variant` and `rows`, the rows of a block, are for tests and benchmarks.
+    `variant` and `tile` are for tests and benchmarks.
 
     Shapes: h_tb (T, B, H); W_out (V, H); b_out (V,); targets_tb (T, B) int32, in [0, V); results loss (1,), in nats per
     character, and dlogits_tb (T, B, V); floating arrays are float32.
@@ -39,13 +37,12 @@ def cross_entropy_forward(h_tb, W_out, b_out, targets_tb, loss, dlogits_tb, *, p
         variant = "multistage" if can else "tiled"
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
-    stages = STAGES if variant == "multistage" else 0
-    rows = rows or (output_rows(T * B, gpu.multiprocessors) if stages else OUTPUT_ROWS[0])
-    module = cross_entropy_constants(precision, rows, stages)
+    tile = tile or (output_tile(gpu, T * B, V, precision) if variant == "multistage" else TILED_OUTPUT)
+    module = cross_entropy_constants(precision, tile)
     losses = scratch("cross_entropy_forward", (T * B,))
-    runtime.launch("cross_entropy", "cross_entropy_forward", ceil_div(T * B, rows), TILE_THREADS,
+    runtime.launch("cross_entropy", "cross_entropy_forward", ceil_div(T * B, tile.rows), TILE_THREADS,
                    [dlogits_tb, losses, h_tb, W_out, b_out, targets_tb, np.int32(T * B), np.int32(V), np.int32(H)],
-                   constants=module, shared_bytes=4 * stages * (rows + TILE["TILE_N"]) * TILE["TILE_K"])
+                   constants=module, shared_bytes=tile.shared_bytes)
     runtime.launch("cross_entropy", "mean_loss", 1, MEAN_THREADS, [loss, losses, np.int32(T * B)], constants=module)
 
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 
-from char_gru.kernels.cross_entropy import STAGES, cross_entropy_constants
+from char_gru.kernels.cross_entropy import cross_entropy_constants
 from char_gru.kernels.gru import constants as gru_constants
 from char_gru.kernels.gru_persistent import constants as gru_persistent_constants
 from char_gru.kernels.matmul import OPERANDS, PRECISIONS, multistage_constants, tiled_constants
 from char_gru.kernels.plan.generation import MAX_ROWS, WEIGHTS, generation_plan
 from char_gru.kernels.plan.generation import constants as generate_constants
 from char_gru.kernels.plan.gpus import GPUS, precisions
-from char_gru.kernels.plan.products import MULTISTAGE_TILES, OUTPUT_ROWS, TILES
+from char_gru.kernels.plan.products import MULTISTAGE_TILES, OUTPUT_TILES, TILES
 from char_gru.kernels.plan.recurrence import backward_plan, forward_plan
 
 TENSOR_CORES_FROM = 80
@@ -19,8 +19,8 @@ CHARACTERS = 66  # of Tiny Shakespeare, and [UNK]
 
 MODULES: dict[str, tuple[dict[str, int], ...]] = {
     "adam": ({},),
-    "cross_entropy": tuple(cross_entropy_constants(precision, rows, stages) for precision in PRECISIONS
-                           for rows, stages in ((OUTPUT_ROWS[0], 0), *((rows, STAGES) for rows in OUTPUT_ROWS))),
+    "cross_entropy": tuple(cross_entropy_constants(precision, tile) for precision in PRECISIONS
+                           for tile in OUTPUT_TILES[precision]),
     "dropout": ({},),
     "generate": (*(generate_constants(R) for R in (1, 2, 4, MAX_ROWS)), generate_constants(MAX_ROWS, "bf16")),
     "generate_persistent": tuple(

@@ -5,20 +5,28 @@ import pytest
 
 from char_gru.kernels import cross_entropy as launchers
 from char_gru.kernels import runtime
-from char_gru.kernels.matmul import PRECISIONS
-from char_gru.kernels.plan.products import OUTPUT_ROWS, output_rows
+from char_gru.kernels.plan.gpus import GPUS
+from char_gru.kernels.plan.products import (
+    NARROW_OUTPUTS,
+    OUTPUT_K,
+    OUTPUT_TILES,
+    TILED_OUTPUT,
+    WIDE_OUTPUTS,
+    output_tile,
+)
 from char_gru.rnn import reference
 from tests import host_cuda
 from tests.helpers.compare import assert_close
 from tests.helpers.variants import each_sanitizer, each_variant, each_variant_and_precision
 
-TILE_N, TILE_K, STAGES = launchers.TILE["TILE_N"], launchers.TILE["TILE_K"], launchers.STAGES
+TILE_N, WIDE, TILE_K, STAGES = TILED_OUTPUT.columns, WIDE_OUTPUTS[0].columns, OUTPUT_K, NARROW_OUTPUTS[0].stages
+MULTISTAGE = [(precision, tile) for precision, tiles in OUTPUT_TILES.items() for tile in tiles if tile.stages]
 SIZES = [  # T, B, H, V: one below, at and above each tile; V of one sweep and of several
     (1, 1, 1, 2), (3, 2, 5, 7), (3, 21, TILE_K, 66), (4, 16, TILE_K - 1, TILE_N - 1),
     (5, 13, TILE_K + 1, TILE_N), (2, 3, 2 * TILE_K + 1, TILE_N + 1), (11, 7, 34, 257), (1, 3, 4, 20_011)]
 ALIGNED = [  # with rows of whole 16 bytes: fewer stages than there are, all of them, and one used again
     (1, 1, 4, 2), (3, 21, TILE_K, 66), (1, 64, STAGES * TILE_K, TILE_N), (5, 13, STAGES * TILE_K + 36, TILE_N + 1),
-    (3, 11, 36, 257)]
+    (2, 5, 3 * TILE_K, WIDE - 1), (3, 11, 36, WIDE), (9, 15, TILE_K, WIDE + 1)]
 
 
 def layer(T: int, B: int, H: int, V: int, scale: float = 1.0) -> tuple[np.ndarray, ...]:
@@ -64,19 +72,18 @@ def test_cross_entropy_forward_matches_reference(executor, T, B, H, V, ops, prec
 
 
 @pytest.mark.capability(80)
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("rows", OUTPUT_ROWS)
+@pytest.mark.parametrize("precision, tile", MULTISTAGE)
 @pytest.mark.parametrize("T, B, H, V", ALIGNED)
-def test_multistage_product_matches_reference(executor, T, B, H, V, rows, precision):
-    assert_forward_matches_reference(*layer(T, B, H, V), precision, variant="multistage", rows=rows)
+def test_multistage_product_matches_reference(executor, T, B, H, V, tile, precision):
+    assert_forward_matches_reference(*layer(T, B, H, V), precision, variant="multistage", tile=tile)
 
 
 @pytest.mark.capability(80)
 @pytest.mark.parametrize("T, B, H, V", ALIGNED)
 def test_products_and_tiles_give_the_same_bits_in_fp32(executor, T, B, H, V):
     """All of them add in ascending order of k."""
-    results = [device_forward(*layer(T, B, H, V), variant=variant, rows=rows)
-               for variant, rows in (("tiled", None), *(("multistage", rows) for rows in OUTPUT_ROWS))]
+    results = [device_forward(*layer(T, B, H, V), variant="multistage" if tile.stages else "tiled", tile=tile)
+               for tile in OUTPUT_TILES["fp32"]]
     for loss, dlogits_tb in results[1:]:
         assert loss == results[0][0] and (dlogits_tb == results[0][1]).all()
 
@@ -102,7 +109,16 @@ def test_rows_that_no_copy_of_16_bytes_fits_pass_through_registers(executor, mon
 @pytest.mark.parametrize("positions, multiprocessors, rows", [
     (6400, 132, 64), (6400, 108, 64), (3200, 132, 32), (6400, 142, 64), (1, 132, 32), (4200, 132, 32), (6400, 58, 64)])
 def test_blocks_have_the_rows_that_keep_multiprocessors_equally_busy(positions, multiprocessors, rows):
-    assert output_rows(positions, multiprocessors) == rows
+    gpu = GPUS["h100"]._replace(multiprocessors=multiprocessors)
+    assert output_tile(gpu, positions, TILE_N, "bf16").rows == rows
+
+
+@pytest.mark.parametrize("gpu, stages", [("h100", 4), ("a100", 4), ("4090", 2), ("5090", 2), ("3060", 2)])
+def test_bytes_take_one_sweep_with_the_stages_that_fit(gpu, stages):
+    tile = output_tile(GPUS[gpu], 6400, 256, "tf32")
+    assert (tile.columns, tile.stages) == (256, stages) and tile.shared_bytes <= GPUS[gpu].shared_bytes
+    assert output_tile(GPUS[gpu], 6400, 81, "bf16") == tile
+    assert output_tile(GPUS[gpu], 6400, 80, "bf16").columns == output_tile(GPUS[gpu], 6400, 256, "fp32").columns == 80
 
 
 @each_variant(launchers)

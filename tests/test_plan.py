@@ -321,8 +321,6 @@ def test_timeline_names_the_launches_of_a_training_step(name, precision, other):
 
 
 def test_timeline_counts_the_turns_of_the_launchers():
-    tile = cross_entropy.TILE
-    assert (tile["TILE_N"], tile["TILE_K"]) == timeline.OUTPUT_TILE
     assert timeline.TILED_K == {precision: matmul.constants(precision)["TILE_K"] for precision in matmul.PRECISIONS}
     assert (timeline.MEAN_THREADS, timeline.SORT_POSITIONS) == (cross_entropy.MEAN_THREADS, input_table.RADIX)
     assert (timeline.NORM_BLOCKS, timeline.NORM_THREADS) == (NORM_BLOCKS, NORM_THREADS)

@@ -18,7 +18,29 @@ MULTISTAGE_CAPABILITY = 80  # compute capability, times ten, from which on there
 MAX_SPLITS, MAX_PARTIAL_SUMS = 8, 2**24  # of a multistage product: splits of K; elements of all partial sums
 ALIGNMENT = 16  # bytes of an asynchronous copy
 VARIANTS = ("tiled", "multistage")
-OUTPUT_ROWS = (64, 32)  # positions that a block of cross_entropy.cu owns
+OUTPUT_K = 32  # of a turn of cross_entropy.cu
+
+
+class OutputTile(NamedTuple):
+    """What a block of cross_entropy.cu owns: positions, and characters of a tile; and its stages of asynchronous
+    copies, 0 where operands pass through registers."""
+
+    rows: int
+    columns: int
+    stages: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return 4 * self.stages * (self.rows + self.columns) * OUTPUT_K
+
+
+TILED_OUTPUT = OutputTile(64, 80, 0)
+NARROW_OUTPUTS = (OutputTile(64, 80, 4), OutputTile(32, 80, 4))  # the tutorial's 66 characters in one sweep
+WIDE_OUTPUTS = (OutputTile(64, 256, 4), OutputTile(64, 256, 2))  # bytes in one sweep; the second for 99 KiB a block
+OUTPUT_TILES = {"fp32": (TILED_OUTPUT, *NARROW_OUTPUTS),  # wide ones would spill registers
+                "tf32": (TILED_OUTPUT, *NARROW_OUTPUTS, *WIDE_OUTPUTS),
+                "bf16": (TILED_OUTPUT, *NARROW_OUTPUTS, *WIDE_OUTPUTS)}
 
 
 class ProductPlan(NamedTuple):
@@ -67,12 +89,18 @@ def product_plan(gpu: GPU, M: int, N: int, K: int, precision: str, operand_bytes
                      (tile,) if tile else MULTISTAGE_TILES[precision])
 
 
-def output_rows(positions: int, multiprocessors: int) -> int:
-    """Positions that a block of cross_entropy.cu's multistage variant owns: those that give the busiest multiprocessor
-    the fewest. Of equal ones the most, since each block reads W_out: the tutorial's 6,400 positions give one of an
-    H100's 132 multiprocessors 64, in 100 blocks of 64 that read 27 MB of W_out, or in 200 blocks of 32 that read 54 MB.
+def output_tile(gpu: GPU, positions: int, V: int, precision: str) -> OutputTile:
+    """The tile of cross_entropy.cu's multistage variant. More characters than the narrow tiles have take a wide one
+    that fits, so that h is read once for up to 256; of the narrow ones, that which gives the busiest multiprocessor the
+    fewest positions. Of equal ones the most, since each block reads W_out: the tutorial's 6,400 positions give one of
+    an H100's 132 multiprocessors 64, in 100 blocks of 64 that read 27 MB of W_out, or in 200 of 32 that read 54 MB.
     """
-    return min(OUTPUT_ROWS, key=lambda rows: (ceil_div(ceil_div(positions, rows), multiprocessors) * rows, -rows))
+    if V > NARROW_OUTPUTS[0].columns:
+        for tile in WIDE_OUTPUTS:
+            if tile in OUTPUT_TILES[precision] and tile.shared_bytes <= gpu.shared_bytes:
+                return tile
+    return min(NARROW_OUTPUTS, key=lambda tile: (
+        ceil_div(ceil_div(positions, tile.rows), gpu.multiprocessors) * tile.rows, -tile.rows))
 
 
 def multistage_shared_bytes(tile: int) -> int:

@@ -20,9 +20,10 @@ from char_gru.kernels.plan.gpus import GPU, rates_of
 from char_gru.kernels.plan.products import (
     ALIGNMENT,
     MULTISTAGE_CAPABILITY,
-    OUTPUT_ROWS,
+    OUTPUT_K,
     STAGE_BYTES,
-    output_rows,
+    TILED_OUTPUT,
+    output_tile,
     product_plan,
 )
 from char_gru.kernels.plan.recurrence import (
@@ -36,7 +37,6 @@ from char_gru.kernels.plan.recurrence import (
 from char_gru.kernels.sizes import ceil_div
 
 TILED_K = {"fp32": 16, "tf32": 16, "bf16": 32}  # of a turn of matmul.cu
-OUTPUT_TILE = (80, 32)  # characters and k of a tile of cross_entropy.cu
 BLOCKS_AT_ONCE = 2  # of a tiled product, in a multiprocessor: one waits while the other multiplies
 SUM_ROWS = 256  # that a block of column_sums loads at once
 LOADS_AT_ONCE = 4  # of a thread in the other sums
@@ -167,12 +167,11 @@ def _recurrence(op: _Op, plan: RecurrencePlan, T: int, stepwise: int) -> Launche
 
 def _cross_entropy_forward(op: _Op, positions: int, V: int, H: int) -> Iterator[Launches]:
     """A product, after each tile of which a warp goes through its rows one after the other; and a sum."""
-    columns, turn = OUTPUT_TILE
     copied = op.gpu.capability >= MULTISTAGE_CAPABILITY and H * 4 % ALIGNMENT == 0
-    rows = output_rows(positions, op.gpu.multiprocessors) if copied else OUTPUT_ROWS[0]
+    rows, columns, _ = output_tile(op.gpu, positions, V, op.precision) if copied else TILED_OUTPUT
     blocks, sweeps = ceil_div(positions, rows), ceil_div(V, columns)
     size = 4 * positions * (H + V)
-    tiles = op.tiles(blocks * sweeps, rows, columns, H, turn, 4, size, hidden=copied)
+    tiles = op.tiles(blocks * sweeps, rows, columns, H, OUTPUT_K, 4, size, hidden=copied)
     softmax = Parts(cell=ceil_div(blocks, op.gpu.multiprocessors) * sweeps * rows / WARPS * CELL_CYCLES)
     yield op.launches("cross_entropy_forward", tiles + softmax, size=size, multiplied=positions * V * H)
     yield op.passing("mean_loss", 4 * positions, ceil_div(positions, MEAN_THREADS * LOADS_AT_ONCE), CELL_CYCLES)
