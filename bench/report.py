@@ -198,7 +198,7 @@ def _headline(step: dict, texts: dict) -> str:
     peers = [f"{_ratio(step, name, 1)} times as fast as {name}"
              for name in step["candidates"] if not name.startswith(OURS)]
     rates = ", ".join([f"{sizes['T'] * sizes['B'] / ours:,.0f} characters/s", *peers])
-    where = f"an {facts['gpu']}" if "gpu" in facts else f"{_count(facts['cores'], 'core')} of {facts['cpu']}"
+    where = f"an {facts['gpu']}" if "gpu" in facts else f"{_count(facts['cores'], 'core')} of {_cpu_name(facts)}"
     return (f"On {where}, a training step of the tutorial's model takes {_figures(ours)} s ({rates}), and writing "
             f"{texts['sizes']['T']:,} characters {_figures(written)} s.")
 
@@ -365,7 +365,12 @@ def _libraries(facts: dict) -> str:
 
 
 def _cpu(facts: dict) -> str:
-    return f"{facts['cpu']}, {_count(facts['cores'], 'core')}"
+    return f"{_cpu_name(facts)}, {_count(facts['cores'], 'core')}"
+
+
+def _cpu_name(facts: dict) -> str:
+    """The processor without what its maker adds: `Intel(R) Xeon(R) Processor @ 2.50GHz` is Intel Xeon."""
+    return re.sub(r"\(R\)| Processor| @ .*", "", facts["cpu"])
 
 
 def _library(name: str, version: str | None, details: list[str]) -> str:
