@@ -106,7 +106,8 @@ class CupyExecutor:
             raise DeviceError("CuPy finds no GPU: check the driver with nvidia-smi; "
                               "'char-gru[cuda13]' needs a driver of CUDA 13, 'char-gru[cuda12]' one of CUDA 12")
         self._cupy = cupy
-        self._device = cupy.cuda.Device()
+        device = cupy.cuda.Device()
+        self.device_id = device.id
         self._stream = cupy.cuda.Stream()
         self._stream.__enter__()  # for good; after use(), the end of an inner `with` would return to the null stream
         self._modules: dict = {}
@@ -115,9 +116,9 @@ class CupyExecutor:
         self._loading = threading.Lock()
         self._thread = threading.local()  # captures: whether this thread captures
         self.array_type = cupy.ndarray
-        attributes = self._device.attributes
-        self.gpu = GPU(cupy.cuda.runtime.getDeviceProperties(self._device.id)["name"].decode(),
-                       int(self._device.compute_capability), attributes["MultiProcessorCount"],
+        attributes = device.attributes
+        self.gpu = GPU(cupy.cuda.runtime.getDeviceProperties(device.id)["name"].decode(),
+                       int(device.compute_capability), attributes["MultiProcessorCount"],
                        attributes["MaxSharedMemoryPerBlockOptin"])
 
     def empty(self, shape, dtype):

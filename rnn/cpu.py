@@ -228,6 +228,7 @@ def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh
     W_hh_columns[...] = W_hh
     dP[...] = 0
     dh[...] = 0
+    distinct = len(np.unique(ids_tb)) == ids_tb.size  # as above layer 0, where every position has a row of its own
     for t in reversed(range(T)):
         gates = saved.gates_tb[t]
         r, z, n = gates[:, :H], gates[:, H:2 * H], gates[:, 2 * H:]
@@ -251,7 +252,7 @@ def gru_backward(dy_tb, W_y, ids_tb, W_hh, saved: GRUSaved, dP, dW_hh, db_hh, dh
         # An id that several batch rows share selects its row of dP several times. All copies receive the same sum, so
         # it does not matter which copy is written back last.
         ids = ids_tb[t]
-        dP[ids] += (ids[:, None] == ids).astype(di.dtype) @ di
+        dP[ids] += di if distinct else (ids[:, None] == ids).astype(di.dtype) @ di
         di_n *= r
         da = di
         saved.da_tb[t] = da

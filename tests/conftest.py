@@ -1,5 +1,7 @@
 """Settings of all tests, and the executors that run the kernels in them."""
 
+import os
+
 import pytest
 from hypothesis import settings
 
@@ -16,6 +18,15 @@ settings.load_profile("char-gru")
 
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="run the kernels on the GPU, not on the CPU")
+
+
+def pytest_configure(config):
+    """With `-n`: files go to the workers in their order, in which what takes longest comes first, and not by the number
+    of their tests; and a process that a test starts, which may run tests of its own, is not told that it is a worker.
+    """
+    config.option.loadscopereorder = False
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")
