@@ -11,8 +11,8 @@ from char_gru.kernels.plan.gpus import GPUS
 from char_gru.kernels.plan.training_step import training_step
 from char_gru.kernels.variants import VARIANTS
 
-MACHINE = {"cpu": "Some(R) CPU Processor @ 1.00GHz", "cores": 2, "system": "Linux 6", "python": "3.11.7", "numpy": "2.4.6",
-           "blas": "openblas 0.3", "blas_kernels": "SkylakeX", "blas_threads": 2, "torch": "2.13.0",
+MACHINE = {"cpu": "Some(R) CPU Processor @ 1.00GHz", "cores": 2, "system": "Linux 6", "python": "3.11.7",
+           "numpy": "2.4.6", "blas": "openblas 0.3", "blas_kernels": "SkylakeX", "blas_threads": 2, "torch": "2.13.0",
            "torch_threads": 2, "jax": None, "keras": None, "onnxruntime": "1.32.0", "commit": "0123456789ab",
            "date": "2026-01-02"}
 
