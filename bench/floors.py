@@ -81,6 +81,14 @@ def gru_backward(T: int, B: int, V: int, H: int) -> Work:
     return Work(flop, read + written + FLOAT * 4 * T * B * H, launches=2, barriers=T)
 
 
+def gru_module(T: int, B: int, I: int, H: int) -> Work:
+    """Both passes of a layer whose inputs are a row for each position."""
+    work, N = input_table_forward(T * B, I, H), T * B
+    for op in (gru_forward(T, B, N, H), gru_backward(T, B, 0, H), input_table_backward(N, I, H)):
+        work = work.then(op)
+    return work
+
+
 def cross_entropy_forward(T: int, B: int, V: int, H: int) -> Work:
     """Logits that never leave the chip, dlogits written; the mean loss is one sum over all blocks."""
     work = _and_bytes(matmul(T * B, V, H), FLOAT * V + ID * T * B)

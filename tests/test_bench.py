@@ -33,7 +33,7 @@ from tests import host_cuda
 
 ROOT = Path(__file__).parent.parent
 
-TINY = {"T": 3, "B": 2, "V": 9, "E": 5, "H": 8, "N": 304, "M": 24, "K": 40, "R": 9}
+TINY = {"T": 3, "B": 2, "V": 9, "E": 5, "H": 8, "N": 304, "M": 24, "K": 40, "R": 9, "I": 6}
 
 MODULES = ("matmul", "input_table", "gru", "cross_entropy", "adam", "dropout", "sample", "train_step", "generate")
 
@@ -171,6 +171,14 @@ def test_variants_of_one_row_of_text_compute_what_the_reference_does(harness, mo
     one_call_a_sample(monkeypatch)
     outcomes = measured(BENCHMARKS["generate"], fake_gpu(harness), lambda name: name.startswith("char-gru"), R=1)
     assert {name.split()[1] for name in outcomes} == {"one-text", "persistent", "stepwise"}
+
+
+def test_modules_for_pytorch_compute_what_the_reference_does(monkeypatch):
+    pytest.importorskip("torch")
+    one_call_a_sample(monkeypatch)
+    benchmark = importlib.import_module("bench.bench_gru_module").GRU_MODULE
+    outcomes = measured(benchmark, Cpu(), lambda name: True)
+    assert list(outcomes) == ["char-gru", "PyTorch"]
 
 
 def test_sizes_of_a_benchmark_are_distinct_and_the_cpu_may_have_its_own():
