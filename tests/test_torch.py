@@ -529,6 +529,23 @@ def test_copies_are_equal_and_independent(copied):
     assert_agree(theirs, other, random(T, B, I))
 
 
+def test_module_in_distributed_data_parallel_has_the_same_results(tmp_path):
+    """In a group of one process, which reduces gradients as a larger one does."""
+    _, ours = a_pair(I, H, 2)
+    expected = results(ours, random(T, B, I))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(ours)
+        output, h_n = wrapped(random(T, B, I))
+        loss = (output * random(*output.shape, seed=3)).sum() + (h_n * random(*h_n.shape, seed=4)).sum()
+        loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    np.testing.assert_array_equal(output.detach().numpy(), expected["output"])
+    for name, parameter in ours.named_parameters():
+        np.testing.assert_allclose(parameter.grad.numpy(), expected[f"d{name}"], rtol=FLOAT64)
+
+
 def test_parametrised_weight_serves():
     _, ours = a_pair()
     torch.nn.utils.parametrizations.weight_norm(ours, "weight_hh_l0")
