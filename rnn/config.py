@@ -65,7 +65,8 @@ def has_type(value: object, hint: object) -> bool:
 class TrainConfig:
     """Train a character-level GRU language model on text and keep everything about the run in one folder.
 
-    Text is UTF-8. Progress goes to stderr, samples of generated text go to stdout.
+    Text is UTF-8, unless --encoding or --bytes is given. Progress goes to stderr, samples of generated text go to
+    stdout.
     """
 
     data: Annotated[tuple[str, ...], _told("TEXT...")] = ()
@@ -126,6 +127,8 @@ class TrainConfig:
     """seed of initial values, order of sequences, dropout and samples"""
     tensorboard: bool = False
     """also write losses and learning rates as events for TensorBoard, in the run's folder"""
+    bytes: bool = False
+    """learn the bytes of files of any kind, as they are, instead of the characters of texts"""
     encoding: str = "utf-8"
     """encoding of the files; utf-8 also reads UTF-16 that begins with its byte order mark"""
     newline: Literal["unix", "keep"] = "unix"
@@ -198,7 +201,7 @@ class GenerateConfig:
     prompt_file: Annotated[Path | None, _told("FILE")] = None
     """file with a text to continue"""
     length: int = 1000
-    """characters to write after each prompt; 0 writes until Ctrl-C"""
+    """characters (of a model of bytes: bytes) to write after each prompt; 0 writes until Ctrl-C"""
     temperature: float = 1.0
     """below 1 safer, above 1 wilder; 0 always takes the most likely character"""
     top_k: int = 0
@@ -221,6 +224,8 @@ class GenerateConfig:
     separator: Annotated[str | None, _told("TEXT")] = None
     """what to write after each text; $'\\n' is a line end in bash and zsh (default: a line of dashes between two texts,
     or, where each text is one line, its line end alone)"""
+    raw: bool = False
+    """write the bytes of a model of bytes as they are, instead of the text that they are in UTF-8"""
     score: Annotated[tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]], tyro.conf.arg(metavar="FILE...")] = ()
     """write no text; print how likely the model finds the text of each file (- is stdin), as a line of JSON on stdout:
     the mean loss in nats per character, the same in bits, and the number of characters scored, which are all but the
@@ -248,6 +253,8 @@ class GenerateConfig:
             raise UserError("--score names no file; give one or several, or - for stdin")
         if not self.score and (self.per_character or self.exact):
             raise UserError("--per-character and --exact are for --score; give --score FILE as well")
+        if self.raw and (self.score or self.format == "jsonl"):
+            raise UserError("--raw is for texts; leave it out with --score and with --format jsonl")
         if self.separator is not None and (self.score or self.format == "jsonl"):
             raise UserError("--separator stands after texts; leave it out with --score and with --format jsonl")
 

@@ -24,10 +24,12 @@ BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{
 class ProgressReport:
     """How far a run is: a bar over all its steps in a terminal; elsewhere `say` is given a line about once a minute.
 
-    step, of total_steps: where this process begins; characters: those that a step reads.
+    step, of total_steps: where this process begins; characters: those that a step reads; unit: what an id stands for.
     """
 
-    def __init__(self, step: int, total_steps: int, characters: int, say: Callable[[str], None]) -> None:
+    def __init__(self, step: int, total_steps: int, characters: int, say: Callable[[str], None],
+                 unit: str = "character") -> None:
+        self._unit = unit
         self._first, self._total, self._characters, self._say = step, total_steps, characters, say
         self._started = self._said = time.perf_counter()
         # Without smoothing, the time left follows from all steps so far, with the evaluations among them.
@@ -41,12 +43,12 @@ class ProgressReport:
         rate = (step - self._first) / (now - self._started)
         speed = rate * self._characters
         self._bar.set_description_str(f"epoch {epoch}", refresh=False)
-        self._bar.set_postfix_str(f"loss {loss:.3f}, {tqdm.format_sizeof(speed)} chars/s", refresh=False)
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {tqdm.format_sizeof(speed)} {self._unit[:4]}s/s", refresh=False)
         self._bar.update()
         if self._bar.disable and now - self._said >= LINE_SECONDS and not math.isnan(loss):
             left = timedelta(seconds=round((self._total - step) / rate))
             self._say(f"step {step:,} of {self._total:,}, epoch {epoch}: loss {loss:.4f}, "
-                      f"{speed:,.0f} characters/s, {left} left")
+                      f"{speed:,.0f} {self._unit}s/s, {left} left")
             self._said = now
 
     def __enter__(self) -> Self:
@@ -97,10 +99,10 @@ def check_tensorboard() -> None:
                         "or leave the option out") from None
 
 
-def picture_of_losses(lines: list[dict], batches_per_epoch: int) -> bytes:
-    """A PNG of the losses of training and of validation by step, in nats and in bits per character.
+def picture_of_losses(lines: list[dict], batches_per_epoch: int, unit: str = "character") -> bytes:
+    """A PNG of the losses of training and of validation by step, in nats and in bits per character, or per byte.
 
-    lines: those of `metrics.jsonl`.
+    lines: those of `metrics.jsonl`; unit: what an id stands for.
     """
     from matplotlib.figure import Figure  # not pyplot: the backend that a notebook has set may not exist here
 
@@ -112,9 +114,9 @@ def picture_of_losses(lines: list[dict], batches_per_epoch: int) -> bytes:
         axes.plot(*zip(*steps), linewidth=0.8, label="training", marker="o" if len(steps) == 1 else "", markersize=4)
     if evaluations:
         axes.plot(*zip(*evaluations), marker="o", markersize=4, label="validation")
-    axes.set(xlabel="step", ylabel="loss (nats per character)")
+    axes.set(xlabel="step", ylabel=f"loss (nats per {unit})")
     bits = axes.secondary_yaxis("right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2)))
-    bits.set_ylabel("bits per character")
+    bits.set_ylabel(f"bits per {unit}")
     if steps or evaluations:
         axes.legend()
     image = io.BytesIO()

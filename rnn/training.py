@@ -41,7 +41,7 @@ from char_gru.rnn.params import initial_parameters, named_views, parameter_count
 from char_gru.rnn.process import Lossy, handled, stop_numbers
 from char_gru.rnn.sampler import Generator
 from char_gru.rnn.terminal import displayed, one_line, quoted
-from char_gru.rnn.vocabulary import Vocabulary, shown
+from char_gru.rnn.vocabulary import Vocabulary
 
 SAVE_SECONDS = 300
 """Inside an epoch, the longest time between two checkpoints."""
@@ -181,11 +181,11 @@ def train(config: TrainConfig, files: RunFolder | None = None, checkpoint: Check
     if config.resume:
         _check_same_run(config, TrainConfig.from_saved(checkpoint.resumable.progress["config"]))
     elif config.init_from is not None:
-        _check_sizes(config, checkpoint.sizes)
+        _check_starting_point(config, checkpoint)
     if config.tensorboard:
         check_tensorboard()
     try:
-        corpus = load_corpus(config.data, config.encoding, config.newline, config.separator)
+        corpus = load_corpus(config.data, config.encoding, config.newline, config.separator, config.bytes)
     except UserError as error:
         raise UserError(f"{error}; --resume needs the text that {config.out} was trained on: give --data the place "
                         "where it is now" if config.resume else str(error)) from None
@@ -194,7 +194,7 @@ def train(config: TrainConfig, files: RunFolder | None = None, checkpoint: Check
     with contextlib.redirect_stdout(Lossy(sys.stdout)), files or RunFolder.new(config.out, corpus.name) as held:
         try:
             run = Run(replace(config, data=corpus.source), corpus, ops, held, checkpoint, schedule_given)
-            _say(_told(corpus))
+            _say(_told(corpus, run.vocabulary.unit))
             del corpus  # the run keeps the text's ids only
             return run.train()
         except (OSError, RuntimeError) as error:
@@ -215,9 +215,9 @@ class Run:
                             "give --data the place of that text, or start a new run from its weights with --init-from "
                             f"{quoted(config.out)} instead of --resume")
         known = checkpoint.vocabulary.characters if checkpoint else ""
-        self.vocabulary = Vocabulary.of(corpus.text, known)
+        self.vocabulary = Vocabulary.of(corpus.text, known, config.bytes)
         if known and (new := self.vocabulary.characters[len(known):]):
-            _say(f"the model gets {len(new)} new characters: {shown(new)}")
+            _say(f"the model gets {len(new)} new {self.vocabulary.unit}s: {self.vocabulary.shown(new)}")
         self.sizes = Sizes(len(self.vocabulary), config.embedding_dim, config.rnn_units, config.layers)
         T, B = config.seq_length, config.batch_size
         ids = self.vocabulary.encode(corpus.text)
@@ -278,7 +278,7 @@ class Run:
         characters = self.config.batch_size * self.config.seq_length
         with (np.errstate(all="ignore"),  # a loss that is not finite is reported once, by this loop
               Events(self.folder, begun) if self.config.tensorboard else contextlib.nullcontext() as self._events,
-              ProgressReport(begun, self.total_steps, characters, _say) as report):
+              ProgressReport(begun, self.total_steps, characters, _say, self.vocabulary.unit) as report):
             while self._signal is None:
                 end = self._ending()
                 if progress.evaluated_step < progress.step and (end or self._is_evaluated()):
@@ -388,14 +388,15 @@ class Run:
         if self._signal is not None:
             return
         self._check_finite(val_loss)
-        bits = None if val_loss is None else val_loss / math.log(2)
+        bits, unit = None if val_loss is None else val_loss / math.log(2), self.vocabulary.unit
+        name = "bits_per_byte" if self.config.bytes else "bits_per_char"
         self._write_metrics({"epoch": epoch} | ({} if ends_epoch else {"step": progress.step})
-                            | {"train_loss": train_loss, "val_loss": val_loss, "val_bits_per_char": bits})
+                            | {"train_loss": train_loss, "val_loss": val_loss, f"val_{name}": bits})
         place = f"epoch {epoch}" if ends_epoch else f"epoch {epoch}, step {progress.step}"
-        validation = "" if val_loss is None else f", validation loss {val_loss:.4f}, {bits:.4f} bits per character"
+        validation = "" if val_loss is None else f", validation loss {val_loss:.4f}, {bits:.4f} bits per {unit}"
         _say(f"{place}: training loss {train_loss:.4f}{validation}")
         if self._events and val_loss is not None:
-            self._events.add(progress.step, **{"loss/validation": val_loss, "bits_per_char/validation": bits})
+            self._events.add(progress.step, **{"loss/validation": val_loss, f"{name}/validation": bits})
         self._write_sample(place, epoch if ends_epoch else progress.step)
         judged = train_loss if val_loss is None else val_loss
         if progress.best_loss is None or judged < progress.best_loss:
@@ -525,7 +526,8 @@ class Run:
         path = self.folder / "loss.png"
         try:
             lines = read_metrics(self.folder / "metrics.jsonl")
-            self.files.write(path.name, picture_of_losses(lines, self.batches.batches_per_epoch))
+            self.files.write(path.name,
+                             picture_of_losses(lines, self.batches.batches_per_epoch, self.vocabulary.unit))
         except Exception as error:  # noqa: BLE001 whatever fails in drawing, the run goes on
             _say(f"train.py: cannot draw {path} ({error}); the run goes on without it")
 
@@ -541,13 +543,19 @@ def _check_same_run(config: TrainConfig, before: TrainConfig) -> None:
     now, then = config.saved(), before.saved()
     for option, value in now.items():
         if option not in CHANGEABLE_ON_RESUME and value != then[option]:
-            other = ("train a new model, without --resume" if option in ("embedding_dim", "rnn_units", "layers")
-                     else f"start a new run from its weights with --init-from {quoted(config.out)}")
+            other = ("train a new model, without --resume"
+                     if option in ("embedding_dim", "rnn_units", "layers", "bytes") else
+                     f"start a new run from its weights with --init-from {quoted(config.out)}")
             raise UserError(f"--{option.replace('_', '-')} is {value}, but {config.out} was trained with "
                             f"{then[option]}, and --resume continues it exactly; leave the option out, or {other}")
 
 
-def _check_sizes(config: TrainConfig, sizes: Sizes) -> None:
+def _check_starting_point(config: TrainConfig, checkpoint: Checkpoint) -> None:
+    sizes, vocabulary = checkpoint.sizes, checkpoint.vocabulary
+    if vocabulary.of_bytes != config.bytes:
+        raise UserError(f"the model of --init-from {config.init_from} has learnt {vocabulary.unit}s; "
+                        + ("give --bytes as well" if vocabulary.of_bytes else "leave --bytes out")
+                        + ", or start from no checkpoint")
     for option, value, wanted in (("embedding-dim", config.embedding_dim, sizes.E),
                                   ("rnn-units", config.rnn_units, sizes.H), ("layers", config.layers, sizes.layers)):
         if value != wanted:
@@ -573,11 +581,11 @@ def _lost(one: str, many: str, unit: str, kept: set[int], total: int) -> list[st
     return [f"the {one} of {unit} {missing[0]:,}"] * count
 
 
-def _told(corpus: Corpus) -> str:
+def _told(corpus: Corpus, unit: str) -> str:
     """A line that names a text and the files that it is made of."""
     files = corpus.files if len(corpus.files) <= 6 else (*corpus.files[:3], "...", *corpus.files[-2:])
     among = f" in {len(corpus.files):,} files" if len(corpus.files) > 1 else ""
-    return f"text: {len(corpus.text):,} characters{among}: {', '.join(files) or corpus.name}"
+    return f"text: {len(corpus.text):,} {unit}s{among}: {', '.join(files) or corpus.name}"
 
 
 def _say(line: str) -> None:

@@ -27,7 +27,7 @@ def folder(tmp_path) -> Path:
 def drawings(monkeypatch) -> list[list[dict]]:
     """The lines of each picture that was drawn; drawing them takes longer than training."""
     drawn: list[list[dict]] = []
-    monkeypatch.setattr(training, "picture_of_losses", lambda lines, batches: drawn.append(lines) or b"picture")
+    monkeypatch.setattr(training, "picture_of_losses", lambda lines, batches, unit: drawn.append(lines) or b"picture")
     return drawn
 
 

@@ -237,6 +237,57 @@ def test_folder_in_which_a_process_trains_is_refused_with_its_id(folder):
     assert not (folder / "run" / ".lock").exists()
 
 
+# Bytes
+
+BINARY = "the quick dög 🦊\r\n".encode() * 20 + bytes(range(256))
+"""Bytes of a text, and then of none."""
+
+
+@pytest.fixture
+def binary(tmp_path) -> Path:
+    """A folder with a file of bytes."""
+    (tmp_path / "data.bin").write_bytes(BINARY)
+    return tmp_path
+
+
+def test_run_of_bytes_tells_bytes_and_decodes_its_samples(binary, capfd):
+    run_folder = train_here("--data", "data.bin", "--bytes", *TINY, "--epochs", 2, "--tensorboard", cwd=binary)
+    stdout, said = capfd.readouterr()
+    assert f"text: {len(BINARY)} bytes: data.bin" in said and "bits per byte" in said and "character" not in said
+    [line] = [line for line in metrics(run_folder) if line["epoch"] == 2 and "loss" not in line]
+    assert line["val_bits_per_byte"] == pytest.approx(line["val_loss"] / np.log(2), rel=1e-12)
+    assert "val_bits_per_char" not in line
+    vocabulary = load_checkpoint(run_folder / "best.safetensors").vocabulary
+    assert vocabulary.of_bytes and len(vocabulary) == 257
+    assert "\ufffd" in stdout and (run_folder / "samples.txt").read_bytes().decode().count("--- epoch ") == 2
+    assert json.loads((run_folder / "config.json").read_text())["bytes"] is True
+
+
+@pytest.mark.parametrize("again", [(), ("--bytes",)])
+def test_run_of_bytes_resumes_to_the_same_end(binary, again):
+    (binary / "whole").mkdir()
+    shutil.copy(binary / "data.bin", binary / "whole")
+    options = ("--data", "data.bin", "--bytes", *TINY, "--steps", 20, "--stateful")
+    stop_here(11, *options, cwd=binary)
+    run_folder = train_here("--resume", *again, cwd=binary)
+    assert_equal_runs(run_folder, train_here(*options, cwd=binary / "whole"))
+
+
+@pytest.mark.parametrize(("options", "part"), [
+    (("--encoding", "latin-1"), "leave --encoding out"), (("--newline", "keep"), "--newline"),
+    (("--newline=unix", "--encoding=utf-8"), "leave --encoding and --newline out")])
+def test_options_of_texts_beside_bytes_are_refused(binary, capfd, options, part):
+    said = refused_here(binary, capfd, "--data", "data.bin", "--bytes", *TINY, *options)
+    assert "--bytes reads files as they are" in said and part in said
+    train_here("--data", "data.bin", "--bytes", *TINY, "--steps", 1, cwd=binary)
+    capfd.readouterr()
+    assert "--bytes reads files as they are" in refused_here(binary, capfd, "--resume", "--out", "run", *options)
+
+
+def test_binary_file_is_refused_as_text_with_advice(binary, capfd):
+    assert "--bytes" in refused_here(binary, capfd, "--data", "data.bin", *TINY)
+
+
 # Equal runs
 
 def test_equal_runs_give_equal_bytes(finished, folder):
@@ -702,6 +753,7 @@ def test_out_that_is_a_file_is_refused(folder, capfd):
     (("--seq-length", 20), ("--seq-length is 20", "10")),
     (("--seed", 1), ("--seed is 1", "0")),
     (("--stateful",), ("--stateful is True", "False")),
+    (("--bytes",), ("--bytes is True", "False", "train a new model")),
 ])
 def test_resuming_with_what_fixes_the_run_changed_is_refused(finished, capfd, arguments, parts):
     before = contents(finished)
