@@ -315,8 +315,8 @@ def _print_texts(prompts: list[str], pieces: Iterator[list[str]], config: Genera
     """Write all texts to stdout: the first text piece by piece, as it is made, the other texts at the end. Ctrl-C and
     SIGTERM end all texts where they are. Returns the exit status.
 
-    prompts, pieces: in characters of the vocabulary. Bytes become text behind one another as they are written, so that
-    a character may begin in a prompt and end in its text.
+    prompts, pieces: in characters of the vocabulary. Bytes are decoded as one stream, so that a character may begin in
+    a prompt and end in its text.
     """
     decode = vocabulary.text_decoder()
 

@@ -26,6 +26,9 @@ while the GPU computes."""
 PAUSE_SECONDS = 0.05
 """A chunk that takes longer than this is not followed by a larger one: a reader would see the text come in bursts."""
 
+Strings = str | bytes | Sequence[str | bytes]
+"""A prompt or a stop string, or several; `bytes` are for models of bytes."""
+
 
 class Generator:
     """A model that writes text.
@@ -101,7 +104,7 @@ class Generator:
         log_p = np.concatenate([*forward.log_probabilities(ids[None])])
         return np.exp(log_p, order="C"), forward.state
 
-    def generate(self, prompts: str | Sequence[str] = "", length: int = 1000, **options) -> list[str]:
+    def generate(self, prompts: Strings = "", length: int = 1000, **options) -> list[str]:
         """Texts that continue the prompts, without the prompts; options: those of `stream`.
 
         Raises: UserError as `stream`, and for texts without an end: length 0 and no `stop`.
@@ -111,8 +114,8 @@ class Generator:
         pieces = list(self.stream(prompts, length, **options))
         return ["".join(pieces_of_row) for pieces_of_row in zip(*pieces)]
 
-    def stream(self, prompts: str | Sequence[str] = "", length: int = 1000, *, temperature: float = 1.0,
-               top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, stop: str | Sequence[str] = (),
+    def stream(self, prompts: Strings = "", length: int = 1000, *, temperature: float = 1.0,
+               top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, stop: Strings = (),
                seed: int | None = None, on_unknown: str = "error", raw: bool = False) -> Iterator[list[str]]:
         """Continue all prompts together, piece by piece: each item has the next few characters of every text. A string
         is one prompt, and one stop string.
@@ -294,7 +297,7 @@ class _Texts:
         return ops.read(self._ids_tr[:T])
 
 
-def _listed(given: str | bytes | Sequence[str | bytes]) -> list:
+def _listed(given: Strings) -> list[str | bytes]:
     """One text, or several, as a list."""
     return list(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes) else [given]
 
