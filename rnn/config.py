@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -61,6 +62,13 @@ def has_type(value: object, hint: object) -> bool:
     return type(value) is hint or (hint is float and type(value) is int and abs(value) < 2**53)
 
 
+class Stage(NamedTuple):
+    """Consecutive epochs with sequences of one length; epochs: their number, None for all that are left."""
+
+    length: int
+    epochs: int | None = None
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Train a character-level GRU language model on text and keep everything about the run in one folder.
@@ -81,8 +89,9 @@ class TrainConfig:
     """stop after this many training steps in all, be it inside an epoch, whatever --epochs is"""
     batch_size: int = 64
     """sequences in a batch"""
-    seq_length: int = 100
-    """characters that a sequence predicts"""
+    seq_length: Annotated[int | str, tyro.conf.arg(metavar="INT|INT:EPOCHS,...,INT")] = 100
+    """characters that a sequence predicts; or first one length for so many epochs, then others: 50:10,200:20,400 has
+    sequences of 50 for 10 epochs, of 200 for 20, and of 400 for all that are left"""
     embedding_dim: int = 256
     """numbers that stand for a character"""
     rnn_units: int = 1024
@@ -140,7 +149,8 @@ class TrainConfig:
     may lie elsewhere now (--data)"""
 
     def __post_init__(self) -> None:
-        for option in ("epochs", "batch_size", "seq_length", "embedding_dim", "rnn_units", "layers"):
+        _ = self.stages  # which refuses what is no --seq-length
+        for option in ("epochs", "batch_size", "embedding_dim", "rnn_units", "layers"):
             value = getattr(self, option)
             _require(value >= 1, _flag(option), value, "at least 1")
         for option in ("warmup_steps", "patience", "eval_every", "save_every", "seed"):
@@ -156,6 +166,19 @@ class TrainConfig:
                  ascii(self.separator), "UTF-8")
         if self.patience and not self.val_fraction:
             raise UserError("--patience watches the validation loss; give --val-fraction above 0 as well")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of --seq-length. Raises: UserError."""
+        value = str(self.seq_length)
+        _require(re.fullmatch(r"(N:N,)*N(:N)?".replace("N", "[1-9][0-9]{0,999}"), value) is not None, "--seq-length",
+                 value, "a whole number of at least 1, or lengths with their epochs and a last one without, as "
+                 "50:10,200:20,400")
+        *pairs, last = (tuple(map(int, part.split(":"))) for part in value.split(","))
+        if len(last) == 2:
+            raise UserError(f"--seq-length is {value}, but the last length takes all epochs that are left; give it "
+                            "without a number of epochs")
+        return (*(Stage(*pair) for pair in pairs), Stage(*last))
 
     def saved(self) -> dict:
         """The options that belong to a run, as JSON values: all options but its folder, whether it was resumed, whether
