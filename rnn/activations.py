@@ -64,13 +64,16 @@ def look(config: LookConfig) -> Iterator[str]:
     beginning, sizes, units (of the surprisal), and text_sha256, of the characters read, in UTF-8. At any moment the
     path holds what it held before, or the whole file.
 
-    Raises: UserError for a model or text that cannot be read, unknown characters (unless on_unknown is skip or unk), a
-    text of fewer than two known characters, and a file that exists (unless force is given) or has no place on the disk;
-    OSError that names the file if it cannot be written.
+    Raises: UserError for a model or text that cannot be read, a model of bytes, unknown characters (unless on_unknown
+    is skip or unk), a text of fewer than two known characters, and a file that exists (unless force is given) or has no
+    place on the disk; OSError that names the file if it cannot be written.
     """
     if config.save is not None:
         _check_target(config.save, config.force)
     checkpoint = load_checkpoint(find_checkpoint(config.run))
+    if checkpoint.vocabulary.of_bytes:
+        raise UserError(f"{config.run} is a model of bytes, and properties of text belong to characters; name a model "
+                        "of characters")
     sizes, (text, ids) = checkpoint.sizes, _read(config, checkpoint.vocabulary)
     ops, steps = op_set(config.device, "fp32"), max(1, min(STEPS, LOGITS // sizes.V))
     if config.save is None:

@@ -3,6 +3,10 @@
 Parameters stand under PyTorch's names. One metadata key holds a JSON text with sizes, vocabulary, the progress of
 training (in a file that can be resumed) and a SHA-256 of this text and of every tensor, so that a changed file is
 noticed. A file without progress holds only parameters, and loads strictly into a PyTorch module.
+
+The format's number says what a reader must know: 1, a model of characters, which every version reads; 2, a model of
+bytes, which versions without such models refuse instead of reading its vocabulary as text. Nothing else in the file
+tells the two apart.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from char_gru.rnn.texts import open_file
 from char_gru.rnn.vocabulary import Vocabulary
 
 METADATA_KEY = "char-gru"
-FORMAT = 1
+FORMAT, FORMAT_OF_BYTES = 1, 2
 
 HEADER_LIMIT, SMALL_HEADER = 16 << 20, 4 << 20
 """Bytes of the longest header, with every character there is, and of the longest with few characters and layers, but
@@ -66,9 +70,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 def checkpoint_bytes(checkpoint: Checkpoint) -> bytes:
     """The bytes of a checkpoint's file."""
-    tensors = _tensors(checkpoint)
-    description = {"format": FORMAT, "sizes": asdict(checkpoint.sizes),
-                   "vocabulary": checkpoint.vocabulary.characters, "beginning": checkpoint.vocabulary.beginning,
+    tensors, vocabulary = _tensors(checkpoint), checkpoint.vocabulary
+    description = {"format": FORMAT_OF_BYTES if vocabulary.of_bytes else FORMAT, "sizes": asdict(checkpoint.sizes),
+                   "vocabulary": vocabulary.characters, "beginning": vocabulary.beginning,
                    "progress": checkpoint.resumable.progress if checkpoint.resumable else None}
     description["sha256"] = _digest(description, tensors)
     return safetensors_numpy.save(tensors, {METADATA_KEY: json.dumps(description)})
@@ -104,8 +108,9 @@ def read_checkpoint(file: BinaryIO, path: Path) -> Checkpoint:
         recorded, form = description.pop("sha256"), description["format"]
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
         raise unusable from None
-    if form != FORMAT:
-        raise UserError(f"{path} is a checkpoint of format {form!r:.20}, this version reads {FORMAT}; "
+    if form not in (FORMAT, FORMAT_OF_BYTES):
+        raise UserError(f"{path} is a checkpoint of format {form!r:.20}, this version reads {FORMAT} and "
+                        f"{FORMAT_OF_BYTES}; "
                         "use the version that wrote it")
     try:
         places = _places(header, _shapes(description, header))
@@ -265,7 +270,8 @@ def _checkpoint(description: dict, tensors: dict[str, np.ndarray]) -> Checkpoint
     resumable = None
     if progress is not None:
         resumable = Resumable(group("adam.m."), group("adam.v."), tensors["state"], progress)
-    vocabulary = Vocabulary(description["vocabulary"], description.get("beginning", "\n"))  # older files have none
+    vocabulary = Vocabulary(description["vocabulary"], description.get("beginning", "\n"),  # older files have none
+                            description["format"] == FORMAT_OF_BYTES)
     return Checkpoint(sizes, vocabulary, group(""), resumable)
 
 

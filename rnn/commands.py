@@ -17,12 +17,16 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from typing import TYPE_CHECKING
 
 import tyro
 
 from char_gru.rnn.config import ExportConfig, GenerateConfig, LookConfig, TrainConfig, UserError
 from char_gru.rnn.process import DIVERGED, USAGE_ERROR, ended_at_once, status_after
 from char_gru.rnn.terminal import complain, displayed, quoted
+
+if TYPE_CHECKING:  # it imports NumPy, which --help does without
+    from char_gru.rnn.vocabulary import Vocabulary
 
 _WRITING = ("--length", "--temperature", "--top-k", "--top-p", "--min-p", "--num-samples", "--stop", "--seed")
 """Options that shape the texts that are written, and no score."""
@@ -49,12 +53,15 @@ def train(arguments: Sequence[str] | None = None) -> int:
                 with training.folder_to_resume(config.out) as files:
                     before, checkpoint = training.resumable_run(files)
                     # tyro would turn a flag that is on into --no-...
-                    defaults = replace(before, resume=False, stateful=False)
+                    defaults = replace(before, resume=False, stateful=False, bytes=False)
                     if "--epochs" in given:  # what is given now decides, not an earlier --steps
                         defaults = replace(defaults, steps=None)
                     config = replace(_parse(TrainConfig, arguments, prog="train.py", default=defaults), out=before.out,
-                                     resume=True, stateful=config.stateful or before.stateful)
+                                     resume=True, stateful=config.stateful or before.stateful,
+                                     bytes=config.bytes or before.bytes)
+                    _check_bytes(config, given)
                     return training.train(config, files, checkpoint, schedule_given="--lr-schedule" in given)
+            _check_bytes(config, given)
             checkpoint = None
             if config.init_from is not None:
                 defaults, checkpoint = training.starting_point(config.init_from)
@@ -79,17 +86,22 @@ def generate(arguments: Sequence[str] | None = None) -> int:
         with ended_at_once():
             from char_gru.rnn.sampler import Generator, new_seed
 
-        prompts = _prompts(config)
         seed = new_seed() if config.seed is None else config.seed
         generator = Generator.load(config.run, config.device)
-        prompts = [generator.vocabulary.as_learnt(prompt) for prompt in prompts]
-        rows = [prompt for prompt in prompts for _ in range(config.num_samples)]
+        vocabulary = generator.vocabulary
+        if config.raw:
+            _check_raw(vocabulary)
+        rows = [prompt for prompt in _prompts(config, vocabulary.of_bytes) for _ in range(config.num_samples)]
         pieces = generator.stream(
             rows, config.length, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-            min_p=config.min_p, stop=config.stop, seed=seed, on_unknown=config.on_unknown)
+            min_p=config.min_p, stop=config.stop, seed=seed, on_unknown=config.on_unknown, raw=True)
         if config.seed is None:
             print(f"--seed {seed}", file=sys.stderr)
-        return (_print_json if config.format == "jsonl" else _print_texts)(rows, pieces, replace(config, seed=seed))
+        config = replace(config, seed=seed, stop=tuple(map(vocabulary.as_characters, config.stop)))
+        prompts = list(map(vocabulary.as_learnt, rows))
+        if config.format == "jsonl":
+            return _print_json(prompts, pieces, config, vocabulary)
+        return _print_texts(prompts, pieces, config, vocabulary)
 
     return _reporting("generate.py", command)
 
@@ -228,6 +240,12 @@ def _closest(word: str, names: Sequence[str]) -> str | None:
     return next(iter(initials + begun + difflib.get_close_matches(word, names, 1)), None)
 
 
+def _check_bytes(config: TrainConfig, given: set[str]) -> None:
+    """Raises: UserError where options of texts stand beside --bytes, even with their usual values."""
+    if config.bytes and (unused := [option for option in ("--encoding", "--newline") if option in given]):
+        raise UserError(f"--bytes reads files as they are; leave {' and '.join(unused)} out")
+
+
 def _given(arguments: Sequence[str] | None) -> set[str]:
     """Names of the options on a command line, with dashes."""
     words = sys.argv[1:] if arguments is None else arguments
@@ -274,54 +292,77 @@ def _notes(error: Exception) -> str:
     return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
-def _prompts(config: GenerateConfig) -> list[str]:
-    from char_gru.rnn.texts import PROMPT_LIMIT, STDIN, read_text
+def _prompts(config: GenerateConfig, as_bytes: bool) -> list[str | bytes]:
+    from char_gru.rnn.texts import PROMPT_LIMIT, STDIN, read
 
-    prompts = [read_text(STDIN, PROMPT_LIMIT) if prompt == STDIN else prompt for prompt in config.prompt]
+    prompts = [read(STDIN, as_bytes, PROMPT_LIMIT) if prompt == STDIN else prompt for prompt in config.prompt]
     if config.prompt_file is not None:
-        prompts.append(read_text(config.prompt_file, PROMPT_LIMIT))
+        prompts.append(read(config.prompt_file, as_bytes, PROMPT_LIMIT))
     return prompts or [""]
 
 
-def _print_texts(prompts: list[str], pieces: Iterator[list[str]], config: GenerateConfig) -> int:
+def _check_raw(vocabulary: Vocabulary) -> None:
+    """Raises: UserError where --raw has no bytes to write, or would write them to a terminal, which obeys some."""
+    if not vocabulary.of_bytes:
+        raise UserError("--raw is for models of bytes, and this one has learnt characters; leave it out")
+    if sys.stdout.isatty():
+        raise UserError("--raw writes bytes of any kind, which may reprogram a terminal; send stdout to a file or a "
+                        "program, or leave --raw out")
+
+
+def _print_texts(prompts: list[str], pieces: Iterator[list[str]], config: GenerateConfig,
+                 vocabulary: Vocabulary) -> int:
     """Write all texts to stdout: the first text piece by piece, as it is made, the other texts at the end. Ctrl-C and
     SIGTERM end all texts where they are. Returns the exit status.
+
+    prompts, pieces: in characters of the vocabulary. Bytes are decoded as one stream, so that a character may begin in
+    a prompt and end in its text.
     """
+    decode = vocabulary.text_decoder()
+
+    def write(piece: str, last: bool = False) -> None:
+        _write(vocabulary.as_bytes(piece) if config.raw else decode(piece, last))
+
     status, other_texts, last_piece = 0, [[prompt] for prompt in prompts[1:]], ""
-    _write(prompts[0])
+    write(prompts[0])
     try:
         for first_piece, *other_pieces in pieces:
             for text, piece in zip(other_texts, other_pieces):
                 text.append(piece)
             last_piece = first_piece or last_piece
-            _write(first_piece)  # last, since Ctrl-C most likely comes here
+            write(first_piece)  # last, since Ctrl-C most likely comes here
     except KeyboardInterrupt as stop:
         status = status_after(stop)
     ends_line = any(wanted.endswith("\n") for wanted in config.stop)
     only_lines = "\n" in config.stop and not any("\n" in prompt for prompt in prompts)
     for text in (*other_texts, None):
         if config.separator is not None:
-            _write(config.separator)
+            write(vocabulary.as_characters(config.separator))
         else:
             line_end = "" if ends_line and last_piece.endswith("\n") else "\n"
-            _write(line_end if only_lines or text is None else line_end + "-" * 10 + "\n")
+            write(line_end if only_lines or text is None else line_end + "-" * 10 + "\n")
         if text is not None:
             last_piece = "".join(text)
-            _write(last_piece)
+            write(last_piece)
+    write("", last=True)
     return status
 
 
-def _print_json(prompts: list[str], pieces: Iterator[list[str]], config: GenerateConfig) -> int:
+def _print_json(prompts: list[str], pieces: Iterator[list[str]], config: GenerateConfig,
+                vocabulary: Vocabulary) -> int:
     """Write a line of JSON for each text, in their order, each as soon as it and those before it have ended. Ctrl-C
     and SIGTERM end all texts where they are. Returns the exit status.
+
+    prompts, pieces: in characters of the vocabulary.
     """
     status, texts, written = 0, [""] * len(prompts), 0
 
     def write_line(end: str) -> None:
         _write(json.dumps({
-            "prompt": prompts[written], "sample": written % config.num_samples + 1, "text": texts[written], "end": end,
-            "seed": config.seed, "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p,
-            "min_p": config.min_p}) + "\n")
+            "prompt": vocabulary.as_text(prompts[written]), "sample": written % config.num_samples + 1,
+            "text": vocabulary.as_text(texts[written]), "end": end, "seed": config.seed,
+            "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p})
+            + "\n")
 
     try:
         for pieces_of_texts in pieces:
@@ -356,13 +397,14 @@ def _print_scores(config: GenerateConfig) -> int:
 
         from char_gru.rnn.sampler import Generator
         from char_gru.rnn.scoring import json_lines
-        from char_gru.rnn.texts import read_text
+        from char_gru.rnn.texts import read
 
     generator = Generator.load(config.run, config.device)
+    vocabulary = generator.vocabulary
     files, ids_of_texts, status = [], [], 0
     for file in named:
         try:
-            text = read_text(file)
+            text = read(file, vocabulary.of_bytes)
             try:
                 ids_of_texts.append(generator.ids_to_score(text, config.on_unknown))
             except UserError as error:
@@ -373,10 +415,10 @@ def _print_scores(config: GenerateConfig) -> int:
             status = USAGE_ERROR
     if not files:
         return status
-    with tqdm(total=sum(len(ids) - 1 for ids in ids_of_texts), unit=" characters", unit_scale=True, disable=None,
-              dynamic_ncols=True, leave=False) as bar:
+    with tqdm(total=sum(len(ids) - 1 for ids in ids_of_texts), unit=f" {vocabulary.unit}s", unit_scale=True,
+              disable=None, dynamic_ncols=True, leave=False) as bar:
         parts = generator.score_parts(ids_of_texts, config.exact, config.per_character, bar.update)
-        for lines in json_lines(parts, generator.vocabulary, files if len(named) > 1 else None):
+        for lines in json_lines(parts, vocabulary, files if len(named) > 1 else None):
             with bar.external_write_mode():
                 _write(lines)
     return status
@@ -388,10 +430,13 @@ def _require_stdout() -> None:
         raise UserError("stdout is closed, and what is written there would be lost; send it to a file or a program")
 
 
-def _write(text: str) -> None:
+def _write(text: str | bytes) -> None:
     """Raises: BrokenPipeError where nobody reads stdout any more; another OSError that names stdout."""
     try:
-        sys.stdout.write(displayed(text))
+        if isinstance(text, bytes):
+            sys.stdout.buffer.write(text)
+        else:
+            sys.stdout.write(displayed(text))
         sys.stdout.flush()
     except OSError as error:
         raise OSError(error.errno, error.strerror, "stdout") from None

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -61,11 +62,19 @@ def has_type(value: object, hint: object) -> bool:
     return type(value) is hint or (hint is float and type(value) is int and abs(value) < 2**53)
 
 
+class Stage(NamedTuple):
+    """Consecutive epochs with sequences of one length; epochs: their number, None for all that are left."""
+
+    length: int
+    epochs: int | None = None
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Train a character-level GRU language model on text and keep everything about the run in one folder.
 
-    Text is UTF-8. Progress goes to stderr, samples of generated text go to stdout.
+    Text is UTF-8, unless --encoding or --bytes is given. Progress goes to stderr, samples of generated text go to
+    stdout.
     """
 
     data: Annotated[tuple[str, ...], _told("TEXT...")] = ()
@@ -80,8 +89,9 @@ class TrainConfig:
     """stop after this many training steps in all, be it inside an epoch, whatever --epochs is"""
     batch_size: int = 64
     """sequences in a batch"""
-    seq_length: int = 100
-    """characters that a sequence predicts"""
+    seq_length: Annotated[int | str, tyro.conf.arg(metavar="INT|INT:EPOCHS,...,INT")] = 100
+    """characters that a sequence predicts; or first one length for so many epochs, then others: 50:10,200:20,400 has
+    sequences of 50 for 10 epochs, of 200 for 20, and of 400 for all that are left"""
     embedding_dim: int = 256
     """numbers that stand for a character"""
     rnn_units: int = 1024
@@ -126,6 +136,8 @@ class TrainConfig:
     """seed of initial values, order of sequences, dropout and samples"""
     tensorboard: bool = False
     """also write losses and learning rates as events for TensorBoard, in the run's folder"""
+    bytes: bool = False
+    """learn the bytes of files of any kind, as they are, instead of the characters of texts"""
     encoding: str = "utf-8"
     """encoding of the files; utf-8 also reads UTF-16 that begins with its byte order mark"""
     newline: Literal["unix", "keep"] = "unix"
@@ -137,7 +149,8 @@ class TrainConfig:
     may lie elsewhere now (--data)"""
 
     def __post_init__(self) -> None:
-        for option in ("epochs", "batch_size", "seq_length", "embedding_dim", "rnn_units", "layers"):
+        _ = self.stages  # which refuses what is no --seq-length
+        for option in ("epochs", "batch_size", "embedding_dim", "rnn_units", "layers"):
             value = getattr(self, option)
             _require(value >= 1, _flag(option), value, "at least 1")
         for option in ("warmup_steps", "patience", "eval_every", "save_every", "seed"):
@@ -153,6 +166,19 @@ class TrainConfig:
                  ascii(self.separator), "UTF-8")
         if self.patience and not self.val_fraction:
             raise UserError("--patience watches the validation loss; give --val-fraction above 0 as well")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of --seq-length. Raises: UserError."""
+        value = str(self.seq_length)
+        _require(re.fullmatch(r"(N:N,)*N(:N)?".replace("N", "[1-9][0-9]{0,999}"), value) is not None, "--seq-length",
+                 value, "a whole number of at least 1, or lengths with their epochs and a last one without, as "
+                 "50:10,200:20,400")
+        *pairs, last = (tuple(map(int, part.split(":"))) for part in value.split(","))
+        if len(last) == 2:
+            raise UserError(f"--seq-length is {value}, but the last length takes all epochs that are left; give it "
+                            "without a number of epochs")
+        return (*(Stage(*pair) for pair in pairs), Stage(*last))
 
     def saved(self) -> dict:
         """The options that belong to a run, as JSON values: all options but its folder, whether it was resumed, whether
@@ -198,7 +224,7 @@ class GenerateConfig:
     prompt_file: Annotated[Path | None, _told("FILE")] = None
     """file with a text to continue"""
     length: int = 1000
-    """characters to write after each prompt; 0 writes until Ctrl-C"""
+    """characters (of a model of bytes: bytes) to write after each prompt; 0 writes until Ctrl-C"""
     temperature: float = 1.0
     """below 1 safer, above 1 wilder; 0 always takes the most likely character"""
     top_k: int = 0
@@ -221,6 +247,8 @@ class GenerateConfig:
     separator: Annotated[str | None, _told("TEXT")] = None
     """what to write after each text; $'\\n' is a line end in bash and zsh (default: a line of dashes between two texts,
     or, where each text is one line, its line end alone)"""
+    raw: bool = False
+    """write the bytes of a model of bytes as they are, instead of the text that they are in UTF-8"""
     score: Annotated[tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]], tyro.conf.arg(metavar="FILE...")] = ()
     """write no text; print how likely the model finds the text of each file (- is stdin), as a line of JSON on stdout:
     the mean loss in nats per character, the same in bits, and the number of characters scored, which are all but the
@@ -248,6 +276,8 @@ class GenerateConfig:
             raise UserError("--score names no file; give one or several, or - for stdin")
         if not self.score and (self.per_character or self.exact):
             raise UserError("--per-character and --exact are for --score; give --score FILE as well")
+        if self.raw and (self.score or self.format == "jsonl"):
+            raise UserError("--raw is for texts; leave it out with --score and with --format jsonl")
         if self.separator is not None and (self.score or self.format == "jsonl"):
             raise UserError("--separator stands after texts; leave it out with --score and with --format jsonl")
 

@@ -10,14 +10,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from char_gru.rnn.config import UserError
 from char_gru.rnn.folder import is_of_run, is_run
 from char_gru.rnn.terminal import one_line
-from char_gru.rnn.texts import STDIN, text_pieces
+from char_gru.rnn.texts import STDIN, byte_pieces, text_pieces
+from char_gru.rnn.vocabulary import BYTES
 
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_BYTES = 1_115_394
@@ -28,14 +29,15 @@ SHAKESPEARE_URLS = (
 DOWNLOAD_TIMEOUT, DOWNLOAD_SECONDS = 10, 60
 """Seconds to wait for a server's next bytes, and for all that it sends."""
 
-_ADVICE = "convert it, or name its encoding with --encoding"
+_ADVICE = "convert it, name its encoding with --encoding, or train a model of bytes with --bytes"
 
 
 class Corpus(NamedTuple):
     """A text and where it came from.
 
-    sha256: of the text in UTF-8; name: a word for the text, good as a folder's name; source: the value of `--data` that
-    gives this text; files: the files that it is made of, in their order.
+    text: its characters or, for a model of bytes, the characters that stand for its bytes in `rnn.vocabulary`; sha256:
+    of the text in UTF-8, or of its bytes; name: a word for the text, good as a folder's name; source: the value of
+    `--data` that gives this text; files: the files that it is made of, in their order.
     """
 
     text: str
@@ -45,20 +47,23 @@ class Corpus(NamedTuple):
     files: tuple[str, ...] = ()
 
     @staticmethod
-    def of(utf8: bytes | bytearray, name: str, source: tuple[str, ...], files: Sequence[str] = ()) -> Corpus:
-        """The corpus of a text in UTF-8."""
-        return Corpus(utf8.decode(), hashlib.sha256(utf8).hexdigest(), name, source, tuple(files))
+    def of(raw: bytes | bytearray, name: str, source: tuple[str, ...], files: Sequence[str] = (),
+           as_bytes: bool = False) -> Corpus:
+        """The corpus of a text in UTF-8 or, with as_bytes, of any bytes."""
+        text = raw.decode(BYTES if as_bytes else "utf-8")
+        return Corpus(text, hashlib.sha256(raw).hexdigest(), name, source, tuple(files))
 
 
 def load_corpus(data: Sequence[str | Path] | str | Path, encoding: str = "utf-8", newline: str = "unix",
-                separator: str = "") -> Corpus:
+                separator: str = "", as_bytes: bool = False) -> Corpus:
     """The text that `--data` names; without a name, Shakespeare or, where its download fails, Python's documentation.
 
     data: shakespeare, python-docs, or any of: files, folders (all files below them that are not hidden), patterns
     such as `texts/*.txt`, "-" for standard input. Each match of a pattern counts as if it were named itself, in the
     order of the paths. Files of a folder are read in the order of their paths, and empty ones among them left out; an
     empty file that is named is refused. Runs and checkpoints in folders and among matches are left out. encoding,
-    newline: as `rnn.texts.text_pieces` has them. separator: a text between two files.
+    newline: as `rnn.texts.text_pieces` has them. separator: a text between two files. as_bytes: files of any kind are
+    read as the bytes that they are, for a model of bytes; encoding and newline then say nothing.
 
     Raises: UserError for a file that cannot be read, is empty or no text, an unknown encoding, and a failed download
     if `data` names shakespeare; also for data that are no strings or paths.
@@ -70,37 +75,42 @@ def load_corpus(data: Sequence[str | Path] | str | Path, encoding: str = "utf-8"
     data = tuple(map(str, data))
     if data == ():
         try:
-            return load_corpus(("shakespeare",))
+            return load_corpus(("shakespeare",), as_bytes=as_bytes)
         except UserError as error:
             print(f"{one_line(str(error))}\ntraining on Python's own documentation instead (--data python-docs)",
                   file=sys.stderr)
-            return load_corpus(("python-docs",))
+            return load_corpus(("python-docs",), as_bytes=as_bytes)
     if data == ("shakespeare",):
-        return Corpus.of(_shakespeare(), "shakespeare", data)
+        return Corpus.of(_shakespeare(), "shakespeare", data, as_bytes=as_bytes)
     if data == ("python-docs",):
-        return Corpus.of(_python_docs().encode(), "python-docs", data)
+        return Corpus.of(_python_docs().encode(), "python-docs", data, as_bytes=as_bytes)
     for name in data:
         if name in ("shakespeare", "python-docs") and not Path(name).exists():
             raise UserError(f"--data {name} stands alone; name no other text with it, or name files only")
     if data.count(STDIN) > 1:
         raise UserError("--data names standard input (-) twice, but it can be read only once")
-    utf8, files = bytearray(), []  # UTF-8 of all texts takes less memory than their pieces, joined
+    raw, files = bytearray(), []  # UTF-8 of all texts takes less memory than their pieces, joined
     for name in data:
         for file, is_named in _files(name).items():
-            before = len(utf8)
-            utf8 += separator.encode() if files else b""
-            start = len(utf8)
-            for piece in text_pieces(file, encoding, newline, advice=_ADVICE):
-                utf8 += piece.encode()
-            if len(utf8) > start:
+            before = len(raw)
+            raw += separator.encode() if files else b""
+            start = len(raw)
+            for piece in byte_pieces(file) if as_bytes else _utf8_pieces(file, encoding, newline):
+                raw += piece
+            if len(raw) > start:
                 files.append("stdin" if file == STDIN else file)
             elif is_named:
                 raise UserError(f"{'stdin' if file == STDIN else file} is empty; give a file with text")
             else:
-                del utf8[before:]
+                del raw[before:]
     if not files:
         raise UserError(f"{' '.join(data)}: no file with text is there; name files that hold text")
-    return Corpus.of(utf8, _name(data[0], files[0]), data, files)
+    return Corpus.of(raw, _name(data[0], files[0]), data, files, as_bytes)
+
+
+def _utf8_pieces(file: str, encoding: str, newline: str) -> Iterator[bytes]:
+    for piece in text_pieces(file, encoding, newline, advice=_ADVICE):
+        yield piece.encode()
 
 
 def _files(name: str) -> dict[str, bool]:

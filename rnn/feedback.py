@@ -24,29 +24,31 @@ BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{
 class ProgressReport:
     """How far a run is: a bar over all its steps in a terminal; elsewhere `say` is given a line about once a minute.
 
-    step, of total_steps: where this process begins; characters: those that a step reads.
+    step, of total_steps: where this process begins; unit: what an id stands for.
     """
 
-    def __init__(self, step: int, total_steps: int, characters: int, say: Callable[[str], None]) -> None:
-        self._first, self._total, self._characters, self._say = step, total_steps, characters, say
+    def __init__(self, step: int, total_steps: int, say: Callable[[str], None], unit: str = "character") -> None:
+        self._first, self._total, self._say, self._unit = step, total_steps, say, unit
+        self._characters = 0
         self._started = self._said = time.perf_counter()
         # Without smoothing, the time left follows from all steps so far, with the evaluations among them.
         self._bar = tqdm(total=total_steps, initial=step, disable=None, dynamic_ncols=True, smoothing=0,
                          bar_format=BAR_FORMAT)
 
-    def after_step(self, step: int, epoch: int, loss: float) -> None:
+    def after_step(self, step: int, epoch: int, loss: float, characters: int) -> None:
         """Tell that `step` steps are done, the last of them in epoch `epoch`, counted from 1, with a loss known by now
-        (NaN for none)."""
+        (NaN for none); characters: how many that step has read."""
         now = time.perf_counter()
-        rate = (step - self._first) / (now - self._started)
-        speed = rate * self._characters
+        self._characters += characters
+        rate, speed = (count / (now - self._started) for count in (step - self._first, self._characters))
         self._bar.set_description_str(f"epoch {epoch}", refresh=False)
-        self._bar.set_postfix_str(f"loss {loss:.3f}, {tqdm.format_sizeof(speed)} chars/s", refresh=False)
+        short = self._unit[:4]  # char or byte
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {tqdm.format_sizeof(speed)} {short}s/s", refresh=False)
         self._bar.update()
         if self._bar.disable and now - self._said >= LINE_SECONDS and not math.isnan(loss):
             left = timedelta(seconds=round((self._total - step) / rate))
             self._say(f"step {step:,} of {self._total:,}, epoch {epoch}: loss {loss:.4f}, "
-                      f"{speed:,.0f} characters/s, {left} left")
+                      f"{speed:,.0f} {self._unit}s/s, {left} left")
             self._said = now
 
     def __enter__(self) -> Self:
@@ -97,24 +99,24 @@ def check_tensorboard() -> None:
                         "or leave the option out") from None
 
 
-def picture_of_losses(lines: list[dict], batches_per_epoch: int) -> bytes:
-    """A PNG of the losses of training and of validation by step, in nats and in bits per character.
+def picture_of_losses(lines: list[dict], steps_of: Callable[[int], int], unit: str = "character") -> bytes:
+    """A PNG of the losses of training and of validation by step, in nats and in bits per character, or per byte.
 
-    lines: those of `metrics.jsonl`.
+    lines: those of `metrics.jsonl`; steps_of: gives the steps of so many epochs; unit: what an id stands for.
     """
     from matplotlib.figure import Figure  # not pyplot: the backend that a notebook has set may not exist here
 
     steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    evaluations = [(line.get("step", line["epoch"] * batches_per_epoch), line["val_loss"]) for line in lines
+    evaluations = [(line.get("step", steps_of(line["epoch"])), line["val_loss"]) for line in lines
                    if line.get("val_loss") is not None]
     axes = Figure(figsize=(8, 5)).subplots()
     if steps:
         axes.plot(*zip(*steps), linewidth=0.8, label="training", marker="o" if len(steps) == 1 else "", markersize=4)
     if evaluations:
         axes.plot(*zip(*evaluations), marker="o", markersize=4, label="validation")
-    axes.set(xlabel="step", ylabel="loss (nats per character)")
+    axes.set(xlabel="step", ylabel=f"loss (nats per {unit})")
     bits = axes.secondary_yaxis("right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2)))
-    bits.set_ylabel("bits per character")
+    bits.set_ylabel(f"bits per {unit}")
     if steps or evaluations:
         axes.legend()
     image = io.BytesIO()

@@ -26,9 +26,16 @@ while the GPU computes."""
 PAUSE_SECONDS = 0.05
 """A chunk that takes longer than this is not followed by a larger one: a reader would see the text come in bursts."""
 
+Strings = str | bytes | Sequence[str | bytes]
+"""A prompt or a stop string, or several; `bytes` are for models of bytes."""
+
 
 class Generator:
     """A model that writes text.
+
+    A model of bytes (`vocabulary.of_bytes`) reads prompts, stop strings and texts to score as their UTF-8, or as the
+    `bytes` that they are; its lengths and scores count bytes; the texts that it writes are decoded from UTF-8. Its
+    `step` and `next` take and give the characters U+0000 to U+00FF, each of which stands for the byte of that value.
 
     Arguments: sizes; vocabulary; params, name -> array of the op set as `rnn.params.named_views` gives them; ops, the
     op set; seed of the characters that `step` draws.
@@ -97,7 +104,7 @@ class Generator:
         log_p = np.concatenate([*forward.log_probabilities(ids[None])])
         return np.exp(log_p, order="C"), forward.state
 
-    def generate(self, prompts: str | Sequence[str] = "", length: int = 1000, **options) -> list[str]:
+    def generate(self, prompts: Strings = "", length: int = 1000, **options) -> list[str]:
         """Texts that continue the prompts, without the prompts; options: those of `stream`.
 
         Raises: UserError as `stream`, and for texts without an end: length 0 and no `stop`.
@@ -107,11 +114,15 @@ class Generator:
         pieces = list(self.stream(prompts, length, **options))
         return ["".join(pieces_of_row) for pieces_of_row in zip(*pieces)]
 
-    def stream(self, prompts: str | Sequence[str] = "", length: int = 1000, *, temperature: float = 1.0,
-               top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, stop: str | Sequence[str] = (),
-               seed: int | None = None, on_unknown: str = "error") -> Iterator[list[str]]:
+    def stream(self, prompts: Strings = "", length: int = 1000, *, temperature: float = 1.0,
+               top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, stop: Strings = (),
+               seed: int | None = None, on_unknown: str = "error", raw: bool = False) -> Iterator[list[str]]:
         """Continue all prompts together, piece by piece: each item has the next few characters of every text. A string
         is one prompt, and one stop string.
+
+        From a model of bytes, a character comes with the last of its bytes, and U+FFFD stands for bytes that are no
+        UTF-8; with `raw`, each byte comes at once, as the character that stands for it (`piece.encode("latin-1")` has
+        the bytes).
 
         A text ends after `length` characters (0: never), or as soon as it contains a string of `stop`, which is kept.
         Line ends of prompts become those of the text learnt, and a byte order mark is dropped, as
@@ -127,16 +138,18 @@ class Generator:
         check_sampling(temperature, top_k, top_p, min_p)
         seed = new_seed() if seed is None else seed
         check_seed(seed)
-        prompts, stop = _strings("prompts", prompts), _strings("stop", stop)
+        prompts = [self.vocabulary.as_learnt(prompt, "prompts") for prompt in _listed(prompts)]
+        stop = [self.vocabulary.as_characters(text, "stop") for text in _listed(stop)]
         if not prompts:
             raise UserError("there is no prompt; an empty one is ''")
         if "" in stop:
             raise UserError("stop has an empty string; give the text at which to stop, or leave it out")
         ids_of_rows = [self._prompt_ids(prompt, on_unknown) for prompt in prompts]
-        return self._pieces(ids_of_rows, length, stop, seed,
-                            {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p})
+        pieces = self._pieces(ids_of_rows, length, stop, seed,
+                              {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p})
+        return pieces if raw or not self.vocabulary.of_bytes else self._decoded(pieces, len(prompts))
 
-    def score(self, text: str, on_unknown: str = "error", exact: bool = False) -> Score:
+    def score(self, text: str | bytes, on_unknown: str = "error", exact: bool = False) -> Score:
         """How likely the model finds each character of a text given all characters before it, from a zero state on.
 
         The first character is not scored. Line ends and byte order mark are those of a prompt in `stream`. Unknown
@@ -147,13 +160,12 @@ class Generator:
         """
         return score_of(self.score_parts([self.ids_to_score(text, on_unknown)], exact))
 
-    def ids_to_score(self, text: str, on_unknown: str = "error") -> np.ndarray:
+    def ids_to_score(self, text: str | bytes, on_unknown: str = "error") -> np.ndarray:
         """Ids (N,) of a text to score. Raises: UserError as `score`."""
-        if not isinstance(text, str):
-            raise UserError(f"text: expected a string, got {described(text)}")
         ids = self.vocabulary.encode_prompt(self.vocabulary.as_learnt(text), on_unknown)
         if len(ids) < 2:
-            raise UserError("the text to score is too short; its first known character is not scored, so give two")
+            raise UserError(f"the text to score is too short; its first known {self.vocabulary.unit} is not scored, so "
+                            "give two")
         return ids
 
     def score_parts(self, ids_of_texts: Sequence[np.ndarray], exact: bool = False, details: bool = False,
@@ -204,8 +216,15 @@ class Generator:
             if not open_rows:
                 return
 
+    def _decoded(self, pieces: Iterator[list[str]], rows: int) -> Iterator[list[str]]:
+        """The text of bytes that come in pieces; what is left of a character at the end of a text comes last."""
+        decoders = [self.vocabulary.text_decoder() for _ in range(rows)]
+        for pieces_of_rows in pieces:
+            yield [decode(piece, False) for decode, piece in zip(decoders, pieces_of_rows)]
+        yield [decode("", True) for decode in decoders]
+
     def _prompt_ids(self, prompt: str, on_unknown: str) -> np.ndarray:
-        ids = self.vocabulary.encode_prompt(self.vocabulary.as_learnt(prompt), on_unknown)
+        ids = self.vocabulary.encode_prompt(prompt, on_unknown)
         if len(ids) == 0:
             ids = self.vocabulary.encode(self.vocabulary.beginning)
         return ids.astype(np.int32)
@@ -278,17 +297,9 @@ class _Texts:
         return ops.read(self._ids_tr[:T])
 
 
-def _strings(name: str, given: str | Sequence[str]) -> list[str]:
-    """One string, or several, as a list.
-
-    Raises: UserError for anything else.
-    """
-    several = isinstance(given, Iterable) and not isinstance(given, str | bytes)
-    strings = list(given) if several else [given]
-    for string in strings:
-        if not isinstance(string, str):
-            raise UserError(f"{name}: expected a string or several, got {described(string)}")
-    return strings
+def _listed(given: Strings) -> list[str | bytes]:
+    """One text, or several, as a list."""
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes) else [given]
 
 
 def new_seed() -> int:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from char_gru.rnn.config import Sizes
-from char_gru.rnn.vocabulary import UNK, Vocabulary
+from char_gru.rnn.vocabulary import BYTES, UNK, Vocabulary
 
 ROWS = 256
 """The most rows that are read together."""
@@ -244,31 +244,34 @@ def score_of(parts: Iterable[Part]) -> Score:
 
 def json_lines(parts: Iterable[Part], vocabulary: Vocabulary, names: Sequence[str] | None) -> Iterator[str]:
     """A line of JSON for each text, after the lines of its characters where the parts have details; an item has
-    many lines of characters, or the one of a text. names: those of the texts, to be told in each line; None tells none.
+    many lines of characters, or the one of a text. Bytes are given as their values. names: those of the texts, to be
+    told in each line; None tells none.
     """
     of_text: list[Part] = []
-    characters = [json.dumps(character) for character in (UNK, *vocabulary.characters)]
+    unit, bits = ("byte", "bits_per_byte") if vocabulary.of_bytes else ("character", "bits_per_char")
+    known = vocabulary.characters.encode(BYTES) if vocabulary.of_bytes else vocabulary.characters
+    characters = [json.dumps(character) for character in (UNK, *known)]
     for part in parts:
         file = {} if names is None else {"file": names[part.text]}
         if part.characters.ranks is not None:
             for start in range(0, len(part.characters.ids), LINES):
-                yield _lines_of_characters(_sliced(part.characters, start, start + LINES), characters,
+                yield _lines_of_characters(_sliced(part.characters, start, start + LINES), characters, unit,
                                            json.dumps(file)[1:-1] + ", " if file else "")
         of_text.append(part._replace(characters=Characters(*part.characters[:2])))
         if part.last:
             score = score_of(of_text)
             cut = {} if score.rows == 1 else {"rows": score.rows, "run_in": score.run_in,
                                               "run_in_effect": score.run_in_effect}
-            yield json.dumps(file | {"loss": score.loss, "bits_per_char": score.loss / math.log(2),
-                                     "characters": score.characters} | cut) + "\n"
+            yield json.dumps(file | {"loss": score.loss, bits: score.loss / math.log(2),
+                                     f"{unit}s": score.characters} | cut) + "\n"
             of_text = []
 
 
-def _lines_of_characters(found: Characters, names: Sequence[str], file: str) -> str:
+def _lines_of_characters(found: Characters, names: Sequence[str], unit: str, file: str) -> str:
     lines = []
     for id_, log_p, rank, ids, log_ps in zip(*(array.tolist() for array in found)):
         likeliest = ", ".join([f"[{names[other]}, {other_log_p:.6g}]" for other, other_log_p in zip(ids, log_ps)])
-        lines.append(f'{{{file}"character": {names[id_]}, "log_probability": {log_p:.6g}, "rank": {rank}, '
+        lines.append(f'{{{file}"{unit}": {names[id_]}, "log_probability": {log_p:.6g}, "rank": {rank}, '
                      f'"likeliest": [{likeliest}]}}\n')
     return "".join(lines)
 

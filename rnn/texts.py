@@ -1,4 +1,5 @@
-"""Texts of files and streams: what may be read, in which encoding, and with which line ends.
+"""Texts of files and streams: what may be read, in which encoding, and with which line ends; or their bytes as they
+are.
 
 A text is read in chunks, so that what is no text (a device, a checkpoint, a PDF, two gigabytes of zeros) is refused
 before it is read whole, and what has no end is read up to a limit.
@@ -66,26 +67,44 @@ def read_text(name: str | Path, limit: int | None = None) -> str:
     return "".join(text_pieces(name, newline="keep", limit=limit))
 
 
+def read(name: str | Path, as_bytes: bool, limit: int | None = None) -> str | bytes:
+    """What a model reads of a file, or of standard input if `name` is "-": its text, as `read_text` gives it, or its
+    bytes, as `byte_pieces` gives them.
+
+    Raises: UserError as these.
+    """
+    return b"".join(byte_pieces(name, limit)) if as_bytes else read_text(name, limit)
+
+
 def text_pieces(name: str | Path, encoding: str = "utf-8", newline: str = "unix", limit: int | None = None,
                 advice: str = "convert it to UTF-8") -> Iterator[str]:
     """The text of a file, or of standard input if `name` is "-", piece by piece, without a byte order mark.
 
     What begins as gzip does is unpacked. encoding: `utf-8` also reads UTF-16 and UTF-32 that begin with their byte
     order mark. newline: `unix` makes each line end (`\\r\\n`, `\\r`) a `\\n`, `keep` leaves all as they are. limit: the
-    most bytes, UNSIZED_LIMIT if it is None for a stream and for what was packed. advice: what to do about bytes that
-    are not of the encoding.
+    most bytes, as in `byte_pieces`. advice: what to do about bytes that are not of the encoding.
 
-    Raises: UserError for what cannot be read, is no text, is longer than its limit, or not of the encoding.
+    Raises: UserError as `byte_pieces`, and for what is no text, or not of the encoding.
+    """
+    yield from _decoded(byte_pieces(name, limit), "stdin" if str(name) == STDIN else name, encoding, newline, advice)
+
+
+def byte_pieces(name: str | Path, limit: int | None = None) -> Iterator[bytes]:
+    """The bytes of a file, or of standard input if `name` is "-", piece by piece; what begins as gzip does is unpacked.
+
+    limit: the most bytes, UNSIZED_LIMIT if it is None for a stream and for what was packed.
+
+    Raises: UserError for what cannot be read, or is longer than its limit.
     """
     if str(name) == STDIN:
         if sys.stdin is None:
             raise UserError("stdin is closed; give the text itself, or name a file")
         if sys.stdin.isatty():
             print("reading stdin; Ctrl-D on a line of its own ends it", file=sys.stderr)
-        yield from _decoded(_chunks(sys.stdin.buffer, "stdin", limit), "stdin", encoding, newline, advice)
+        yield from _chunks(sys.stdin.buffer, "stdin", limit)
         return
     with open_file(Path(name), streams=True) as file:
-        yield from _decoded(_chunks(file, name, limit), name, encoding, newline, advice)
+        yield from _chunks(file, name, limit)
 
 
 def _chunks(file: io.BufferedReader, name: str | Path, limit: int | None) -> Iterator[bytes]:

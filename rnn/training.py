@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import NamedTuple, get_type_hints
 
 import numpy as np
 from tqdm import tqdm
@@ -37,11 +37,11 @@ from char_gru.rnn.devices import op_set, untested_gpu
 from char_gru.rnn.feedback import Events, ProgressReport, check_tensorboard, picture_of_losses
 from char_gru.rnn.folder import RunFolder, holds_run, is_metrics_line, read_metrics
 from char_gru.rnn.model import LanguageModel
-from char_gru.rnn.params import initial_parameters, named_views, parameter_count, parameter_shapes
+from char_gru.rnn.params import flat_size, initial_parameters, named_views, parameter_count, parameter_shapes
 from char_gru.rnn.process import Lossy, handled, stop_numbers
 from char_gru.rnn.sampler import Generator
 from char_gru.rnn.terminal import displayed, one_line, quoted
-from char_gru.rnn.vocabulary import Vocabulary, shown
+from char_gru.rnn.vocabulary import Vocabulary
 
 SAVE_SECONDS = 300
 """Inside an epoch, the longest time between two checkpoints."""
@@ -181,11 +181,11 @@ def train(config: TrainConfig, files: RunFolder | None = None, checkpoint: Check
     if config.resume:
         _check_same_run(config, TrainConfig.from_saved(checkpoint.resumable.progress["config"]))
     elif config.init_from is not None:
-        _check_sizes(config, checkpoint.sizes)
+        _check_starting_point(config, checkpoint)
     if config.tensorboard:
         check_tensorboard()
     try:
-        corpus = load_corpus(config.data, config.encoding, config.newline, config.separator)
+        corpus = load_corpus(config.data, config.encoding, config.newline, config.separator, config.bytes)
     except UserError as error:
         raise UserError(f"{error}; --resume needs the text that {config.out} was trained on: give --data the place "
                         "where it is now" if config.resume else str(error)) from None
@@ -194,13 +194,32 @@ def train(config: TrainConfig, files: RunFolder | None = None, checkpoint: Check
     with contextlib.redirect_stdout(Lossy(sys.stdout)), files or RunFolder.new(config.out, corpus.name) as held:
         try:
             run = Run(replace(config, data=corpus.source), corpus, ops, held, checkpoint, schedule_given)
-            _say(_told(corpus))
+            _say(_told(corpus, run.vocabulary.unit))
             del corpus  # the run keeps the text's ids only
             return run.train()
         except (OSError, RuntimeError) as error:
             if (held.path / "last.safetensors").exists():
                 error.add_note("what was saved before still stands")
             raise
+
+
+class _StageText(NamedTuple):
+    """A text cut for sequences of one length: the batches of an epoch, and the windows of its validation part."""
+
+    batches: ShuffledWindows | ContiguousStreams
+    val_windows: list[Batch]
+
+    @staticmethod
+    def of(config: TrainConfig, train_ids: np.ndarray, val_ids: np.ndarray, T: int) -> _StageText:
+        """Raises: UserError for a text that is too short."""
+        B = config.batch_size
+        try:
+            batches = (ContiguousStreams(train_ids, B, T) if config.stateful
+                       else ShuffledWindows(train_ids, B, T, config.seed))
+            return _StageText(batches, validation_windows(val_ids, B, T) if config.val_fraction else [])
+        except UserError as error:
+            fitting = sizes_that_fit(len(train_ids) + len(val_ids), B, T, config.val_fraction)
+            raise UserError(f"{error}; {fitting}") from None
 
 
 class Run:
@@ -215,30 +234,27 @@ class Run:
                             "give --data the place of that text, or start a new run from its weights with --init-from "
                             f"{quoted(config.out)} instead of --resume")
         known = checkpoint.vocabulary.characters if checkpoint else ""
-        self.vocabulary = Vocabulary.of(corpus.text, known)
+        self.vocabulary = Vocabulary.of(corpus.text, known, config.bytes)
         if known and (new := self.vocabulary.characters[len(known):]):
-            _say(f"the model gets {len(new)} new characters: {shown(new)}")
+            _say(f"the model gets {len(new)} new {self.vocabulary.unit}s: {self.vocabulary.shown(new)}")
         self.sizes = Sizes(len(self.vocabulary), config.embedding_dim, config.rnn_units, config.layers)
-        T, B = config.seq_length, config.batch_size
         ids = self.vocabulary.encode(corpus.text)
         val_length = int(len(ids) * config.val_fraction)
-        train_ids, val_ids = ids[:len(ids) - val_length], ids[len(ids) - val_length:]
-        try:
-            self.batches = (ContiguousStreams(train_ids, B, T) if config.stateful
-                            else ShuffledWindows(train_ids, B, T, config.seed))
-            self.val_windows = validation_windows(val_ids, B, T) if config.val_fraction else []
-        except UserError as error:
-            raise UserError(f"{error}; {sizes_that_fit(len(ids), B, T, config.val_fraction)}") from None
-        self.total_steps = schedule.total_steps(config, self.batches.batches_per_epoch)
-        self._schedule = schedule.options(config, self.batches.batches_per_epoch)  # with which it began
+        self._texts = [_StageText.of(config, ids[:len(ids) - val_length], ids[len(ids) - val_length:], stage.length)
+                       for stage in config.stages]
+        self.curriculum = schedule.Curriculum(config.stages, [text.batches.batches_per_epoch for text in self._texts])
+        self.total_steps = schedule.total_steps(config, self.curriculum)
+        self._schedule = schedule.options(config, self.curriculum)  # with which it began
         flat = initial_parameters(self.sizes, config.init, config.seed)
         if checkpoint and not config.resume:
             for name, view in named_views(flat, self.sizes).items():  # rows of new characters follow the old ones
                 view[:len(checkpoint.params[name])] = checkpoint.params[name]
-        self.model = LanguageModel(
-            self.sizes, T, B, flat, dropout=config.dropout, clip_norm=config.clip_norm, carry_state=config.stateful,
-            seed=config.seed, ops=ops, graph=not config.no_graph)
-        self.progress = Progress()
+        self.progress = Progress.from_saved(checkpoint.resumable.progress) if config.resume else Progress()
+        if len(config.stages) > 1:  # a model that fits no memory is told now, not when its epochs begin
+            self._stage = max(range(len(config.stages)), key=lambda stage: config.stages[stage].length)
+            self._new_model(flat, ops)
+        self._stage = self.curriculum.stage_of(self.progress.epoch)
+        self.model = self._new_model(flat, ops)
         self._signal: int | None = None
         self._unread: tuple[int, dict] | None = None
         self._loss, self._worse_steps, self._worse_said = math.nan, 0, False
@@ -246,6 +262,16 @@ class Run:
         self._before: TrainConfig | None = None
         if config.resume:
             self._restore(checkpoint, schedule_given)
+
+    @property
+    def text(self) -> _StageText:
+        """The text as the current stage has it."""
+        return self._texts[self._stage]
+
+    @property
+    def batches(self) -> ShuffledWindows | ContiguousStreams:
+        """The batches of an epoch of the current stage."""
+        return self.text.batches
 
     def train(self) -> int:
         """Train to the end, or to a signal; returns the exit status."""
@@ -275,10 +301,9 @@ class Run:
                 self._draw_losses()
         saved_at = time.perf_counter()
         self._timed = saved_at, progress.batch
-        characters = self.config.batch_size * self.config.seq_length
         with (np.errstate(all="ignore"),  # a loss that is not finite is reported once, by this loop
               Events(self.folder, begun) if self.config.tensorboard else contextlib.nullcontext() as self._events,
-              ProgressReport(begun, self.total_steps, characters, _say) as report):
+              ProgressReport(begun, self.total_steps, _say, self.vocabulary.unit) as report):
             while self._signal is None:
                 end = self._ending()
                 if progress.evaluated_step < progress.step and (end or self._is_evaluated()):
@@ -288,7 +313,7 @@ class Run:
                     break
                 else:
                     self._train_step()
-                    report.after_step(progress.step, progress.epoch + 1, self._loss)
+                    report.after_step(progress.step, progress.epoch + 1, self._loss, self.model.T * self.model.B)
                     if time.perf_counter() - saved_at > SAVE_SECONDS:
                         self._save()
                         saved_at = time.perf_counter()
@@ -325,8 +350,7 @@ class Run:
         return schedule.learning_rate(self.config, step, self.total_steps, self.progress.schedule_start)
 
     def _ending(self) -> schedule.Ending | None:
-        return schedule.ending(self.config, self.progress.step, self.progress.epochs_without_best,
-                               self.batches.batches_per_epoch)
+        return schedule.ending(self.config, self.progress.step, self.progress.epochs_without_best, self.curriculum)
 
     def _is_evaluated(self) -> bool:
         return schedule.is_evaluated(self.config, self.progress.step, self.progress.batch,
@@ -342,6 +366,7 @@ class Run:
     def _train_step(self) -> None:
         progress = self.progress
         if progress.batch == 0:
+            self._enter_stage()
             self.model.reset_state()
         batch = self.batches.batch(progress.epoch, progress.batch)
         result = self.model.train_step(batch.inputs_tb, batch.targets_tb, self._learning_rate(progress.step))
@@ -350,6 +375,35 @@ class Run:
         # Of the step before: reading this step's loss would wait until the device has computed it.
         self._record_unread_loss()
         self._unread = (progress.step, result)
+
+    def _enter_stage(self) -> None:
+        """Before an epoch with sequences of another length, go on with a model of that length, which is made when the
+        memory of the one before is free."""
+        stage = self.curriculum.stage_of(self.progress.epoch)
+        if stage == self._stage:
+            return
+        before, ops, self._stage, self.model = self._checkpoint(resumable=True), self.model.ops, stage, None
+        self.model = self._new_model(np.zeros(flat_size(self.sizes), np.float32), ops)
+        self._take_over(before)
+        _say(f"epoch {self.progress.epoch + 1:,}: sequences of {self.model.T:,} {self.vocabulary.unit}s, "
+             f"{self.batches.batches_per_epoch:,} steps per epoch")
+
+    def _new_model(self, flat: np.ndarray, ops) -> LanguageModel:
+        """A model for the sequences of the current stage, with these parameters, before its first step."""
+        config = self.config
+        return LanguageModel(
+            self.sizes, config.stages[self._stage].length, config.batch_size, flat, dropout=config.dropout,
+            clip_norm=config.clip_norm, carry_state=config.stateful, seed=config.seed, ops=ops,
+            graph=not config.no_graph)
+
+    def _take_over(self, checkpoint: Checkpoint) -> None:
+        """Give the model the parameters, moments and state of a checkpoint, and the number of its steps."""
+        model, saved = self.model, checkpoint.resumable
+        for arrays, source in ((model.params, checkpoint.params), (model.m, saved.m), (model.v, saved.v)):
+            for name in parameter_shapes(self.sizes):
+                model.ops.copy_in(arrays[name], source[name])
+        model.ops.copy_in(model.state, saved.state)
+        model.step = self.progress.step
 
     def _record_unread_loss(self) -> None:
         """Read and record the loss of the last step that was launched, if it is still unread.
@@ -384,18 +438,19 @@ class Run:
         progress, ends_epoch = self.progress, self.progress.batch == self.batches.batches_per_epoch
         epoch = progress.epoch + 1
         train_loss = progress.loss_sum / progress.batch
-        val_loss = self.model.evaluate(self._windows_before_a_signal()) if self.val_windows else None
+        val_loss = self.model.evaluate(self._windows_before_a_signal()) if self.text.val_windows else None
         if self._signal is not None:
             return
         self._check_finite(val_loss)
-        bits = None if val_loss is None else val_loss / math.log(2)
+        bits, unit = None if val_loss is None else val_loss / math.log(2), self.vocabulary.unit
+        name = "bits_per_byte" if self.config.bytes else "bits_per_char"
         self._write_metrics({"epoch": epoch} | ({} if ends_epoch else {"step": progress.step})
-                            | {"train_loss": train_loss, "val_loss": val_loss, "val_bits_per_char": bits})
+                            | {"train_loss": train_loss, "val_loss": val_loss, f"val_{name}": bits})
         place = f"epoch {epoch}" if ends_epoch else f"epoch {epoch}, step {progress.step}"
-        validation = "" if val_loss is None else f", validation loss {val_loss:.4f}, {bits:.4f} bits per character"
+        validation = "" if val_loss is None else f", validation loss {val_loss:.4f}, {bits:.4f} bits per {unit}"
         _say(f"{place}: training loss {train_loss:.4f}{validation}")
         if self._events and val_loss is not None:
-            self._events.add(progress.step, **{"loss/validation": val_loss, "bits_per_char/validation": bits})
+            self._events.add(progress.step, **{"loss/validation": val_loss, f"{name}/validation": bits})
         self._write_sample(place, epoch if ends_epoch else progress.step)
         judged = train_loss if val_loss is None else val_loss
         if progress.best_loss is None or judged < progress.best_loss:
@@ -424,7 +479,7 @@ class Run:
                  "uniform guess; a lower --learning-rate, or --clip-norm, may help")
 
     def _windows_before_a_signal(self) -> Iterator[Batch]:
-        for window in self.val_windows:
+        for window in self.text.val_windows:
             yield window
             if self._signal is not None:
                 return
@@ -465,30 +520,23 @@ class Run:
         model, saved = self.model, None
         if resumable:
             progress = vars(self.progress) | {"config": self.config.saved(), "text_sha256": self.text_sha256}
-            if self._schedule != schedule.options(self.config, self.batches.batches_per_epoch):
+            if self._schedule != schedule.options(self.config, self.curriculum):
                 progress["schedule"] = self._schedule
             saved = Resumable(host(model.m), host(model.v), model.ops.to_host(model.state), progress)
         return Checkpoint(self.sizes, self.vocabulary, host(model.params), saved)
 
     def _restore(self, checkpoint: Checkpoint, schedule_given: bool) -> None:
-        saved, ops = checkpoint.resumable, self.model.ops
-        model = self.model
-        for arrays, source in ((model.params, checkpoint.params), (model.m, saved.m), (model.v, saved.v)):
-            for name in parameter_shapes(self.sizes):
-                ops.copy_in(arrays[name], source[name])
-        ops.copy_in(self.model.state, saved.state)
+        self._take_over(checkpoint)
         self._timing = self._saved_timing()
-        self.progress = progress = Progress.from_saved(saved.progress)
-        count = self.batches.batches_per_epoch
-        if progress.step != progress.epoch * count + progress.batch or progress.batch > count:
+        saved, progress, count = checkpoint.resumable.progress, self.progress, self.batches.batches_per_epoch
+        if progress.step != self.curriculum.steps_before(progress.epoch) + progress.batch or progress.batch > count:
             raise UserError(f"{self.folder / 'last.safetensors'} says that step {progress.step:,} is in epoch "
                             f"{progress.epoch + 1:,}, but an epoch has {count:,} steps; start a new run")
-        self.model.step = self.progress.step
-        self._before = TrainConfig.from_saved(saved.progress["config"])
-        before = schedule.options(self._before, count)
-        self._schedule = saved.progress.get("schedule", before)
-        if schedule_given and not (schedule.options(self.config, count) == before == self._schedule):
-            self._schedule = schedule.options(self.config, count)
+        self._before = TrainConfig.from_saved(saved["config"])
+        before, now = (schedule.options(config, self.curriculum) for config in (self._before, self.config))
+        self._schedule = saved.get("schedule", before)
+        if schedule_given and not (now == before == self._schedule):
+            self._schedule = now
             self.progress.schedule_start = self.progress.step
 
     def _saved_timing(self) -> list[dict]:
@@ -511,13 +559,14 @@ class Run:
         for name, shape in shapes.items():
             _say(f"{name:10} {shape!s:16} {math.prod(shape):>12,}")
         batch = self.batches.batch(self.progress.epoch, 0)
+        counts = ", then ".join(f"{text.batches.batches_per_epoch:,}" for text in self._texts)
         loss = self.model.evaluate([batch])
         trained = (f"after step {self.progress.step:,}" if self.progress.step
                    else "untrained" if self.config.init_from is None else f"of {self.config.init_from}")
-        _say(f"{parameter_count(self.sizes):,} parameters, {self.batches.batches_per_epoch:,} steps per epoch; "
+        _say(f"{parameter_count(self.sizes):,} parameters, {counts} steps per epoch; "
              f"loss {trained} {loss:.4f}, of a uniform guess ln {self.sizes.V} = {math.log(self.sizes.V):.4f}")
         for remark in schedule.remarks(self.config, self._before, self.progress.step, self.progress.schedule_start,
-                                       self.batches.batches_per_epoch):
+                                       self.curriculum):
             _say(f"train.py: {remark}")
 
     def _draw_losses(self) -> None:
@@ -525,7 +574,8 @@ class Run:
         path = self.folder / "loss.png"
         try:
             lines = read_metrics(self.folder / "metrics.jsonl")
-            self.files.write(path.name, picture_of_losses(lines, self.batches.batches_per_epoch))
+            self.files.write(path.name,
+                             picture_of_losses(lines, self.curriculum.steps_before, self.vocabulary.unit))
         except Exception as error:  # noqa: BLE001 whatever fails in drawing, the run goes on
             _say(f"train.py: cannot draw {path} ({error}); the run goes on without it")
 
@@ -541,13 +591,19 @@ def _check_same_run(config: TrainConfig, before: TrainConfig) -> None:
     now, then = config.saved(), before.saved()
     for option, value in now.items():
         if option not in CHANGEABLE_ON_RESUME and value != then[option]:
-            other = ("train a new model, without --resume" if option in ("embedding_dim", "rnn_units", "layers")
-                     else f"start a new run from its weights with --init-from {quoted(config.out)}")
+            other = ("train a new model, without --resume"
+                     if option in ("embedding_dim", "rnn_units", "layers", "bytes") else
+                     f"start a new run from its weights with --init-from {quoted(config.out)}")
             raise UserError(f"--{option.replace('_', '-')} is {value}, but {config.out} was trained with "
                             f"{then[option]}, and --resume continues it exactly; leave the option out, or {other}")
 
 
-def _check_sizes(config: TrainConfig, sizes: Sizes) -> None:
+def _check_starting_point(config: TrainConfig, checkpoint: Checkpoint) -> None:
+    sizes, vocabulary = checkpoint.sizes, checkpoint.vocabulary
+    if vocabulary.of_bytes != config.bytes:
+        raise UserError(f"the model of --init-from {config.init_from} has learnt {vocabulary.unit}s; "
+                        + ("give --bytes as well" if vocabulary.of_bytes else "leave --bytes out")
+                        + ", or start from no checkpoint")
     for option, value, wanted in (("embedding-dim", config.embedding_dim, sizes.E),
                                   ("rnn-units", config.rnn_units, sizes.H), ("layers", config.layers, sizes.layers)):
         if value != wanted:
@@ -573,11 +629,11 @@ def _lost(one: str, many: str, unit: str, kept: set[int], total: int) -> list[st
     return [f"the {one} of {unit} {missing[0]:,}"] * count
 
 
-def _told(corpus: Corpus) -> str:
+def _told(corpus: Corpus, unit: str) -> str:
     """A line that names a text and the files that it is made of."""
     files = corpus.files if len(corpus.files) <= 6 else (*corpus.files[:3], "...", *corpus.files[-2:])
     among = f" in {len(corpus.files):,} files" if len(corpus.files) > 1 else ""
-    return f"text: {len(corpus.text):,} characters{among}: {', '.join(files) or corpus.name}"
+    return f"text: {len(corpus.text):,} {unit}s{among}: {', '.join(files) or corpus.name}"
 
 
 def _say(line: str) -> None:

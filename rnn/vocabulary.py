@@ -1,13 +1,19 @@
 """Characters and their ids: id 0 is `[UNK]`, ids 1.. are the sorted distinct characters of the training text. Where a
-model that knows some characters learns another text, new ones follow, sorted among themselves."""
+model that knows some characters learns another text, new ones follow, sorted among themselves.
+
+A model of bytes has 256 characters at most: U+0000 to U+00FF, each standing for the byte of that value. So ids, batches
+and drawing are those of any model, and text is made of bytes, and bytes of text, at the border only, by `as_characters`
+and `text_decoder`.
+"""
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -23,6 +29,12 @@ _CHUNK = 1 << 22
 LINE_ENDS, SEPARATORS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", ";|\t,"
 """Characters after which a text begins anew, in the order in which they are looked for."""
 
+BYTES = "latin-1"
+"""The encoding by which byte values are the characters U+0000 to U+00FF."""
+
+_LETTERS = dict.fromkeys(range(0x80, 0x100), "x")
+"""Bytes beyond ASCII are parts of letters in UTF-8 and most other encodings, whatever characters stand for them."""
+
 RARE = 10_000
 """Once in so many characters, a separator is too rare for a model to learn from it how a text begins."""
 
@@ -32,17 +44,20 @@ class Vocabulary:
 
     characters: the known characters in the order of their ids, which start at 1; `[UNK]` is not among them.
     beginning: the character after which a text without a prompt begins; one that is unknown is replaced by the first
-    known of line ends, `SEPARATORS`, the space, other characters that are no letter or digit, and all others.
+    known of line ends, `SEPARATORS`, the space, other characters that are no letter or digit, and all others. of_bytes:
+    whether the characters stand for bytes.
     Raises: ValueError for what are no such characters; UserError, in all methods, for texts that are no strings.
     """
 
-    def __init__(self, characters: str, beginning: str = "\n") -> None:
+    def __init__(self, characters: str, beginning: str = "\n", of_bytes: bool = False) -> None:
         codes = _code_points(_string("characters", characters))
         if len(codes) == 0 or len(np.unique(codes)) < len(codes):
             raise ValueError("characters must be at least one, and distinct")
+        if of_bytes and codes.max() > 0xFF:
+            raise ValueError("characters that stand for bytes must be U+0000 to U+00FF")
         if not isinstance(beginning, str) or len(beginning) != 1:
             raise ValueError(f"beginning must be one character, not {beginning!r:.20}")
-        self.characters = characters
+        self.characters, self.of_bytes = characters, of_bytes
         usual = (character for character in beginning + LINE_ENDS + SEPARATORS + " " if character in characters)
         others = (character for character in characters if not _is_of_words(character))
         self.beginning = next(itertools.chain(usual, others), characters[0])
@@ -51,9 +66,9 @@ class Vocabulary:
         self._ids[codes] = np.arange(1, len(self), dtype=self.dtype)
 
     @staticmethod
-    def of(text: str, known: str = "") -> Vocabulary:
+    def of(text: str, known: str = "", of_bytes: bool = False) -> Vocabulary:
         """The vocabulary of a text that is not empty, with the beginning that `beginning_of` gives; known: characters
-        that keep the first ids, in this order.
+        that keep the first ids, in this order; of_bytes: whether the text's characters stand for bytes.
 
         Raises: ValueError for an empty text.
         """
@@ -63,14 +78,21 @@ class Vocabulary:
         for start in range(0, len(text), _CHUNK):
             seen[_code_points(text[start:start + _CHUNK])] = True
         seen[_code_points(known)] = False
-        return Vocabulary(known + _text(np.flatnonzero(seen).astype("<u4")), beginning_of(text))
+        beginning = beginning_of(text[:_CHUNK].translate(_LETTERS) if of_bytes else text)
+        return Vocabulary(known + _text(np.flatnonzero(seen).astype("<u4")), beginning, of_bytes)
 
     def __len__(self) -> int:
         """V, `[UNK]` included."""
         return len(self.characters) + 1
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Vocabulary) and self.characters == other.characters
+        return (isinstance(other, Vocabulary) and self.characters == other.characters
+                and self.of_bytes == other.of_bytes)
+
+    @property
+    def unit(self) -> str:
+        """What an id stands for, in a word."""
+        return "byte" if self.of_bytes else "character"
 
     @property
     def dtype(self) -> np.dtype:
@@ -98,13 +120,52 @@ class Vocabulary:
         ids = self.encode(text)
         if on_unknown == "error" and (ids == 0).any():
             unknown = sorted({character for character, known in zip(text, ids) if known == 0})
-            raise UserError(f"the text has characters that the model has not learnt: {shown(unknown)}; "
+            raise UserError(f"the text has {self.unit}s that the model has not learnt: {self.shown(unknown)}; "
                             "leave them out, or give --on-unknown skip or unk")
         return ids[ids != 0] if on_unknown == "skip" else ids
 
-    def as_learnt(self, text: str) -> str:
-        """A text without a byte order mark, and with each line end (`\\r\\n`, `\\r`) as `\\n`, unless the model has
-        learnt the mark or `\\r`."""
+    def as_characters(self, text: str | bytes, name: str = "text") -> str:
+        """A text in characters of the vocabulary: of a model of bytes, one for each byte of its UTF-8, or of bytes that
+        are given themselves. What a command line had of bytes that are no UTF-8, in lone surrogates, becomes these
+        bytes again.
+
+        Raises: UserError that names the argument, for bytes where the model has characters, and for other surrogates.
+        """
+        if not self.of_bytes:
+            return _string(name, text)
+        if isinstance(text, bytes | bytearray):
+            return text.decode(BYTES)
+        try:
+            return _string(name, text).encode("utf-8", "surrogateescape").decode(BYTES)
+        except UnicodeEncodeError as error:
+            raise UserError(f"{name}: has no UTF-8 ({error.object[error.start]!a})") from None
+
+    def text_decoder(self) -> Callable[[str, bool], str]:
+        """A function of a piece of a text in characters of the vocabulary, and of whether it is the last one, that
+        gives the text of the pieces. Of a model of bytes, this is their UTF-8: a character that is cut in two is given
+        with its last byte, and U+FFFD stands for bytes that are no UTF-8."""
+        if not self.of_bytes:
+            return lambda piece, last: piece
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return lambda piece, last: decoder.decode(self.as_bytes(piece), last)
+
+    def as_bytes(self, characters: str) -> bytes:
+        """The bytes that characters of the vocabulary stand for."""
+        return characters.encode(BYTES)
+
+    def as_text(self, characters: str) -> str:
+        """A whole text, from its characters of the vocabulary."""
+        return self.text_decoder()(characters, True)
+
+    def as_learnt(self, text: str | bytes, name: str = "text") -> str:
+        """A text in characters of the vocabulary: of bytes, all of them; else without a byte order mark, and with each
+        line end (`\\r\\n`, `\\r`) as `\\n`, unless the model has learnt the mark or `\\r`.
+
+        Raises: UserError as `as_characters`.
+        """
+        text = self.as_characters(text, name)
+        if self.of_bytes:
+            return text
         if "\ufeff" not in self.characters:
             text = text.removeprefix("\ufeff")
         if "\r" not in text or "\r" in self.characters:
@@ -118,6 +179,15 @@ class Vocabulary:
         Raises: ValueError for other ids.
         """
         return _text(self._codes[checked_ids("ids", ids, len(self)).astype(np.intp, copy=False)])
+
+    def shown(self, characters: Sequence[str]) -> str:
+        """The first characters of several in quotes, with escapes for those that cannot be printed; bytes as
+        b'\\xff'."""
+        quoted = (f"b{character!a}" if self.of_bytes else
+                  repr(character) if character.isprintable() else ascii(character)
+                  for character in characters[:MOST_SHOWN])
+        more = len(characters) - MOST_SHOWN
+        return " ".join(quoted) + (f" and {more:,} more" if more > 0 else "")
 
 
 def checked_ids(name: str, ids, V: int) -> np.ndarray:
@@ -186,13 +256,6 @@ def _string(name: str, text: object) -> str:
     if not isinstance(text, str):
         raise UserError(f"{name}: expected a string, got {described(text)}")
     return text
-
-
-def shown(characters: Sequence[str]) -> str:
-    """The first characters of several in quotes, with escapes for those that cannot be printed."""
-    quoted = (repr(character) if character.isprintable() else ascii(character) for character in characters[:MOST_SHOWN])
-    more = len(characters) - MOST_SHOWN
-    return " ".join(quoted) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _code_points(text: str) -> np.ndarray:

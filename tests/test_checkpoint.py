@@ -104,6 +104,28 @@ def test_checkpoint_comes_back_bit_for_bit(tmp_path, layers, resumable):
     assert_equal(load_checkpoint(tmp_path / "a.safetensors"), before)
 
 
+def form(raw: bytes) -> int:
+    header = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])
+    return json.loads(header["__metadata__"][METADATA_KEY])["format"]
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_model_of_bytes_comes_back_and_is_refused_by_versions_that_read_format_1(tmp_path, monkeypatch, resumable):
+    text = example(resumable=resumable)
+    before = replace(text, vocabulary=Vocabulary("\n\"\\\0\x80\xff", beginning="\xff", of_bytes=True))
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, before)
+    assert_equal(load_checkpoint(path), before)
+    assert load_checkpoint(path).vocabulary.of_bytes
+    assert (form(path.read_bytes()), form(module.checkpoint_bytes(text))) == (2, 1)
+    monkeypatch.setattr(module, "FORMAT_OF_BYTES", 1)
+    assert_refused(path, "format 2")
+
+
+def test_model_of_bytes_with_a_character_that_stands_for_none_is_refused(saved):
+    assert_refused(forged(saved, lambda description, tensors: description.update(format=2)), "do not fit")
+
+
 def test_arrays_that_are_not_contiguous_come_back_bit_for_bit(tmp_path):
     before = example()
     strided = {name: np.repeat(array, 2, axis=-1)[..., ::2] for name, array in before.params.items()}
@@ -323,10 +345,10 @@ def test_progress_that_is_not_finite_is_refused(saved):
             loss_sum=value)), "no checkpoint of char-gru")
 
 
-@pytest.mark.parametrize("number", [0, 2, "1", None, [], 10**40])
+@pytest.mark.parametrize("number", [0, 3, "1", None, [], 10**40])
 def test_file_of_another_format_is_refused_with_its_number(saved, number):
     file = forged(saved, lambda description, tensors: description.update(format=number))
-    assert_refused(file, f"format {repr(number)[:20]}", "reads 1")
+    assert_refused(file, f"format {repr(number)[:20]}", "reads 1 and 2")
 
 
 def test_missing_file_and_folder_are_refused(tmp_path):

@@ -130,6 +130,18 @@ def test_run_goes_on_on_another_device(on_cpu, folder):
     assert_equal_but_for_rounding(folder / "run", on_cpu)
 
 
+def test_length_of_sequences_changes_on_cuda_and_across_resuming(folder):
+    (folder / "cpu").mkdir()
+    make_text(folder / "cpu" / "text.txt")
+    options = (*TEXT, "--seq-length", "5:1,20", "--steps", 18, "--save-every", 1, "--stateful")
+    expected = train_here(*options, "--device", "cpu", cwd=folder / "cpu")
+    whole = train_here(*options, *ON_CUDA, cwd=folder).rename(folder / "whole")
+    assert_equal_but_for_rounding(whole, expected)
+    stop_here(17, *options, *ON_CUDA, cwd=folder)
+    train_here("--resume", cwd=folder)
+    assert_equal_runs(folder / "run", whole)
+
+
 def test_options_of_training_run_on_cuda(folder):
     (folder / "cpu").mkdir()
     make_text(folder / "cpu" / "text.txt")

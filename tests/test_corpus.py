@@ -81,6 +81,26 @@ def test_damaged_gzip_is_refused(tmp_path):
     refused_text(path, "is damaged or cut short")
 
 
+def test_bytes_of_files_of_any_kind_stay_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "CHUNK", 3)
+    monkeypatch.chdir(tmp_path)
+    contents = {"a.pdf": b"%PDF-1.7\r\n", "b.bin": bytes(range(256)), "c.txt": b"\xef\xbb\xbfone\r",
+                "d.txt": "naïve".encode("utf-16"), "e": bytes(9)}
+    for name, raw in contents.items():
+        Path(name).write_bytes(raw)
+    Path("f.gz").write_bytes(gzip.compress(b"packed\xff"))
+    expected = "→".encode().join([*contents.values(), b"packed\xff"])
+    for data in (tuple(contents) + ("f.gz",), (".",), ("[a-f]*",)):
+        corpus = load_corpus(data, separator="→", as_bytes=True)
+        assert corpus.text.encode("latin-1") == expected
+        assert corpus.sha256 == hashlib.sha256(expected).hexdigest()
+    Path("empty").touch()
+    with pytest.raises(UserError, match="empty is empty"):
+        load_corpus("empty", as_bytes=True)
+    docs = load_corpus("python-docs")
+    assert load_corpus("python-docs", as_bytes=True).text.encode("latin-1") == docs.text.encode()
+
+
 def refused_text(path: Path, *parts: str, **options) -> None:
     """Assert that the text of a file is refused in one line that names it."""
     with pytest.raises(UserError) as caught:

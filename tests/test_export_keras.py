@@ -552,3 +552,13 @@ def refused_to_write(capfd, source: Path, *parts: str) -> None:
     status = commands.export([str(source), str(out)])
     assert_refused(status, *capfd.readouterr(), *parts)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_model_of_bytes_comes_back_as_one(keras, tmp_path, suffix):
+    checkpoint = of_char_gru()
+    known = Vocabulary("\n;ad\x80\xff", beginning=";", of_bytes=True)
+    save_checkpoint(tmp_path / "model.safetensors", Checkpoint(checkpoint.sizes, known, checkpoint.params))
+    out = exported(tmp_path / "model.safetensors", tmp_path / f"model{suffix}")
+    back = load_checkpoint(exported(out, tmp_path / "back.safetensors"))
+    assert back.vocabulary == known and back.vocabulary.beginning == ";"

@@ -360,3 +360,16 @@ def test_script_of_the_readme_writes_the_text_of_generate(saved, capfd):
     result = run(script, cwd=saved.parent)
     assert result.returncode == 0, result.stderr
     assert result.stdout == expected and len(expected) == len("ROMEO:") + 1000 + 1
+
+
+def test_graph_of_a_model_of_bytes_says_so_and_draws_its_bytes():
+    known, params = Vocabulary(CHARACTERS, of_bytes=True), random_checkpoint(1).params
+    checkpoint = Checkpoint(random_checkpoint(1).sizes, known, params)
+    model = onnx_bytes(checkpoint, logits=False)
+    texts = texts_by_onnx(checkpoint, model, PROMPTS, 50, seed=3)
+    assert texts == Generator(checkpoint.sizes, known, params).generate(PROMPTS, 50, seed=3, raw=True)
+    for logits in (False, True):
+        how_to = loaded(onnx_bytes(checkpoint, logits)).get_modelmeta().custom_metadata_map["how_to"]
+        assert how_to.endswith("stands for the byte of its code point, U+0000 to U+00FF.")
+        assert "byte" not in loaded(onnx_bytes(random_checkpoint(1), logits)).get_modelmeta(
+            ).custom_metadata_map["how_to"]

@@ -645,3 +645,13 @@ def test_command_writes_the_page(tmp_path, capsys):
     assert Path(out).read_bytes() == page_bytes(model(), "fp16")
     assert commands.export([str(source), str(out), "--weights", "int8", "--force"]) == 0
     assert Path(out).read_bytes() == page_bytes(model(), "int8")
+
+
+def test_model_of_bytes_is_refused(tmp_path, capsys):
+    source = tmp_path / "model.safetensors"
+    of_bytes = Vocabulary("".join(map(chr, range(model().sizes.V - 1))), of_bytes=True)
+    save_checkpoint(source, replace(model(), vocabulary=of_bytes))
+    assert commands.export([str(source), str(tmp_path / "page.html")]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "is a model of bytes, which .html does not show" in line and ".safetensors" in line
+    assert [*tmp_path.iterdir()] == [source]

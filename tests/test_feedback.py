@@ -44,9 +44,9 @@ def test_without_a_terminal_a_line_tells_step_loss_rate_and_time_left(folder, ca
 def test_lines_come_about_once_a_minute(folder, monkeypatch):
     clock, said = iter(range(0, 10_000, 7)), []
     monkeypatch.setattr(feedback.time, "perf_counter", lambda: next(clock))
-    report = feedback.ProgressReport(100, 400, 640, said.append)
+    report = feedback.ProgressReport(100, 400, said.append)
     for step in range(101, 141):
-        report.after_step(step, 1, 2.5)
+        report.after_step(step, 1, 2.5, 640)
     assert [line.split(":")[0] for line in said] == [f"step {step} of 400, epoch 1" for step in (109, 118, 127, 136)]
     assert said[0].endswith("loss 2.5000, 91 characters/s, 0:33:57 left")
 
@@ -167,7 +167,7 @@ def test_picture_has_training_and_validation_and_both_units(monkeypatch):
             figures.append(self)
 
     monkeypatch.setattr(figure, "Figure", Kept)
-    assert feedback.picture_of_losses(lines, 3).startswith(b"\x89PNG")
+    assert feedback.picture_of_losses(lines, lambda epochs: 3 * epochs).startswith(b"\x89PNG")
     [axes], [bits] = figures[0].axes, figures[0].axes[0].child_axes
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
     assert drawn == {"training": [[1, 4], [2, 3], [3, 2.5]], "validation": [[2, 3.25], [3, 2.75]]}
@@ -182,7 +182,7 @@ def test_picture_of_hardly_any_losses_shows_them_without_a_warning(monkeypatch, 
     plot, drawn = axes.Axes.plot, []
     monkeypatch.setattr(axes.Axes, "plot", lambda self, *points, **style: drawn.append(style) or plot(
         self, *points, **style))
-    assert feedback.picture_of_losses(lines, 8).startswith(b"\x89PNG")
+    assert feedback.picture_of_losses(lines, lambda epochs: 8 * epochs).startswith(b"\x89PNG")
     assert [style["marker"] for style in drawn] == ["o"] * len(lines)
 
 

@@ -124,6 +124,20 @@ def test_size_of_the_checkpoint_may_be_given(first, folder):
     tune(first / "run", folder, "--steps", 1, "--rnn-units", 16, "--layers", 2)
 
 
+def test_model_of_bytes_learns_other_bytes_and_no_text_and_the_reverse(first, folder, capfd):
+    source = train_here("--data", "new.txt", "--bytes", *TINY, "--steps", 1, cwd=folder).rename(folder / "source")
+    capfd.readouterr()
+    said = refused_here(folder, capfd, "--init-from", "source", "--data", "new.txt", *FREE)
+    assert "the model of --init-from source has learnt bytes; give --bytes as well" in said
+    said = refused_here(folder, capfd, "--init-from", first / "run", "--data", "new.txt", *FREE, "--bytes")
+    assert "has learnt characters; leave --bytes out" in said
+    known = load_checkpoint(source / "best.safetensors").vocabulary.characters
+    (folder / "new.txt").write_bytes(b"\xff\0" * 60)
+    run = tune(source, folder, "--bytes", "--steps", 1)
+    assert r"the model gets 2 new bytes: b'\x00' b'\xff'" in capfd.readouterr().err
+    assert load_checkpoint(run / "last.safetensors").vocabulary == Vocabulary(known + "\0\xff", of_bytes=True)
+
+
 @pytest.mark.parametrize("source", ["none", "new.txt", "."])
 def test_init_from_what_is_no_checkpoint_is_refused(folder, capfd, source):
     assert source in refused_here(folder, capfd, "--init-from", source, "--data", "new.txt", *FREE)

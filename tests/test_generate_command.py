@@ -487,6 +487,101 @@ def test_file_among_others_that_has_no_score_is_named_and_the_others_are_scored(
     assert "before --score" in refused("--score", tmp_path / "good.txt", "run")
 
 
+# Models of bytes
+
+@pytest.fixture(scope="module")
+def of_bytes(tmp_path_factory) -> Path:
+    """A folder with a trained run of bytes called `run`; read it, do not change it."""
+    folder = tmp_path_factory.mktemp("bytes")
+    (folder / "data.bin").write_bytes("dög 🦊\n".encode() * 60 + bytes(range(0x80, 0x100)))
+    train_here("--data", "data.bin", "--bytes", *TINY, "--epochs", 9, "--learning-rate", "1e-2", cwd=folder)
+    return folder
+
+
+def write_bytes(folder: Path, capfdbinary, *arguments: object) -> bytes:
+    """What the command writes to stdout in this process."""
+    capfdbinary.readouterr()
+    with chdir(folder):
+        assert commands.generate(["run", *map(str, arguments)]) == 0
+    return capfdbinary.readouterr().out
+
+
+def test_bytes_are_written_as_text_or_with_raw_as_they_are(of_bytes, capfdbinary):
+    options = ("--prompt", "dö", "--prompt", "a", "--on-unknown", "skip", "--length", 300, "--seed", 1)
+    raw = write_bytes(of_bytes, capfdbinary, *options, "--raw")
+    assert len(raw) == len("dö".encode()) + len("a") + 2 * 300 + len(RULE) + 1
+    with pytest.raises(UnicodeDecodeError):
+        raw.decode()
+    written = write_bytes(of_bytes, capfdbinary, *options).decode()
+    assert written == raw.decode("utf-8", "replace") and {"ö", "\ufffd"} < {*written}
+    lines = [json.loads(line) for line in write_bytes(of_bytes, capfdbinary, *options, "--format=jsonl").splitlines()]
+    assert [line["prompt"] for line in lines] == ["dö", "a"] and [line["end"] for line in lines] == ["length"] * 2
+    for line, text in zip(lines, raw.removesuffix(b"\n").split(RULE.encode())):
+        assert line["text"] == text[-300:].decode("utf-8", "replace")
+
+
+def test_raw_bytes_go_to_stdout_of_a_process_with_prompts_of_any_bytes(of_bytes, tmp_path):
+    options = ("generate.py", "run", "--length", 20, "--seed", 1, "--raw", "--separator", "→")
+    (tmp_path / "prompt").write_bytes(b"d\xc3")
+    expected = None
+    for prompt, stdin in (("d\udcc3", b""), ("-", b"d\xc3"), (None, b"")):
+        source = ("--prompt-file", tmp_path / "prompt") if prompt is None else ("--prompt", prompt)
+        with running(*options, *source, cwd=of_bytes) as process:
+            raw, said = process.communicate(stdin)
+        assert said == b"" and raw.startswith(b"d\xc3") and raw.endswith("→".encode())
+        assert len(raw) == 2 + 20 + 3 and raw == (expected or raw)
+        expected = raw
+
+
+def test_character_begun_by_a_prompt_is_ended_by_its_text(of_bytes):
+    options = ("--length", 1, "--temperature", 0)
+    with running("generate.py", "run", *options, "--prompt", "dög 🦊\nd\udcc3", cwd=of_bytes) as process:
+        written, _ = process.communicate()
+    assert written.startswith("dög 🦊\nd".encode() + b"\xc3") and len(written.decode()) == len("dög 🦊\ndö\n")
+
+
+def test_stop_string_of_bytes_is_its_utf_8(of_bytes, capfdbinary):
+    options = ("--prompt", "dög", "--length", 400, "--seed", 2, "--stop", "ö")
+    raw = write_bytes(of_bytes, capfdbinary, *options, "--raw")
+    assert raw.endswith("ö\n".encode()) and raw.count("ö".encode()) == 2
+    [line] = write_bytes(of_bytes, capfdbinary, *options, "--format", "jsonl").splitlines()
+    assert json.loads(line)["end"] == "stop" and json.loads(line)["text"] == raw[4:-1].decode("utf-8", "replace")
+
+
+def test_unknown_bytes_are_refused_skipped_or_read_as_unk(of_bytes, capfdbinary):
+    with chdir(of_bytes):
+        assert commands.generate(["run", "--prompt", "da\x07"]) == 2
+    assert rb"bytes that the model has not learnt: b'\x07' b'a'" in capfdbinary.readouterr().err
+    options = ("--length", 30, "--seed", 1, "--on-unknown")
+    skipped = write_bytes(of_bytes, capfdbinary, "--prompt", "da", *options, "skip")
+    assert skipped.removeprefix(b"da") == write_bytes(of_bytes, capfdbinary, "--prompt", "d", *options, "error")[1:]
+
+
+def test_score_of_bytes_counts_bytes_as_they_are(of_bytes, tmp_path, capfdbinary):
+    raw = "dög\n".encode() + b"\xff\xfe"
+    (tmp_path / "raw").write_bytes(raw)
+    *values, score = [json.loads(line) for line in write_bytes(
+        of_bytes, capfdbinary, "--score", tmp_path / "raw", "--per-character").splitlines()]
+    assert [line["byte"] for line in values] == [*raw[1:]]
+    assert score.keys() == {"loss", "bits_per_byte", "bytes"} and score["bytes"] == len(raw) - 1
+    assert score["bits_per_byte"] == pytest.approx(score["loss"] / math.log(2))
+    assert score["loss"] == Generator.load(of_bytes / "run", "cpu").score(raw).loss
+
+
+def test_raw_is_refused_where_it_has_no_bytes_or_would_reach_a_terminal(refused, of_bytes):
+    assert "--raw is for models of bytes" in refused("run", "--raw")
+    assert "--raw is for texts" in refused("run", "--raw", "--format", "jsonl")
+    assert "--raw is for texts" in refused("run", "--raw", "--score", "text.txt")
+    status, said = on_a_terminal("run", "--raw", cwd=of_bytes, stream="stdout")
+    assert (status, said) == (2, "")
+
+
+def test_bytes_beyond_ascii_are_escaped_on_a_terminal_where_they_are_controls(of_bytes):
+    arguments = ("run", "--prompt", "\x9b", "--length", 400, "--seed", 1)
+    status, shown = on_a_terminal(*arguments, cwd=of_bytes, stream="stdout")
+    assert status == 0 and shown.startswith(r"\x9b") and "\x9b" not in shown
+
+
 # Bad input
 
 def test_option_where_a_text_is_due_is_not_taken_for_it(refused, write):

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tracemalloc
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -424,6 +425,13 @@ def test_input_that_cannot_be_used_is_refused(refused, folder, arguments, parts)
     for name, text in (("strange", "YXaX"), ("short", "a"), ("empty", "")):
         (folder / f"{name}.txt").write_text(text)
     refused(arguments, *parts)
+
+
+def test_model_of_bytes_is_refused(refused, folder):
+    text = model(layers=2)
+    of_bytes = Vocabulary("".join(map(chr, range(text.sizes.V - 1))), of_bytes=True)
+    save_checkpoint(folder / "bytes.safetensors", replace(text, vocabulary=of_bytes))
+    refused("bytes.safetensors text.txt", "bytes.safetensors is a model of bytes", "name a model of characters")
 
 
 def test_file_that_exists_is_refused_before_the_text_is_read(refused, folder, monkeypatch):

@@ -271,12 +271,54 @@ def test_a_string_is_one_prompt_and_one_stop_string(generator):
     assert generator.generate("ab", 100, seed=1, stop=text[40:44]) == [text[:text.index(text[40:44]) + 4]]
 
 
+# Bytes
+
+@pytest.fixture(scope="module")
+def of_bytes() -> Generator:
+    """A model of the bytes of a few characters, which mostly writes bytes that are no UTF-8."""
+    known = Vocabulary.of("ab\xc3\xa9\xff", of_bytes=True)
+    sizes = Sizes(len(known), 5, 12)
+    return Generator(sizes, known, named_views(2 * initial_parameters(sizes, "pytorch", 3), sizes))
+
+
+@pytest.mark.parametrize("stop", [(), ("é", "bbb")])
+def test_bytes_are_decoded_as_they_are_written(of_bytes, stop):
+    options = {"length": 300, "seed": 1, "stop": stop}
+    raw = of_bytes.generate(["", "a", "b"], raw=True, **options)
+    assert stop or [len(text) for text in raw] == [300] * 3
+    texts = [text.encode("latin-1").decode("utf-8", "replace") for text in raw]
+    assert of_bytes.generate(["", "a", "b"], **options) == texts
+    assert any("é" in text for text in texts) and (stop or all("\ufffd" in text for text in texts))
+    for wanted in stop:
+        assert all(text.find(wanted) in (-1, len(text) - len(wanted)) for text in texts)
+        assert len(max(raw, key=len)) < 300
+
+
+def test_prompts_and_stop_strings_of_bytes_may_be_bytes(of_bytes):
+    expected = of_bytes.generate("aé", 99, seed=1)
+    for prompt in ("aé".encode(), ["aé".encode()], "a\udcc3\udca9"):
+        assert of_bytes.generate(prompt, 99, seed=1) == expected
+    [raw] = of_bytes.generate("aé", 300, seed=1, raw=True)
+    assert of_bytes.generate("aé", 300, seed=1, raw=True, stop=[b"\xa9a"]) == [raw[:raw.index("\xa9a") + 2]]
+
+
+def test_bytes_are_stepped_through_and_scored_one_by_one(of_bytes):
+    chars, state = ["\xc3", "a"], None
+    for _ in range(20):
+        chars, state = of_bytes.step(chars, state)
+        assert all(len(char) == 1 and char in of_bytes.vocabulary.characters for char in chars)
+    assert of_bytes.score("aé").characters == 2
+    assert of_bytes.score("aé") == of_bytes.score("aé".encode())
+    with pytest.raises(UserError, match=r"first known byte is not scored"):
+        of_bytes.score(b"\xff")
+
+
 @pytest.mark.parametrize(("prompts", "options", "part"), [
-    ([], {}, "no prompt"), ((), {}, "no prompt"), (None, {}, "prompts: expected a string or several, got None"),
+    ([], {}, "no prompt"), ((), {}, "no prompt"), (None, {}, "prompts: expected a string, got None"),
     (["a", 3], {}, "got 3"), (b"ab", {}, "got bytes; decode"),
     ([b"ab"], {}, "got bytes; decode"),
     ("a", {"stop": ""}, "stop has an empty string"), ("a", {"stop": ["b", ""]}, "stop has an empty string"),
-    ("a", {"stop": [None]}, "stop: expected a string or several, got None"),
+    ("a", {"stop": [None]}, "stop: expected a string, got None"),
     ("a", {"seed": -1}, "seed is -1, but must be"), ("a", {"seed": 2**64}, "must be"), ("a", {"seed": 1.5}, "must be"),
     ("a", {"seed": "1"}, "must be"), ("a", {"length": 2.5}, "must be"), ("a", {"length": "5"}, "must be"),
     ("a", {"top_k": 1.5}, "must be"), ("a", {"temperature": "1"}, "must be"), ("a", {"top_p": None}, "must be"),

@@ -27,7 +27,7 @@ def folder(tmp_path) -> Path:
 def drawings(monkeypatch) -> list[list[dict]]:
     """The lines of each picture that was drawn; drawing them takes longer than training."""
     drawn: list[list[dict]] = []
-    monkeypatch.setattr(training, "picture_of_losses", lambda lines, batches: drawn.append(lines) or b"picture")
+    monkeypatch.setattr(training, "picture_of_losses", lambda lines, steps_of, unit: drawn.append(lines) or b"picture")
     return drawn
 
 
@@ -233,6 +233,46 @@ def test_epochs_given_to_a_resumed_run_replace_its_steps(folder, capfd):
     run = train_here("--resume", "--epochs", 2, cwd=folder)
     assert "the run has ended: --epochs 2 are done" in capfd.readouterr().err
     assert evaluations(run) == [(1, 3), (1, None), (2, None)]
+
+
+# Sequences whose length changes
+
+@pytest.mark.parametrize(("seq_length", "stages"), [
+    (100, [(100, None)]), ("7", [(7, None)]), ("50:10,200:20,400", [(50, 10), (200, 20), (400, None)])])
+def test_lengths_and_their_epochs_are_told_by_one_option(seq_length, stages):
+    assert [*TrainConfig(seq_length=seq_length).stages] == stages
+
+
+def test_epochs_of_a_curriculum_have_the_steps_of_their_stage():
+    curriculum = schedule.Curriculum([schedule.Stage(9, 2), schedule.Stage(3, 1), schedule.Stage(5)], [7, 20, 11])
+    stages = [0, 0, 1, 2, 2, 2]
+    assert [curriculum.stage_of(epoch) for epoch in range(6)] == stages
+    assert [curriculum.steps_before(epoch) for epoch in range(7)] == [0, 7, 14, 34, 45, 56, 67]
+    assert schedule.total_steps(TrainConfig(epochs=4), curriculum) == 45
+    assert schedule.total_steps(TrainConfig(epochs=4, steps=3), curriculum) == 3
+
+
+def test_cosine_runs_over_all_lengths(folder, rates):
+    options = ("--seq-length", "5:1,20", "--epochs", 3, "--lr-schedule", "cosine", "--warmup-steps", 2)
+    train_here(*TEXT, *options, cwd=folder)
+    config = TrainConfig(lr_schedule="cosine", warmup_steps=2)
+    assert rates == [schedule.learning_rate(config, step, 15 + 4 + 4) for step in range(23)]
+
+
+def test_losses_of_validation_are_drawn_at_the_steps_where_epochs_end(folder, monkeypatch):
+    ends = []
+    monkeypatch.setattr(training, "picture_of_losses", lambda lines, steps_of, unit: ends.append(
+        [steps_of(epoch) for epoch in (1, 2, 3)]) or b"picture")
+    train_here(*TEXT, "--seq-length", "5:1,20", "--epochs", 1, cwd=folder)
+    assert ends == [[15, 19, 23]]
+
+
+@pytest.mark.parametrize(("options", "reached"), [
+    (("--epochs", 1), False), (("--steps", 15), False), (("--epochs", 2), True), (("--steps", 16), True)])
+def test_length_that_the_run_does_not_reach_is_told(folder, capfd, options, reached):
+    train_here(*TEXT, "--seq-length", "5:1,20", *options, cwd=folder)
+    said = "train.py: --seq-length 5:1,20 has sequences of 20 from epoch 2 on, but the run ends before it"
+    assert (said in capfd.readouterr().err) != reached
 
 
 # The learning rate

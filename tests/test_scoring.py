@@ -253,6 +253,15 @@ def test_lines_of_json_tell_what_was_found():
                          "bits_per_char": score_of(parts[:1]).loss / math.log(2)}
 
 
+def test_lines_of_json_about_bytes_have_their_values():
+    vocabulary = Vocabulary("\n\"\x80\xff" + "abcdef", of_bytes=True)
+    parts = list(Scorer(*FORGETFUL, cpu, details=True).parts([np.array([1, 4, 0, 2])]))
+    *lines, score = [json.loads(line) for line in "".join(json_lines(parts, vocabulary, None)).splitlines()]
+    assert [line["byte"] for line in lines] == [255, "[UNK]", 34]
+    assert {id_ for line in lines for id_, _ in line["likeliest"]} <= {*b"\n\"\x80\xffabcdef", "[UNK]"}
+    assert score == {"loss": score_of(parts).loss, "bits_per_byte": score_of(parts).loss / math.log(2), "bytes": 3}
+
+
 # The next character
 
 @pytest.mark.parametrize("ops", [cpu, reference_ops.op_set()], ids=["cpu", "specification"])

@@ -18,6 +18,7 @@ import pytest
 
 from char_gru.kernels.runtime import DeviceError
 from char_gru.rnn import commands, training
+from char_gru.rnn.batches import ContiguousStreams, ShuffledWindows
 from char_gru.rnn.checkpoint import load_checkpoint, save_checkpoint
 from char_gru.rnn.model import LanguageModel
 from tests.helpers.commands import (
@@ -235,6 +236,172 @@ def test_folder_in_which_a_process_trains_is_refused_with_its_id(folder):
     assert (folder / "run" / ".lock").exists()
     train_here("--resume", "--epochs", 1, cwd=folder)
     assert not (folder / "run" / ".lock").exists()
+
+
+# Sequences whose length changes
+
+LENGTHS = (*TEXT, "--seq-length", "5:1,20", "--steps", 24)
+"""A run of an epoch with sequences of 5 characters, and then of 20, cut inside an epoch of four steps."""
+SHORT_STEPS, SHORT_STEPS_STATEFUL = 15, 18
+"""Steps of the first epoch."""
+
+
+def test_sequences_have_the_length_of_their_epoch(folder, capfd):
+    run_folder = train_here(*LENGTHS, cwd=folder)
+    said = capfd.readouterr().err
+    assert "15, then 4 steps per epoch" in said and "epoch 2: sequences of 20 characters, 4 steps per epoch" in said
+    lines = metrics(run_folder)
+    assert [line["epoch"] for line in lines if "loss" in line] == [1] * 15 + [2] * 4 + [3] * 4 + [4]
+    evaluations = [(line["epoch"], line.get("step")) for line in lines if "loss" not in line]
+    assert evaluations == [(1, None), (2, None), (3, None), (4, 24)]
+    assert json.loads((run_folder / "config.json").read_text())["seq_length"] == "5:1,20"
+
+
+@pytest.mark.parametrize("options", [("--stateful",), ("--layers", 2, "--dropout", 0.3)], ids=["stateful", "dropout"])
+def test_epochs_of_another_length_are_those_of_a_model_made_for_it(folder, options):
+    """Which begins with parameters, moments and number of steps of the first stage's end, and a state of zeros."""
+    lines, steps = metrics(train_here(*LENGTHS, *options, cwd=folder)), SHORT_STEPS
+    if "--stateful" in options:
+        steps = SHORT_STEPS_STATEFUL
+    (folder / "first").mkdir()
+    make_text(folder / "first" / "text.txt")
+    first = train_here(*TEXT, *options, "--seq-length", 5, "--epochs", 1, cwd=folder / "first")
+    assert metrics(first) == lines[:steps + 1]
+    model, vocabulary = LanguageModel.load(
+        first / "last.safetensors", T=20, B=4, dropout=0.3 if "--dropout" in options else 0,
+        carry_state="--stateful" in options)
+    model.reset_state()
+    ids = vocabulary.encode((folder / "text.txt").read_bytes().decode())[:380]
+    batches = ContiguousStreams(ids, 4, 20) if "--stateful" in options else ShuffledWindows(ids, 4, 20, seed=0)
+    losses = [float(model.train_step(*batches.batch(1, index))["loss"]) for index in range(4)]
+    assert [line["loss"] for line in lines[steps + 1:steps + 5]] == losses
+
+
+@pytest.mark.parametrize(("options", "steps"), [
+    (("--stateful",), SHORT_STEPS_STATEFUL),
+    (("--layers", 2, "--dropout", 0.3, "--lr-schedule", "cosine"), SHORT_STEPS)], ids=["stateful", "dropout"])
+@pytest.mark.parametrize("stops", [(-12, 2), (0,), (1,), (-1, 0, 1), (4, 5)], ids=str)
+def test_run_stopped_at_any_step_resumes_across_a_change_of_length(tmp_path, options, steps, stops):
+    """Stops are counted from the last step of the first length."""
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    for path in (whole, parts):
+        path.mkdir()
+        make_text(path / "text.txt")
+    expected = train_here(*LENGTHS, *options, cwd=whole)
+    stop_here(steps + stops[0], *LENGTHS, *options, cwd=parts)
+    for stop in stops[1:]:
+        assert_part_of(parts / "run", expected)
+        stop_here(steps + stop, "--resume", "--seq-length", "5:1,20", cwd=parts)
+    train_here("--resume", cwd=parts)
+    assert_equal_runs(parts / "run", expected)
+
+
+def test_run_that_ended_where_the_length_changes_goes_on(folder):
+    train_here(*TEXT, "--seq-length", "5:1,20", "--epochs", 1, cwd=folder)
+    run_folder = train_here("--resume", "--steps", 20, cwd=folder)
+    (folder / "whole").mkdir()
+    make_text(folder / "whole" / "text.txt")
+    expected = train_here(*TEXT, "--seq-length", "5:1,20", "--steps", 20, cwd=folder / "whole")
+    for name in ("metrics.jsonl", "samples.txt", "best.safetensors"):  # the others hold the options
+        assert contents(run_folder)[name] == contents(expected)[name], name
+
+
+def test_validation_loss_does_not_depend_on_the_length_of_sequences(folder):
+    """With a rate of nothing, all epochs end with one model."""
+    options = ("--seq-length", "5:1,20:1,7", "--epochs", 3, "--val-fraction", 0.5, "--learning-rate", 1e-30)
+    first, second, third = [line["val_loss"] for line in metrics(train_here(*TEXT, *options, cwd=folder))
+                            if "loss" not in line]
+    assert second == pytest.approx(first, rel=1e-6) and third == pytest.approx(first, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", ["0:3,5", "5:0,9", "5,6", "a:3", "a", "5:,9", ":1,9", "5:1,", ",5", "5:1:2,9",
+                                   "5:1, 9", "5:1.5,9", "-5:1,9", "5:1,0"])
+def test_lengths_that_are_none_are_refused(folder, capfd, value):
+    said = refused_here(folder, capfd, *TEXT, "--out", "run", f"--seq-length={value}")
+    assert f"--seq-length is {value}, but must be a whole number of at least 1, or lengths with their epochs" in said
+
+
+@pytest.mark.parametrize("value", ["5:10", "5:10,9:3"])
+def test_last_length_with_epochs_is_refused(folder, capfd, value):
+    said = refused_here(folder, capfd, *TEXT, "--out", "run", "--seq-length", value)
+    assert f"--seq-length is {value}, but the last length takes all epochs that are left" in said
+
+
+def test_text_too_short_for_the_longest_sequences_is_refused_with_numbers(folder, capfd):
+    said = refused_here(folder, capfd, *TEXT, "--out", "run", "--seq-length", "5:1,200:2,20")
+    assert "380 characters, but one batch takes 804 (--batch-size 4, --seq-length 200)" in said
+
+
+def test_memory_too_small_for_the_longest_sequences_is_told_before_the_first_step(folder, capfd, monkeypatch):
+    made = LanguageModel.__init__
+
+    def too_large(self, sizes, T, *arguments, **options):
+        if T == 20:
+            raise MemoryError("20 steps")
+        made(self, sizes, T, *arguments, **options)
+
+    monkeypatch.setattr(LanguageModel, "__init__", too_large)
+    said = refused_here(folder, capfd, *TEXT, "--out", "run", "--seq-length", "5:1,20:1,9")
+    assert "not enough memory (20 steps)" in said and "--seq-length" in said
+
+
+def test_lengths_of_a_resumed_run_stay(folder, capfd):
+    train_here(*LENGTHS, cwd=folder)
+    capfd.readouterr()
+    for value in ("5:1,21", "5:2,20", "20"):
+        said = refused_here(folder, capfd, "--resume", "--out", "run", "--seq-length", value)
+        assert f"--seq-length is {value}, but run was trained with 5:1,20" in said
+
+
+# Bytes
+
+BINARY = "the quick dög 🦊\r\n".encode() * 20 + bytes(range(256))
+"""Bytes of a text, and then of none."""
+
+
+@pytest.fixture
+def binary(tmp_path) -> Path:
+    """A folder with a file of bytes."""
+    (tmp_path / "data.bin").write_bytes(BINARY)
+    return tmp_path
+
+
+def test_run_of_bytes_tells_bytes_and_decodes_its_samples(binary, capfd):
+    run_folder = train_here("--data", "data.bin", "--bytes", *TINY, "--epochs", 2, "--tensorboard", cwd=binary)
+    stdout, said = capfd.readouterr()
+    assert f"text: {len(BINARY)} bytes: data.bin" in said and "bits per byte" in said and "character" not in said
+    [line] = [line for line in metrics(run_folder) if line["epoch"] == 2 and "loss" not in line]
+    assert line["val_bits_per_byte"] == pytest.approx(line["val_loss"] / np.log(2), rel=1e-12)
+    assert "val_bits_per_char" not in line
+    vocabulary = load_checkpoint(run_folder / "best.safetensors").vocabulary
+    assert vocabulary.of_bytes and len(vocabulary) == 257
+    assert "\ufffd" in stdout and (run_folder / "samples.txt").read_bytes().decode().count("--- epoch ") == 2
+    assert json.loads((run_folder / "config.json").read_text())["bytes"] is True
+
+
+@pytest.mark.parametrize("again", [(), ("--bytes",)])
+def test_run_of_bytes_resumes_to_the_same_end(binary, again):
+    (binary / "whole").mkdir()
+    shutil.copy(binary / "data.bin", binary / "whole")
+    options = ("--data", "data.bin", "--bytes", *TINY, "--steps", 20, "--stateful")
+    stop_here(11, *options, cwd=binary)
+    run_folder = train_here("--resume", *again, cwd=binary)
+    assert_equal_runs(run_folder, train_here(*options, cwd=binary / "whole"))
+
+
+@pytest.mark.parametrize(("options", "part"), [
+    (("--encoding", "latin-1"), "leave --encoding out"), (("--newline", "keep"), "--newline"),
+    (("--newline=unix", "--encoding=utf-8"), "leave --encoding and --newline out")])
+def test_options_of_texts_beside_bytes_are_refused(binary, capfd, options, part):
+    said = refused_here(binary, capfd, "--data", "data.bin", "--bytes", *TINY, *options)
+    assert "--bytes reads files as they are" in said and part in said
+    train_here("--data", "data.bin", "--bytes", *TINY, "--steps", 1, cwd=binary)
+    capfd.readouterr()
+    assert "--bytes reads files as they are" in refused_here(binary, capfd, "--resume", "--out", "run", *options)
+
+
+def test_binary_file_is_refused_as_text_with_advice(binary, capfd):
+    assert "--bytes" in refused_here(binary, capfd, "--data", "data.bin", *TINY)
 
 
 # Equal runs
@@ -513,7 +680,8 @@ def test_checkpoint_of_an_epochs_end_without_its_evaluation_is_refused(folder, c
 
 @pytest.mark.parametrize(("option", "value"), [
     ("epochs", 1e300), ("epochs", "3"), ("epochs", None), ("steps", 2.5), ("batch_size", 4.0), ("batch_size", 5),
-    ("seq_length", True), ("learning_rate", "1"), ("stateful", 0), ("data", "text.txt"), ("data", [3]), ("data", None),
+    ("seq_length", True), ("seq_length", "5:1"), ("seq_length", [5]), ("learning_rate", "1"), ("stateful", 0),
+    ("data", "text.txt"), ("data", [3]), ("data", None),
     ("init", "zeros"), ("lr_schedule", 3), ("encoding", None), ("rnn_units", 17), ("layers", 2), ("device", "tpu"),
 ])
 def test_checkpoint_with_impossible_options_is_refused(stopped, tmp_path, capfd, option, value):
@@ -702,6 +870,7 @@ def test_out_that_is_a_file_is_refused(folder, capfd):
     (("--seq-length", 20), ("--seq-length is 20", "10")),
     (("--seed", 1), ("--seed is 1", "0")),
     (("--stateful",), ("--stateful is True", "False")),
+    (("--bytes",), ("--bytes is True", "False", "train a new model")),
 ])
 def test_resuming_with_what_fixes_the_run_changed_is_refused(finished, capfd, arguments, parts):
     before = contents(finished)

@@ -1,5 +1,7 @@
 """Characters to ids and back, for any Unicode text."""
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -183,3 +185,71 @@ def test_vocabulary_without_a_text_begins_lines():
     for beginning in ("", ";;", 3, ["a"]):
         with pytest.raises(ValueError, match="beginning must be one character"):
             Vocabulary("ab", beginning)
+
+
+# Bytes
+
+ALL_BYTES = Vocabulary("".join(map(chr, range(256))), of_bytes=True)
+
+
+def test_bytes_are_numbered_in_the_order_of_their_values_from_one():
+    known = Vocabulary.of(b"\xff\0b\xffa\n".decode("latin-1"), of_bytes=True)
+    assert known.as_bytes(known.characters) == b"\0\nab\xff"
+    assert known.encode(known.as_characters(b"\xff\0c")).tolist() == [5, 1, 0]
+    assert (known.of_bytes, known.unit, Vocabulary("a").unit) == (True, "byte", "character")
+    assert Vocabulary("ab", of_bytes=True) != Vocabulary("ab")
+    grown = Vocabulary.of("\x80b", known.characters, of_bytes=True)
+    assert grown.of_bytes and grown.characters == known.characters + "\x80"
+
+
+@given(st.text(max_size=60), st.binary(max_size=60))
+def test_text_becomes_the_bytes_of_its_utf_8_and_bytes_stay_as_they_are(text, raw):
+    assert ALL_BYTES.as_bytes(ALL_BYTES.as_learnt(text)) == text.encode()
+    assert ALL_BYTES.as_text(ALL_BYTES.as_learnt(text)) == text
+    for given_as in (raw, os.fsdecode(raw)):  # the second as on a command line
+        assert ALL_BYTES.as_bytes(ALL_BYTES.as_learnt(given_as)) == raw
+
+
+@given(st.lists(st.binary(max_size=3) | st.text(max_size=2).map(str.encode), max_size=12), st.integers(1, 3))
+def test_bytes_that_come_in_pieces_become_the_text_of_the_whole(parts, size):
+    raw = b"".join(parts)
+    decode = ALL_BYTES.text_decoder()
+    pieces = [decode(ALL_BYTES.as_characters(raw[start:start + size]), False) for start in range(0, len(raw), size)]
+    assert "".join([*pieces, decode("", True)]) == raw.decode("utf-8", "replace")
+
+
+def test_character_comes_with_its_last_byte():
+    decode = ALL_BYTES.text_decoder()
+    assert [decode(chr(byte), False) for byte in "é🦊".encode()] == ["", "é", "", "", "", "🦊"]
+    assert (decode("\xc3", False), decode("a", False), decode("\xff\xc3", False), decode("", True)) == (
+        "", "\ufffda", "\ufffd", "\ufffd")
+
+
+def test_unknown_bytes_are_shown_as_bytes():
+    with pytest.raises(UserError, match=r"bytes that the model has not learnt: b'\\x9f' b'\\xc3'; "):
+        known = Vocabulary("abc", of_bytes=True)
+        known.encode_prompt(known.as_learnt("aß"))
+
+
+def test_what_stands_for_no_byte_is_refused():
+    with pytest.raises(ValueError, match="must be U\\+0000 to U\\+00FF"):
+        Vocabulary("a\u0100", of_bytes=True)
+    with pytest.raises(UserError, match=r"prompts: has no UTF-8 \('\\ud800'\)"):
+        ALL_BYTES.as_learnt("a\ud800", "prompts")
+    with pytest.raises(UserError, match="text: expected a string, got 3"):
+        ALL_BYTES.as_learnt(3)
+    with pytest.raises(UserError, match="text: expected a string, got bytes; decode them first"):
+        Vocabulary("ab").as_learnt(b"ab")
+
+
+@pytest.mark.parametrize(("text", "beginning"), [
+    ("холод хор храм " * 9, " "),  # U+0085, a line's end, is among the bytes of х in UTF-8
+    ("один\nдва, три\n" * 9, "\n"), ("anna;bo;cleo" * 9, ";")])
+def test_beginning_of_bytes_is_that_of_their_ascii(text, beginning):
+    assert Vocabulary.of(ALL_BYTES.as_characters(text), of_bytes=True).beginning == beginning
+    assert b"\x85" in "холод".encode()
+
+
+@given(st.binary(min_size=1, max_size=60))
+def test_beginning_of_bytes_is_one_of_them(raw):
+    assert Vocabulary.of(raw.decode("latin-1"), of_bytes=True).beginning.encode("latin-1") in raw

@@ -39,6 +39,9 @@ def export(config: ExportConfig) -> int:
     if config.out.exists() and not config.force:
         raise UserError(f"{config.out} exists; give another name, or --force to replace it")
     checkpoint = read_model(config.source, config.vocabulary_of)
+    if suffix == ".html" and checkpoint.vocabulary.of_bytes:
+        raise UserError(f"{config.source} is a model of bytes, which .html does not show; export it as "
+                        f"{', '.join(other for other in WRITTEN if other != suffix)}")
     if suffix == ".onnx":
         written = _module("onnx_graph").onnx_bytes(checkpoint, config.logits)
     elif suffix == ".html":

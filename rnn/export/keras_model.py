@@ -37,7 +37,8 @@ from char_gru.rnn.texts import open_file
 from char_gru.rnn.vocabulary import Vocabulary
 
 VOCABULARY = "char-gru.json"
-"""Name of the zip's member, or of the attribute of the HDF5 file's root, with vocabulary and beginning as JSON."""
+"""Name of the zip's member, or of the attribute of the HDF5 file's root, with JSON: vocabulary, beginning, and bytes,
+whether each character stands for a byte."""
 
 CONFIG, WEIGHTS = "config.json", "model.weights.h5"
 
@@ -81,7 +82,7 @@ def keras_bytes(checkpoint: Checkpoint, suffix: str) -> bytes:
     model = _model(_keras(), checkpoint.sizes)
     model.set_weights(_keras_arrays(checkpoint))
     vocabulary = json.dumps({"vocabulary": checkpoint.vocabulary.characters,
-                             "beginning": checkpoint.vocabulary.beginning})
+                             "beginning": checkpoint.vocabulary.beginning, "bytes": checkpoint.vocabulary.of_bytes})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"model{suffix}")
         if suffix == ".keras":
@@ -226,7 +227,7 @@ def _vocabulary(path: Path, described: object) -> Vocabulary | None:
         return None
     try:
         description = json.loads(described)
-        return Vocabulary(description["vocabulary"], description["beginning"])
+        return Vocabulary(description["vocabulary"], description["beginning"], description.get("bytes") is True)
     except (LookupError, ValueError, TypeError, RecursionError, UserError):
         raise UserError(f"{path} has a damaged {VOCABULARY}, which has the vocabulary; use another file") from None
 

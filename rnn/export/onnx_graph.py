@@ -42,6 +42,9 @@ Outputs: ids_tr (T, B) int32, the characters read or drawn; state_out; last_ids 
 An id below 0 in ids is read as 0, an id of V or more as V-1. The graph cannot refuse a number that is out of range,
 such as a temperature below 0 or a uniform number of 1: check them before, or the characters mean nothing."""
 
+OF_BYTES = """
+Each character of this model stands for the byte of its code point, U+0000 to U+00FF."""
+
 NETWORK = """\
 A character-level GRU that predicts characters. The id of a character (a Unicode code point) is its place in
 vocabulary, counted from 1; 0 is an unknown character. vocabulary, beginning and sizes are JSON.
@@ -66,11 +69,12 @@ def onnx_bytes(checkpoint: Checkpoint, logits: bool) -> bytes:
     if sum(array.nbytes for array in params.values()) > LARGEST:
         raise UserError("this model is too large for .onnx, which holds less than 2 GiB; export it as .safetensors")
     graph = _network(sizes, params) if logits else _generator(sizes, params)
+    how_to = (NETWORK if logits else GENERATOR) + (OF_BYTES if vocabulary.of_bytes else "")
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION,
                               producer_name="char-gru")
     helper.set_model_props(model, {
         "vocabulary": json.dumps(vocabulary.characters), "beginning": json.dumps(vocabulary.beginning),
-        "sizes": json.dumps(asdict(sizes)), "how_to": NETWORK if logits else GENERATOR})
+        "sizes": json.dumps(asdict(sizes)), "how_to": how_to})
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()
 
