@@ -24,7 +24,7 @@ from tqdm import tqdm
 from char_gru.rnn.checkpoint import METADATA_KEY, Checkpoint, find_checkpoint, load_checkpoint
 from char_gru.rnn.config import LookConfig, Sizes, UserError
 from char_gru.rnn.devices import op_set
-from char_gru.rnn.folder import replacing
+from char_gru.rnn.folder import check_output, replacing
 from char_gru.rnn.texts import STDIN, read_text
 from char_gru.rnn.vocabulary import Vocabulary
 
@@ -61,7 +61,7 @@ def look(config: LookConfig) -> Iterator[str]:
     probability given the characters before it, NaN for the first; and in `config.dtype`, for each layer l, the gates
     `r.l`, `z.l` and `n.l` (N, H) of the step that reads the character and the state `h.l` (N, H) after it, and `logits`
     (N, V) of the character to follow. Its metadata `char-gru` is JSON: vocabulary (the characters of ids 1, 2, ...),
-    beginning, sizes, units (of the surprisal), and text_sha256, of the characters read, in UTF-8. At any moment the
+    beginning, sizes, surprisal_in, and text_sha256, of the characters read, in UTF-8. At any moment the
     path holds what it held before, or the whole file.
 
     Raises: UserError for a model or text that cannot be read, a model of bytes, unknown characters (unless on_unknown
@@ -69,7 +69,7 @@ def look(config: LookConfig) -> Iterator[str]:
     place on the disk; OSError that names the file if it cannot be written.
     """
     if config.save is not None:
-        _check_target(config.save, config.force)
+        _check_target(config.save, config.force, find_checkpoint(config.run))
     checkpoint = load_checkpoint(find_checkpoint(config.run))
     if checkpoint.vocabulary.of_bytes:
         raise UserError(f"{config.run} is a model of bytes, and properties of text belong to characters; name a model "
@@ -263,12 +263,11 @@ def _read(config: LookConfig, vocabulary: Vocabulary) -> tuple[str, np.ndarray]:
 
 # The file
 
-def _check_target(path: Path, force: bool) -> None:
+def _check_target(path: Path, force: bool, source: Path) -> None:
     """Raises: UserError for a file that is not to be written."""
     if path.suffix != SUFFIX:
         raise UserError(f"{path} does not end in {SUFFIX}, the format that --save writes; give such a name")
-    if path.exists() and not force:
-        raise UserError(f"{path} exists; give another name, or --force to replace it")
+    check_output(path, force, source)
 
 
 def _tensors(sizes: Sizes, N: int, dtype: str) -> dict[str, Tensor]:
@@ -285,7 +284,7 @@ def _description(checkpoint: Checkpoint, text: str) -> dict:
     for start in range(0, len(text), PART):
         digest.update(text[start:start + PART].encode())
     return {"vocabulary": checkpoint.vocabulary.characters, "beginning": checkpoint.vocabulary.beginning,
-            "sizes": asdict(checkpoint.sizes), "units": "bits", "text_sha256": digest.hexdigest()}
+            "sizes": asdict(checkpoint.sizes), "surprisal_in": "bits", "text_sha256": digest.hexdigest()}
 
 
 @contextlib.contextmanager

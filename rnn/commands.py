@@ -31,6 +31,9 @@ if TYPE_CHECKING:  # it imports NumPy, which --help does without
 _WRITING = ("--length", "--temperature", "--top-k", "--top-p", "--min-p", "--num-samples", "--stop", "--seed")
 """Options that shape the texts that are written, and no score."""
 
+_DATA_OPTIONS = ("--data", "--vocabulary-of")
+"""Options that name texts, and may be given several times."""
+
 _MAIN_OPTION = {"train.py": "--data", "generate.py": "--prompt"}
 """Program -> the option that words without one may be meant for."""
 
@@ -109,7 +112,7 @@ def generate(arguments: Sequence[str] | None = None) -> int:
 def export(arguments: Sequence[str] | None = None) -> int:
     """`rnn.export`: write a model in another format. Exit status 0, 2 for bad input."""
     def command() -> int:
-        config = _parse(ExportConfig, arguments, prog="rnn.export")
+        config = _parse(ExportConfig, arguments, prog="python -m rnn.export")
         with ended_at_once():
             from char_gru.rnn.export import formats
 
@@ -123,7 +126,7 @@ def export(arguments: Sequence[str] | None = None) -> int:
 def look(arguments: Sequence[str] | None = None) -> int:
     """`rnn.look`: what a model's units do while it reads a text. Exit status 0, 2 for bad input."""
     def command() -> int:
-        config = _parse(LookConfig, arguments, prog="rnn.look")
+        config = _parse(LookConfig, arguments, prog="python -m rnn.look")
         _require_stdout()
         with ended_at_once():
             from char_gru.rnn import activations
@@ -174,7 +177,7 @@ def _joined(arguments: Sequence[str], known: set[str]) -> list[str]:
     joined: list[str] = []
     for argument in arguments:
         option, last = argument.partition("=")[0], joined[-1] if joined else ""
-        if last in (*_TEXT_OPTIONS, "--data", "--prompt-file") and option in known:
+        if last in (*_TEXT_OPTIONS, *_DATA_OPTIONS, "--prompt-file") and option in known:
             raise UserError(f"{last} has no value before {argument}; if that is its value, write {last}={argument}")
         if last in _TEXT_OPTIONS:
             joined[-1] += "=" + argument
@@ -183,24 +186,28 @@ def _joined(arguments: Sequence[str], known: set[str]) -> list[str]:
             raise UserError(f"{named} is empty; give it a value, or leave it out")
         else:
             joined.append(argument)
-    if joined[-1:] == ["--data"]:
-        raise UserError("--data has no value; name a text")
-    return _with_one_data(joined) if [word.partition("=")[0] for word in joined].count("--data") > 1 else joined
+    for option in _DATA_OPTIONS:
+        if joined[-1:] == [option]:
+            raise UserError(f"{option} has no value; name a text")
+        if [word.partition("=")[0] for word in joined].count(option) > 1:
+            joined = _with_one(option, joined)
+    return joined
 
 
-def _with_one_data(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the texts of all `--data` behind one, at the end; tyro would take the last one's alone."""
+def _with_one(option: str, arguments: Sequence[str]) -> list[str]:
+    """The arguments with the texts of every time that an option is given behind one, at the end; tyro would take the
+    last one's alone."""
     others, data, begun = [], [], False
     for argument in arguments:
         if begun and (argument == "-" or not argument.startswith("-")):
             data.append(argument)
             continue
-        begun = argument == "--data"
-        if argument.startswith("--data="):
+        begun = argument == option
+        if argument.startswith(option + "="):
             data.append(argument.partition("=")[2])
         elif not begun:
             others.append(argument)
-    return [*others, "--data", *data]
+    return [*others, option, *data]
 
 
 def _meant(said: str, arguments: list[str], known: set[str], prog: str) -> str:
@@ -336,8 +343,8 @@ def _print_texts(prompts: list[str], pieces: Iterator[list[str]], config: Genera
     ends_line = any(wanted.endswith("\n") for wanted in config.stop)
     only_lines = "\n" in config.stop and not any("\n" in prompt for prompt in prompts)
     for text in (*other_texts, None):
-        if config.separator is not None:
-            write(vocabulary.as_characters(config.separator))
+        if config.separator is not None or config.raw:
+            write(vocabulary.as_characters(config.separator or ""))
         else:
             line_end = "" if ends_line and last_piece.endswith("\n") else "\n"
             write(line_end if only_lines or text is None else line_end + "-" * 10 + "\n")

@@ -300,18 +300,18 @@ class ExportConfig:
     """replace the file if it exists"""
     logits: bool = False
     """.onnx: the network alone, ids of characters in, logits out, instead of the generator that draws characters"""
-    weights: Annotated[Literal["fp32", "fp16", "int8"] | None, _told("{fp32,fp16,int8}")] = None
-    """.html: how the page holds its matrices (default: fp16)"""
+    weights: Literal["fp32", "fp16", "int8"] = "fp16"
+    """.html: how the page holds its matrices"""
     vocabulary_of: Annotated[tuple[str, ...], _told("TEXT...")] = ()
-    """texts whose characters are the vocabulary, for a model of another framework that has none in its file; as --data
-    of train.py"""
+    """texts, named as for --data of train.py, for a model of another framework that has no vocabulary in its file: id 0
+    is [UNK], ids from 1 on are the sorted characters of the texts"""
 
 
 @dataclass(frozen=True)
 class LookConfig:
-    """Read a text with a model, and save what its units do at each character.
+    """Read a text with a model of characters, show which units follow it, and with --save write what all units do.
 
-    A table on stdout tells which units follow the position in a line, case, quotes, brackets, and spaces.
+    A table on stdout tells which hidden units follow the position in a line, case, quotes, brackets, and spaces.
     """
 
     run: Annotated[tyro.conf.Positional[Path], _told("RUN_OR_CHECKPOINT")]
@@ -321,7 +321,7 @@ class LookConfig:
     save: Annotated[Path | None, _told("FILE")] = None
     """.safetensors file for ids, states, gates, logits and surprisal of every character"""
     dtype: Literal["float16", "float32"] = "float16"
-    """type of the numbers that are saved"""
+    """type of the states, gates and logits in that file"""
     units: int = 5
     """units that the table shows for each property of the text"""
     on_unknown: Literal["error", "skip", "unk"] = "error"

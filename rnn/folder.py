@@ -163,6 +163,20 @@ def holds_run(folder: Path) -> bool:
     return any(os.path.lexists(folder / name) for name in ("last.safetensors", "config.json", *GROWING))
 
 
+def check_output(path: Path, force: bool, source: Path) -> None:
+    """Check that a file may be written, which is made from the file `source`.
+
+    Raises: UserError for a file that exists, unless force is given; in any case for the source itself, and for a
+    checkpoint in the folder of a run, which the run may need to be resumed.
+    """
+    if path.exists() and not force:
+        raise UserError(f"{path} exists; give another name, or --force to replace it")
+    if path.exists() and path.samefile(source):
+        raise UserError(f"{path} is the model itself, and would be lost; give another name")
+    if path.suffix == ".safetensors" and is_run(path.parent):
+        raise UserError(f"{path} lies in the folder of a run, where checkpoints are the run's own; give another folder")
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run, or what is left of one."""
     return (folder / "config.json").exists() and any(

@@ -14,6 +14,8 @@ Axes: T time, B batch, I inputs, H hidden units, L layers, D directions (1 or 2)
 """
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from char_gru import kernels
 from char_gru.kernels.matmul import PRECISIONS
-from char_gru.kernels.runtime import current_executor
+from char_gru.kernels.runtime import DeviceError, current_executor
 from char_gru.kernels.scratch import unkept
 from char_gru.rnn import cpu, gru
 
@@ -31,7 +33,8 @@ from char_gru.rnn import cpu, gru
 class GRU(torch.nn.Module):
     """`torch.nn.GRU` by char-gru: the same arguments, parameters, initial values, inputs, results and exceptions.
 
-    A `state_dict` goes both ways. Not there: a second derivative, forward-mode derivatives, `torch.func.vmap`.
+    A `state_dict` goes both ways. Not there: a second derivative, forward-mode derivatives, `torch.func.vmap`. Before
+    `torch.cuda.graph` captures it, a forward and a backward pass of the same sizes have to load the kernels.
 
     Arguments: those of `torch.nn.GRU`; precision, of products on a GPU: fp32, tf32, bf16, or auto: tf32 where the GPU
     has it. The CPU does not ask. Under autocast a GPU that has bf16 takes it; states and results stay float32.
@@ -246,14 +249,29 @@ def _device_of(tensor: Tensor, precision: str) -> Iterator[_Device]:
         return
     import cupy
 
+    _start_kernels(tensor.device.index)
     with cupy.cuda.Device(tensor.device.index):
-        ops = kernels.op_set(precision)  # its first call makes a stream the current one: before the next `with` does
+        ops = kernels.op_set(precision)
         if tensor.device.index != (first := current_executor().device_id):
             raise ValueError(f"input: expected a tensor of cuda:{first}, the GPU that char-gru computes on in this "
                              f"process, got one of {tensor.device}")
         with (unkept(), cupy.cuda.Stream.from_external(torch.cuda.current_stream(tensor.device)),
               cupy.cuda.using_allocator(cupy.cuda.PythonFunctionAllocator(_allocate, _free).malloc)):
             yield _Device(ops, lambda tensor: cupy.from_dlpack(tensor.detach().contiguous()), torch.from_dlpack)
+
+
+@functools.cache
+def _start_kernels(device: int) -> None:
+    """Let the kernels meet the GPU in a thread that ends, for they make a stream the current one of that thread."""
+    def start() -> None:
+        import cupy
+
+        with cupy.cuda.Device(device), contextlib.suppress(DeviceError):  # what is missing is told afterwards
+            current_executor()
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
 
 
 def _allocate(size: int, device: int) -> int:
@@ -325,7 +343,9 @@ def gru_backward(dy_tb: Tensor, x_tb: Tensor, W_ih: Tensor, W_hh: Tensor, h_tb: 
         if precision == "bf16" and "h16_tb" in saved._fields:
             saved = saved._replace(h16_tb=array(h_tb[:-1].bfloat16().view(torch.uint16)))
         gradients = gru.backward(dy, x, W_ih_array, W_hh_array, saved, ops, array(_positions(x_tb)), needs_dx=needs_dx)
-        return tuple(x_tb.new_empty(0) if gradient is None else tensor(gradient) for gradient in gradients)
+        found = (x_tb.new_empty(0) if gradient is None else tensor(gradient) for gradient in gradients)
+        # Memory of CuPy's arrays is not recorded for other streams, on which gradients may be used.
+        return tuple(gradient.clone() if gradient.is_cuda else gradient for gradient in found)
 
 
 @gru_backward.register_fake

@@ -21,9 +21,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """With `-n`: files go to the workers in their order, in which what takes longest comes first, and not by the number
-    of their tests; and a process that a test starts, which may run tests of its own, is not told that it is a worker.
-    """
+    """With `-n`: files go to the workers in their order, the one that waits for another process first, and not by the
+    number of their tests; and a process that a test starts, which may run tests of its own, is not told that it is a
+    worker."""
     config.option.loadscopereorder = False
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
         del os.environ[name]

@@ -524,7 +524,7 @@ def checkpoint_file(tmp_path) -> Path:
 
 def test_missing_keras_is_told(checkpoint_file, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "keras", None)
-    refused_to_write(capfd, checkpoint_file, "needs the package keras", "pip install '.[export]'")
+    refused_to_write(capfd, checkpoint_file, "needs the package keras", "pip install 'char-gru[export]'")
 
 
 def test_missing_backend_is_told(keras, checkpoint_file, capfd, monkeypatch):

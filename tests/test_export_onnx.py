@@ -346,7 +346,7 @@ def test_missing_package_is_named_with_the_extra(saved, capfd, monkeypatch):
     monkeypatch.delitem(sys.modules, "char_gru.rnn.export.onnx_graph")
     monkeypatch.setitem(sys.modules, "onnx", None)
     said = refused(capfd, saved, saved.with_name("model.onnx"))
-    assert "package onnx:" in said and "pip install '.[export]'" in said
+    assert "package onnx:" in said and "pip install 'char-gru[export]'" in said
     assert [*saved.parent.iterdir()] == [saved]
 
 

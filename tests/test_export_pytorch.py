@@ -172,8 +172,8 @@ def test_other_tensors_are_refused(write, capfd, name):
 @pytest.mark.parametrize("vocabulary, parts", [
     (None, ("has no vocabulary; give --vocabulary-of TEXT",)),
     ("abc", ("embeddings for 7 characters, [UNK] included", "its vocabulary has 4")),
-    ("abcdee", ("metadata key vocabulary", "distinct")),
-    ("", ("metadata key vocabulary", "at least one")),
+    ("abcdee", ("the metadata vocabulary cannot be used", "distinct")),
+    ("", ("the metadata vocabulary cannot be used", "at least one")),
 ])
 def test_vocabulary_that_does_not_fit_is_refused(write, capfd, vocabulary, parts):
     refused(capfd, write(state_dict(), vocabulary), *parts)

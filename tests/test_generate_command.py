@@ -508,8 +508,12 @@ def write_bytes(folder: Path, capfdbinary, *arguments: object) -> bytes:
 
 def test_bytes_are_written_as_text_or_with_raw_as_they_are(of_bytes, capfdbinary):
     options = ("--prompt", "dö", "--prompt", "a", "--on-unknown", "skip", "--length", 300, "--seed", 1)
-    raw = write_bytes(of_bytes, capfdbinary, *options, "--raw")
-    assert len(raw) == len("dö".encode()) + len("a") + 2 * 300 + len(RULE) + 1
+    unruled = write_bytes(of_bytes, capfdbinary, *options, "--raw")
+    assert len(unruled) == len("dö".encode()) + len("a") + 2 * 300
+    end = len("dö".encode()) + 300
+    raw = unruled[:end] + RULE.encode() + unruled[end:] + b"\n"
+    assert write_bytes(of_bytes, capfdbinary, *options, "--raw", "--separator", "|ö") == (
+        unruled[:end] + "|ö".encode() + unruled[end:] + "|ö".encode())
     with pytest.raises(UnicodeDecodeError):
         raw.decode()
     written = write_bytes(of_bytes, capfdbinary, *options).decode()
@@ -543,9 +547,9 @@ def test_character_begun_by_a_prompt_is_ended_by_its_text(of_bytes):
 def test_stop_string_of_bytes_is_its_utf_8(of_bytes, capfdbinary):
     options = ("--prompt", "dög", "--length", 400, "--seed", 2, "--stop", "ö")
     raw = write_bytes(of_bytes, capfdbinary, *options, "--raw")
-    assert raw.endswith("ö\n".encode()) and raw.count("ö".encode()) == 2
+    assert raw.endswith("ö".encode()) and raw.count("ö".encode()) == 2
     [line] = write_bytes(of_bytes, capfdbinary, *options, "--format", "jsonl").splitlines()
-    assert json.loads(line)["end"] == "stop" and json.loads(line)["text"] == raw[4:-1].decode("utf-8", "replace")
+    assert json.loads(line)["end"] == "stop" and json.loads(line)["text"] == raw[4:].decode("utf-8", "replace")
 
 
 def test_unknown_bytes_are_refused_skipped_or_read_as_unk(of_bytes, capfdbinary):

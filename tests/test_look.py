@@ -197,7 +197,7 @@ def test_metadata_tell_the_characters_of_ids_the_sizes_and_the_text(look, folder
     with safe_open(folder / "acts.safetensors", "numpy") as file:
         assert file.metadata().keys() == {"char-gru"}
         described, ids = json.loads(file.metadata()["char-gru"]), file.get_tensor("ids")
-    assert described == {"vocabulary": CHARACTERS, "beginning": "\t", "units": "bits",
+    assert described == {"vocabulary": CHARACTERS, "beginning": "\t", "surprisal_in": "bits",
                          "sizes": {"V": 14, "E": 4, "H": 6, "layers": 2},
                          "text_sha256": hashlib.sha256(TEXT.encode()).hexdigest()}
     assert "".join(described["vocabulary"][id_ - 1] for id_ in ids) == TEXT

@@ -34,6 +34,10 @@ class OutputTile(NamedTuple):
         """Dynamic shared memory of a block."""
         return 4 * self.stages * (self.rows + self.columns) * OUTPUT_K
 
+    def rows_read(self, V: int) -> int:
+        """Rows of h and of W_out that a block reads in all its sweeps over V."""
+        return ceil_div(V, self.columns) * (self.rows + self.columns)
+
 
 TILED_OUTPUT = OutputTile(64, 80, 0)
 NARROW_OUTPUTS = (OutputTile(64, 80, 4), OutputTile(32, 80, 4))  # the tutorial's 66 characters in one sweep
@@ -90,15 +94,15 @@ def product_plan(gpu: GPU, M: int, N: int, K: int, precision: str, operand_bytes
 
 
 def output_tile(gpu: GPU, positions: int, V: int, precision: str) -> OutputTile:
-    """The tile of cross_entropy.cu's multistage variant. More characters than the narrow tiles have take a wide one
-    that fits, so that h is read once for up to 256; of the narrow ones, that which gives the busiest multiprocessor the
+    """The tile of cross_entropy.cu's multistage variant: a wide one that fits, where its sweeps over V read fewer rows
+    of h and W_out than those of a narrow one; of the narrow ones, that which gives the busiest multiprocessor the
     fewest positions. Of equal ones the most, since each block reads W_out: the tutorial's 6,400 positions give one of
     an H100's 132 multiprocessors 64, in 100 blocks of 64 that read 27 MB of W_out, or in 200 of 32 that read 54 MB.
     """
-    if V > NARROW_OUTPUTS[0].columns:
-        for tile in WIDE_OUTPUTS:
-            if tile in OUTPUT_TILES[precision] and tile.shared_bytes <= gpu.shared_bytes:
-                return tile
+    for tile in WIDE_OUTPUTS:
+        fewer = tile.rows_read(V) < NARROW_OUTPUTS[0].rows_read(V)
+        if fewer and tile in OUTPUT_TILES[precision] and tile.shared_bytes <= gpu.shared_bytes:
+            return tile
     return min(NARROW_OUTPUTS, key=lambda tile: (
         ceil_div(ceil_div(positions, tile.rows), gpu.multiprocessors) * tile.rows, -tile.rows))
 

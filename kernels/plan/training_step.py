@@ -171,7 +171,7 @@ def _cross_entropy_forward(op: _Op, positions: int, V: int, H: int) -> Iterator[
     rows, columns, _ = output_tile(op.gpu, positions, V, op.precision) if copied else TILED_OUTPUT
     blocks, sweeps = ceil_div(positions, rows), ceil_div(V, columns)
     size = 4 * positions * (H + V)
-    tiles = op.tiles(blocks * sweeps, rows, columns, H, OUTPUT_K, 4, size, hidden=copied)
+    tiles = op.tiles(blocks, rows, columns, sweeps * H, OUTPUT_K, 4, size, hidden=copied)
     softmax = Parts(cell=ceil_div(blocks, op.gpu.multiprocessors) * sweeps * rows / WARPS * CELL_CYCLES)
     yield op.launches("cross_entropy_forward", tiles + softmax, size=size, multiplied=positions * V * H)
     yield op.passing("mean_loss", 4 * positions, ceil_div(positions, MEAN_THREADS * LOADS_AT_ONCE), CELL_CYCLES)

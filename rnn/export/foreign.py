@@ -15,7 +15,7 @@ BFLOAT16 = np.dtype("V2")
 
 
 def checked_arrays(path: Path, arrays: Mapping, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """The arrays of a file as float32, each read only after its shape and dtype were checked.
+    """The arrays of a file as float32. A dataset of HDF5 is read only after its shape and dtype were checked.
 
     Shapes: arrays: name -> NumPy array or HDF5 dataset of any float dtype, or `BFLOAT16`; result: name -> array of the
     shape that `shapes` has for it.
@@ -46,9 +46,10 @@ def vocabulary_for(path: Path, own: Vocabulary | None, given: Vocabulary | None,
     if vocabulary is None:
         raise UserError(f"{path} has no vocabulary; give --vocabulary-of TEXT, the text that the model has learnt")
     if len(vocabulary) != V:
-        source = "its vocabulary" if own else "that of --vocabulary-of"
+        source = "its vocabulary" if own else "the text of --vocabulary-of"
         raise UserError(f"{path} has embeddings for {V:,} characters, [UNK] included, but {source} has "
-                        f"{len(vocabulary):,}; give the text that the model has learnt")
+                        f"{len(vocabulary):,}; give the text that the model has learnt, whose sorted characters are "
+                        "its ids from 1 on")
     return vocabulary
 
 

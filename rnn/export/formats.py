@@ -1,4 +1,4 @@
-"""Which module reads or writes a file, by its suffix.
+"""How a file is read or written, by its suffix.
 
 | suffix | written | read |
 |---|---|---|
@@ -17,10 +17,12 @@ from types import ModuleType
 from char_gru.rnn.checkpoint import Checkpoint, checkpoint_bytes, find_checkpoint, is_of_other_software, load_checkpoint
 from char_gru.rnn.config import ExportConfig, UserError
 from char_gru.rnn.corpus import load_corpus
-from char_gru.rnn.folder import write_atomically
+from char_gru.rnn.folder import check_output, write_atomically
+from char_gru.rnn.texts import open_file
 from char_gru.rnn.vocabulary import Vocabulary
 
 KERAS = (".keras", ".weights.h5")
+READ = (".safetensors", *KERAS)
 WRITTEN = (".onnx", ".html", ".safetensors", *KERAS)
 
 
@@ -34,18 +36,18 @@ def export(config: ExportConfig) -> int:
         raise UserError(f"{config.out} has none of the suffixes {', '.join(WRITTEN)}, which tell the format")
     if config.logits and suffix != ".onnx":
         raise UserError(f"--logits is for .onnx, but {config.out} is another format; leave it out")
-    if config.weights is not None and suffix != ".html":
+    if config.weights != "fp16" and suffix != ".html":
         raise UserError(f"--weights is for .html, but {config.out} is another format; leave it out")
-    if config.out.exists() and not config.force:
-        raise UserError(f"{config.out} exists; give another name, or --force to replace it")
-    checkpoint = read_model(config.source, config.vocabulary_of)
+    source = find_checkpoint(config.source)
+    check_output(config.out, config.force, source)
+    checkpoint = read_model(source, config.vocabulary_of)
     if suffix == ".html" and checkpoint.vocabulary.of_bytes:
         raise UserError(f"{config.source} is a model of bytes, which .html does not show; export it as "
                         f"{', '.join(other for other in WRITTEN if other != suffix)}")
     if suffix == ".onnx":
         written = _module("onnx_graph").onnx_bytes(checkpoint, config.logits)
     elif suffix == ".html":
-        written = _module("page").page_bytes(checkpoint, config.weights or "fp16")
+        written = _module("page").page_bytes(checkpoint, config.weights)
     elif suffix in KERAS:
         written = _module("keras_model").keras_bytes(checkpoint, suffix)
     else:
@@ -54,20 +56,25 @@ def export(config: ExportConfig) -> int:
     return len(written)
 
 
-def read_model(source: Path, vocabulary_of: tuple[str, ...] = ()) -> Checkpoint:
-    """The model of a run's folder, of a checkpoint, or of another framework's file.
+def read_model(path: Path, vocabulary_of: tuple[str, ...] = ()) -> Checkpoint:
+    """The model of a checkpoint, or of another framework's file.
 
     vocabulary_of: texts, as `train.py --data` takes them, whose characters are the vocabulary of a file that has none.
 
     Raises: UserError.
     """
-    path = find_checkpoint(source)
+    if not path.name.endswith(READ):
+        raise UserError(f"{path} has none of the suffixes {', '.join(READ)}; name a run, or a model in such a file")
+    open_file(path).close()  # before a text is fetched
     keras = path.name.endswith(KERAS)
     if not keras and not is_of_other_software(path):
         if vocabulary_of:
             raise UserError(f"--vocabulary-of is for files of other frameworks; {path} has its own vocabulary")
         return load_checkpoint(path)
-    corpus = load_corpus(vocabulary_of) if vocabulary_of else None
+    try:
+        corpus = load_corpus(vocabulary_of) if vocabulary_of else None
+    except UserError as error:
+        raise UserError(f"--vocabulary-of: {error}") from None
     vocabulary = Vocabulary.of(corpus.text) if corpus else None
     return _module("keras_model").from_keras(path, vocabulary) if keras else (
         _module("pytorch_model").from_pytorch(path, vocabulary))
@@ -80,4 +87,4 @@ def _module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("char_gru"):
             raise
-        raise UserError(f"the format needs the package {error.name}: pip install '.[export]'") from None
+        raise UserError(f"the format needs the package {error.name}: pip install 'char-gru[export]'") from None

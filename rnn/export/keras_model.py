@@ -118,7 +118,7 @@ def _keras() -> ModuleType:
     Raises: UserError.
     """
     if importlib.util.find_spec("keras") is None:
-        raise UserError("the format needs the package keras: pip install '.[export]'")
+        raise UserError("the format needs the package keras: pip install 'char-gru[export]'")
     if not os.environ.get("KERAS_BACKEND"):
         installed = [backend for backend in BACKENDS if importlib.util.find_spec(backend)]
         if not installed:

@@ -20,7 +20,7 @@ from char_gru.rnn.checkpoint import Checkpoint
 from char_gru.rnn.config import Sizes, UserError
 
 OPSET, IR_VERSION = 17, 8
-"""Versions of the operators and of the file, old enough for onnxruntime from 1.17 on."""
+"""Versions of the operators and of the file, old enough for onnxruntime from 1.20 on."""
 
 LARGEST = 2**31 - 2**20
 """The most bytes of parameters: a file of ONNX holds less than 2 GiB."""

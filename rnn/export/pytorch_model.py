@@ -45,7 +45,7 @@ def from_pytorch(path: Path, vocabulary: Vocabulary | None) -> Checkpoint:
         if name not in tensors:
             raise UserError(f"{path} has no {name}; {_WANTED}")
         if tensors[name].ndim != 2 or not tensors[name].size:
-            raise UserError(f"{path}: {name} has shape {tensors[name].shape}, but must be a matrix")
+            raise UserError(f"{path}: {name} has shape {tensors[name].shape}, but must be a matrix that is not empty")
     (V, E), (_, H) = tensors[prefix + _EMBEDDING].shape, tensors[prefix + _RECURRENT].shape
     layer = re.compile(re.escape(prefix) + r"gru\.weight_hh_l\d+")
     sizes = Sizes(V, E, H, sum(layer.fullmatch(name) is not None for name in tensors))
@@ -83,4 +83,5 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], Vocabulary | None]:
     try:
         return tensors, Vocabulary(metadata[VOCABULARY_KEY]) if VOCABULARY_KEY in metadata else None
     except ValueError as error:
-        raise UserError(f"{path} has a metadata key {VOCABULARY_KEY} that is none: {error}") from None
+        raise UserError(f"{path}: the metadata {VOCABULARY_KEY} cannot be used ({error}); give each character once, in "
+                        "the order of the ids") from None
