@@ -261,7 +261,7 @@ def test_file_that_has_no_place_on_the_disk_is_refused(refused, monkeypatch):
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(look, folder, monkeypatch):
     """A character of this text and its id take some bytes; the arrays would take a thousand for each."""
-    peaks, lengths = [], (500, 2_500)
+    peaks, lengths = [], (500, 8_500)
     monkeypatch.setattr(module, "STEPS", 100)
     save_checkpoint(folder / "model.safetensors", model(H=60))
     for length in lengths:
