@@ -25,8 +25,9 @@ from char_gru.rnn.checkpoint import METADATA_KEY, Checkpoint, find_checkpoint, l
 from char_gru.rnn.config import LookConfig, Sizes, UserError
 from char_gru.rnn.devices import op_set
 from char_gru.rnn.folder import check_output, replacing
+from char_gru.rnn.params import on_ops
 from char_gru.rnn.texts import STDIN, read_text
-from char_gru.rnn.vocabulary import Vocabulary
+from char_gru.rnn.vocabulary import Vocabulary, code_points
 
 PROPERTIES = ("line position", "case", "quotes", "brackets", "spaces")
 """Names of the properties of a text, in the order of the table."""
@@ -101,10 +102,8 @@ def activations(checkpoint: Checkpoint, ids: np.ndarray, ops, steps: int) -> Ite
 
     Shapes: ids (N,), integers in [0, V); results ids (T,) int32, all others float32.
     """
-    (V, H, layers), params = (checkpoint.sizes.V, checkpoint.sizes.H, checkpoint.sizes.layers), {}
-    for name, array in checkpoint.params.items():
-        params[name] = ops.empty(array.shape, array.dtype)
-        ops.copy_in(params[name], array)
+    V, H, layers = checkpoint.sizes.V, checkpoint.sizes.H, checkpoint.sizes.layers
+    params = on_ops(checkpoint.params, ops)
     P_0 = ops.empty_activations((V, 3 * H))
     ops.input_table_forward(params["W_emb"], params["W_ih.0"], params["b_ih.0"], P_0)
     P_upper, logits = (ops.empty_activations((steps, n)) for n in (3 * H, V))
@@ -163,7 +162,7 @@ def _properties(text: str, steps: int) -> Iterator[np.ndarray]:
     opening, closing = (_marks(set(brackets), lambda bracket: True) for brackets in ("([{", ")]}"))
     position, newline, case, quotes, depth = 0, False, False, False, 0  # after the piece before
     for start in range(0, len(text), steps):
-        codes = _codes(text[start:start + steps])
+        codes = code_points(text[start:start + steps])
         newlines, index = codes == ord("\n"), np.arange(len(codes))
         blank = newlines & np.append(newline, newlines[:-1])
         positions = index - np.append(index, -1 - position)[_last(newlines)]
@@ -193,10 +192,6 @@ def _marks(characters: set[str], holds: Callable[[str], bool]) -> np.ndarray:
 def _last(marked: np.ndarray) -> np.ndarray:
     """For each position, the last one up to it that is marked, -1 if there is none. Shapes: marked, result (T,)."""
     return np.maximum.accumulate(np.where(marked, np.arange(len(marked)), -1))
-
-
-def _codes(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
 class Correlations:

@@ -8,6 +8,7 @@ the global norm and the update are one pass each. A parameter is named by its sy
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -69,6 +70,20 @@ def named_views(flat, sizes: Sizes) -> dict:
         views[name] = flat[offset:offset + count].reshape(shape)
         offset += _aligned(count)
     return views
+
+
+def on_ops(params: Mapping[str, np.ndarray], ops) -> dict:
+    """Copies of parameters as arrays of an op set, by name."""
+    arrays = {name: ops.empty(array.shape, array.dtype) for name, array in params.items()}
+    for name, array in arrays.items():
+        ops.copy_in(array, params[name])
+    return arrays
+
+
+def gates_z_first(array: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Gates r, z, n along an axis as Keras and ONNX order them, z, r, n; and the other way round."""
+    first, second, n = np.split(array, 3, axis)
+    return np.concatenate([second, first, n], axis)
 
 
 def initial_parameters(sizes: Sizes, init: str, seed: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from char_gru.rnn import cpu
 from char_gru.rnn.checkpoint import find_checkpoint, load_checkpoint
 from char_gru.rnn.config import Sizes, UserError, check_length, check_sampling, check_seed, described
 from char_gru.rnn.devices import op_set
+from char_gru.rnn.params import on_ops
 from char_gru.rnn.scoring import ForwardPass, Part, Score, Scorer, score_of
 from char_gru.rnn.vocabulary import Vocabulary
 
@@ -60,11 +61,7 @@ class Generator:
         """
         checkpoint = load_checkpoint(find_checkpoint(run))
         ops = op_set(device, "fp32")  # as text is written in fp32, the input table must not be rounded
-        params = {}
-        for name, array in checkpoint.params.items():
-            params[name] = ops.empty(array.shape, array.dtype)
-            ops.copy_in(params[name], array)
-        return Generator(checkpoint.sizes, checkpoint.vocabulary, params, ops, seed)
+        return Generator(checkpoint.sizes, checkpoint.vocabulary, on_ops(checkpoint.params, ops), ops, seed)
 
     def zero_state(self, rows: int):
         """The state before any character, (layers, rows, H)."""

@@ -50,7 +50,7 @@ class Vocabulary:
     """
 
     def __init__(self, characters: str, beginning: str = "\n", of_bytes: bool = False) -> None:
-        codes = _code_points(_string("characters", characters))
+        codes = code_points(_string("characters", characters))
         if len(codes) == 0 or len(np.unique(codes)) < len(codes):
             raise ValueError("characters must be at least one, and distinct")
         if of_bytes and codes.max() > 0xFF:
@@ -76,8 +76,8 @@ class Vocabulary:
             raise ValueError("text: expected at least one character, got none")
         seen = np.zeros(_CODE_POINTS, bool)
         for start in range(0, len(text), _CHUNK):
-            seen[_code_points(text[start:start + _CHUNK])] = True
-        seen[_code_points(known)] = False
+            seen[code_points(text[start:start + _CHUNK])] = True
+        seen[code_points(known)] = False
         beginning = beginning_of(text[:_CHUNK].translate(_LETTERS) if of_bytes else text)
         return Vocabulary(known + _text(np.flatnonzero(seen).astype("<u4")), beginning, of_bytes)
 
@@ -106,7 +106,7 @@ class Vocabulary:
         """
         ids = np.empty(len(_string("text", text)), self.dtype)
         for start in range(0, len(text), _CHUNK):
-            self._ids.take(_code_points(text[start:start + _CHUNK]), out=ids[start:start + _CHUNK], mode="clip")
+            self._ids.take(code_points(text[start:start + _CHUNK]), out=ids[start:start + _CHUNK], mode="clip")
         return ids
 
     def encode_prompt(self, text: str, on_unknown: str = "error") -> np.ndarray:
@@ -227,7 +227,7 @@ def beginning_of(text: str) -> str:
         return _last_of_separator(separators[0], text)
     if inside.count(" ") >= needed:
         return " "
-    codes, counts = np.unique(_code_points(inside or text), return_counts=True)
+    codes, counts = np.unique(code_points(inside or text), return_counts=True)
     frequent = _text(codes[np.argsort(-counts, kind="stable")])
     return next((_last_of_separator(character, text) for character in frequent if not _is_of_words(character)),
                 frequent[0])
@@ -258,7 +258,8 @@ def _string(name: str, text: object) -> str:
     return text
 
 
-def _code_points(text: str) -> np.ndarray:
+def code_points(text: str) -> np.ndarray:
+    """Unicode code points (N,) of a text, lone surrogates among them."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 

@@ -199,7 +199,7 @@ def test_exported_weights_give_their_logits_in_a_model_built_in_keras(keras, tmp
 
 def test_exchanged_gates_are_noticed(keras, tmp_path, text, monkeypatch):
     """The comparison of logits would fail if Keras's gates z, r, h were taken for r, z, n."""
-    monkeypatch.setattr(keras_model, "_exchanged", lambda array: array)
+    monkeypatch.setattr(keras_model, "gates_z_first", lambda array, axis: array)
     save_checkpoint(tmp_path / "a.safetensors", of_char_gru())
     written = keras.models.load_model(exported(tmp_path / "a.safetensors", tmp_path / "a.keras"))
     with pytest.raises(AssertionError, match="logits"):

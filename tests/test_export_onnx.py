@@ -249,7 +249,7 @@ def test_ids_beyond_the_vocabulary_have_the_logits_of_its_first_and_last(checkpo
 
 @pytest.mark.parametrize("order", ["r z n", "n r z", "z n r", "r n z", "n z r"])
 def test_comparisons_notice_gates_in_another_order(checkpoint, monkeypatch, order):
-    monkeypatch.setattr(onnx_graph, "gates_zrn", lambda array: np.concatenate(
+    monkeypatch.setattr(onnx_graph, "gates_z_first", lambda array: np.concatenate(
         [dict(zip("rzn", np.split(array, 3)))[gate] for gate in order.split()]))
     with pytest.raises(AssertionError):
         test_onnx_draws_the_characters_of_generate(checkpoint, {"temperature": 0.5})
@@ -330,6 +330,20 @@ def test_existing_file_is_replaced_only_with_force(saved, capfd):
     out.write_text("precious")
     assert f"{out} exists" in refused(capfd, saved, out)
     assert out.read_text() == "precious"
+
+
+def test_model_and_checkpoints_of_runs_are_not_replaced(saved, capfd):
+    """Not even with --force: a run could not be resumed from a checkpoint of its weights alone."""
+    before = saved.read_bytes()
+    assert "is the model itself" in refused(capfd, saved, saved, "--force")
+    run_folder = saved.parent / "run"
+    run_folder.mkdir()
+    for name in ("config.json", "last.safetensors"):
+        (run_folder / name).write_text(name)
+    assert "folder of a run" in refused(capfd, saved, run_folder / "last.safetensors", "--force")
+    assert "folder of a run" in refused(capfd, saved, run_folder / "other.safetensors")
+    assert commands.export([str(saved), str(run_folder / "model.onnx")]) == 0
+    assert saved.read_bytes() == before and (run_folder / "last.safetensors").read_text() == "last.safetensors"
 
 
 def test_logits_are_for_onnx_only(saved, capfd):

@@ -169,6 +169,25 @@ def test_other_tensors_are_refused(write, capfd, name):
     refused(capfd, write(tensors), *parts)
 
 
+def test_texts_of_every_vocabulary_of_count(write, tmp_path):
+    for name, text in (("a.txt", CHARACTERS[:3]), ("b.txt", CHARACTERS[3:])):
+        (tmp_path / name).write_text(text, "utf-8")
+    texts = (tmp_path / "a.txt", tmp_path / "b.txt")
+    checkpoint = exported(write(state_dict(), None), "--vocabulary-of", texts[0], f"--vocabulary-of={texts[1]}")
+    assert checkpoint.vocabulary.characters == "".join(sorted(CHARACTERS))
+
+
+def test_vocabulary_of_without_a_text_is_refused(write, capfd):
+    path = write(state_dict(), None)
+    status = commands.export([str(path), str(path.with_name("out.safetensors")), "--vocabulary-of"])
+    assert_refused(status, *capfd.readouterr(), "--vocabulary-of has no value")
+
+
+def test_file_of_no_format_that_is_read_is_refused(write, capfd):
+    path = write(state_dict()).rename(write(state_dict()).with_name("model.pt"))
+    refused(capfd, path, "none of the suffixes .safetensors, .keras, .weights.h5")
+
+
 @pytest.mark.parametrize("vocabulary, parts", [
     (None, ("has no vocabulary; give --vocabulary-of TEXT",)),
     ("abc", ("embeddings for 7 characters, [UNK] included", "its vocabulary has 4")),

@@ -440,6 +440,10 @@ def test_file_that_exists_is_refused_before_the_text_is_read(refused, folder, mo
     refused("model.safetensors text.txt --save acts.safetensors", "acts.safetensors exists", "--force")
 
 
+def test_model_is_not_replaced_by_what_it_does(refused):
+    refused("model.safetensors text.txt --save model.safetensors --force", "model.safetensors is the model itself")
+
+
 def test_folder_is_not_replaced(folder, capfd):
     (folder / "acts.safetensors").mkdir()
     with contextlib.chdir(folder):

@@ -33,6 +33,7 @@ import numpy as np
 from char_gru.rnn.checkpoint import Checkpoint
 from char_gru.rnn.config import Sizes, UserError
 from char_gru.rnn.export.foreign import checked_arrays, vocabulary_for
+from char_gru.rnn.params import gates_z_first
 from char_gru.rnn.texts import open_file
 from char_gru.rnn.vocabulary import Vocabulary
 
@@ -147,14 +148,8 @@ def _keras_arrays(checkpoint: Checkpoint) -> list[np.ndarray]:
     params, arrays = checkpoint.params, [checkpoint.params["W_emb"]]
     for layer in range(checkpoint.sizes.layers):
         biases = np.stack([params[f"b_ih.{layer}"], params[f"b_hh.{layer}"]])
-        arrays += map(_exchanged, (params[f"W_ih.{layer}"].T, params[f"W_hh.{layer}"].T, biases))
+        arrays += (gates_z_first(array, 1) for array in (params[f"W_ih.{layer}"].T, params[f"W_hh.{layer}"].T, biases))
     return [*arrays, params["W_out"].T, params["b_out"]]
-
-
-def _exchanged(array: np.ndarray) -> np.ndarray:
-    """(N, 3H) with its first two gates exchanged: ours are r, z, n, Keras's are z, r, h."""
-    first, second, third = np.split(array, 3, axis=1)
-    return np.concatenate([second, first, third], axis=1)
 
 
 def _unzipped(path: Path, file: BinaryIO) -> tuple[BinaryIO, bytes | None]:
@@ -246,7 +241,7 @@ def _checkpoint(path: Path, h5: h5py.File, own: Vocabulary | None, given: Vocabu
     [W_emb], [W_out, b_out] = ([arrays[name] for name in group.variables] for group in (embedding, dense))
     params = {"W_emb": W_emb}
     for layer, gru in enumerate(grus):
-        kernel, recurrent_kernel, biases = (_exchanged(arrays[name]) for name in gru.variables)
+        kernel, recurrent_kernel, biases = (gates_z_first(arrays[name], 1) for name in gru.variables)
         params |= {f"W_ih.{layer}": kernel.T, f"W_hh.{layer}": recurrent_kernel.T,
                    f"b_ih.{layer}": biases[0], f"b_hh.{layer}": biases[1]}
     params |= {"W_out": W_out.T, "b_out": b_out}

@@ -18,6 +18,7 @@ from onnx.helper import make_node
 
 from char_gru.rnn.checkpoint import Checkpoint
 from char_gru.rnn.config import Sizes, UserError
+from char_gru.rnn.params import gates_z_first
 
 OPSET, IR_VERSION = 17, 8
 """Versions of the operators and of the file, old enough for onnxruntime from 1.20 on."""
@@ -188,16 +189,10 @@ def _weights(sizes: Sizes, params: dict[str, np.ndarray]) -> dict[str, np.ndarra
                "zero_float": np.float32(0), "axis_0": np.array([0]), "axis_1": np.array([1]),
                "ones": np.ones(sizes.layers, np.int64)}
     for layer in range(sizes.layers):
-        W_ih, W_hh, b_ih, b_hh = (gates_zrn(params[f"{name}.{layer}"]) for name in ("W_ih", "W_hh", "b_ih", "b_hh"))
+        W_ih, W_hh, b_ih, b_hh = (gates_z_first(params[f"{name}.{layer}"]) for name in ("W_ih", "W_hh", "b_ih", "b_hh"))
         weights |= {f"W_ih_{layer}": W_ih[None], f"W_hh_{layer}": W_hh[None],
                     f"b_{layer}": np.concatenate([b_ih, b_hh])[None]}
     return weights
-
-
-def gates_zrn(array: np.ndarray) -> np.ndarray:
-    """Gates r, z, n along 3H in ONNX's order, z, r, n."""
-    r, z, n = np.split(array, 3)
-    return np.concatenate([z, r, n])
 
 
 def _gru(H: int, layer: int, x_tb: str, h: str, y_tb: str, last_h: str) -> onnx.NodeProto:
