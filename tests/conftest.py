@@ -22,9 +22,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """With `-n`: files go to the workers in their order, the one that waits for another process first, and not by the
-    number of their tests; and a process that a test starts, which may run tests of its own, is not told that it is a
-    worker."""
+    number of their tests; each worker multiplies in one thread, since waiting threads of BLAS take the cores of other
+    workers; and a process that a test starts, which may run tests of its own, is not told that it is a worker."""
     config.option.loadscopereorder = False
+    if getattr(config.option, "numprocesses", None):
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of the workers, which start after this
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
         del os.environ[name]
 
